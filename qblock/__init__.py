@@ -1,0 +1,1 @@
+"""qblock: QEMU's block layer in Python."""

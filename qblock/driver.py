@@ -1,0 +1,301 @@
+"""What a driver is: the class that gives a node its behaviour, and the registry that finds it by name.
+
+Models QEMU's ``BlockDriver`` with its callbacks, narrowed: five methods must be written, the rest have correct defaults, a
+missing feature is a missing type (the ``Supports…`` protocols below). A driver instance belongs to one node for that node's
+life. It is called from ``requests.py`` only, which has already checked range, permission, alignment and drain state.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import errno
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
+from random import Random
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+import attrs
+
+from qblock.errors import BlockIOError
+from qblock.extents import Data, Extent
+from qblock.options import DriverOptions
+from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
+
+if TYPE_CHECKING:
+    from qblock.clock import Clock
+    from qblock.node import BdrvChild, BlockDriverState
+
+Json: TypeAlias = Any
+"""A JSON value: dict with str keys, list, str, int, float, bool or None."""
+
+
+@attrs.frozen
+class Limits:
+    """What requests a driver takes, in bytes; 0 means no limit. The border splits and aligns to these.
+
+    ``zero_alignment`` and ``discard_alignment`` are the unit below which write_zeroes and discard are not efficient
+    (the qcow2 cluster); parts that do not fill a unit are still passed to the driver, as requests of their own.
+    """
+
+    request_alignment: int = 1
+    max_transfer: int = 0
+    zero_alignment: int = 1
+    max_write_zeroes: int = 0
+    discard_alignment: int = 1
+    max_discard: int = 0
+
+
+@attrs.frozen
+class NodeInfo:
+    """What ``BlockDriverInfo`` tells: ``cluster_size`` in bytes (0: the driver has none), ``dirty`` = not shut down cleanly."""
+
+    cluster_size: int = 0
+    dirty: bool = False
+    compressed: bool = False
+
+
+@attrs.frozen
+class Environment:
+    """What a driver may use of the world, handed down by the BlockSystem: time, threads, randomness and where to report.
+
+    ``emit(event, data)`` sends a QMP event; ``warn(text)`` tells the person at the console.
+    """
+
+    clock: Clock
+    executor: Executor
+    random: Random
+    emit: Callable[[str, Mapping[str, Json]], None]
+    warn: Callable[[str], None]
+
+
+class Driver(abc.ABC):
+    """Behaviour of one node. Subclasses set the class variables, take their options from ``self.options``.
+
+    All offsets and lengths are bytes. Methods that move data raise `BlockIOError` with an errno; ``open`` raises
+    `ImageError` or `BlockIOError`.
+    """
+
+    name: ClassVar[str]
+    """The driver's name in options and on the wire, e.g. ``qcow2``."""
+    options_class: ClassVar[type[DriverOptions]]
+    """Frozen attrs class of the driver's own options, made with ``options.option()`` and ``options.child()``."""
+    is_protocol: ClassVar[bool] = False
+    """True when the driver is itself the storage (file, memory, null): it has no storage child."""
+    is_filter: ClassVar[bool] = False
+    supports_backing: ClassVar[bool] = False
+    zero_initialised: ClassVar[bool] = False
+    """True when a freshly created image is known to read as zeroes."""
+
+    def __init__(self, node: BlockDriverState, options: Any, env: Environment) -> None:
+        self.node = node
+        self.options = options
+        self.env = env
+        self.limits = Limits()
+
+    # ------------------------------------------------------------------------------------------- must be written
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """Read what is needed to serve requests; children are attached already (``self.node.children``)."""
+
+    @abc.abstractmethod
+    def length(self) -> int:
+        """The present size in bytes (not rounded). Must not block: drivers keep it."""
+
+    @abc.abstractmethod
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` (writable, format B, contiguous) from ``offset``; what lies behind the end reads as zero."""
+
+    @abc.abstractmethod
+    async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
+        """Write all of ``buffer`` at ``offset``; with ``fua`` it is durable on return. A protocol driver grows as needed."""
+
+    @abc.abstractmethod
+    async def flush(self) -> None:
+        """Make all completed writes durable: own metadata first, then (format drivers) flush of the storage child."""
+
+    # ---------------------------------------------------------------------------------------- have correct defaults
+
+    supports_write_zeroes: ClassVar[bool] = False
+    supports_discard: ClassVar[bool] = False
+    supports_copy_range: ClassVar[bool] = False
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
+    ) -> None:
+        """Make the range read as zeroes cheaply. ``BlockIOError(ENOTSUP)``: the border writes buffers of zeroes instead."""
+        raise BlockIOError(errno.ENOTSUP)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The content is no longer needed. ``BlockIOError(ENOTSUP)`` is ignored by the border."""
+        raise BlockIOError(errno.ENOTSUP)
+
+    async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
+        """What is stored from ``offset`` on: one extent of at most ``length`` bytes (at least 1).
+
+        ``want_zero=False``: the caller asks for allocation only, so costly probing for zeroes may be left out.
+        """
+        return Data(length, offset if self.is_protocol else None)
+
+    async def copy_range(
+        self, offset: int, target: BdrvChild, target_offset: int, length: int
+    ) -> None:
+        """Copy from this node to ``target`` without a buffer. ``BlockIOError(ENOTSUP)``: the caller copies by buffer."""
+        raise BlockIOError(errno.ENOTSUP)
+
+    async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        """Change the size. A driver that cannot raises ``BlockIOError(ENOTSUP)``."""
+        raise BlockIOError(errno.ENOTSUP)
+
+    async def close(self) -> None:
+        """Write back what is cached and let go of resources; called once, with no request in flight."""
+
+    def allocated_size(self) -> int | None:
+        """Bytes that the image takes on its host ("disk size"), or None when unknown."""
+        child = self.node.storage
+        return child.node.driver.allocated_size() if child is not None else None
+
+    def info(self) -> NodeInfo:
+        """Cluster size and the like; a filter answers for its child."""
+        return NodeInfo()
+
+    def specific_info(self) -> Mapping[str, Json] | None:
+        """``ImageInfoSpecific`` as QMP shows it ({"type": …, "data": {…}}), or None."""
+        return None
+
+    def filename(self) -> str | None:
+        """The plain file name from which exactly this node can be opened again, or None when it takes options."""
+        child = self.node.storage
+        return child.node.driver.filename() if child is not None else None
+
+    # ----------------------------------------------------------------------------------- permissions (never blocking)
+
+    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
+        """What this node takes and shares on a child, given the cumulative needs (``perm``, ``shared``) of its own parents."""
+        return default_child_permissions(self, role, perm, shared)
+
+    def check_permissions(self, perm: Perm, shared: Perm) -> None:
+        """Take what ``perm``/``shared`` need beyond what is held (file locks); raise to refuse. Undone by `abort_permissions`."""
+
+    def set_permissions(self, perm: Perm, shared: Perm) -> None:
+        """The change is final: give back what is no longer needed."""
+
+    def abort_permissions(self) -> None:
+        """The change was called off: give back what `check_permissions` took."""
+
+    # --------------------------------------------------------------------------------------------------------- reopen
+
+    def check_reopen(self, options: Any, *, read_only: bool) -> None:
+        """Raise when these options cannot be changed in place (the default allows only equal options)."""
+        if options != self.options:
+            from_, to = attrs.asdict(self.options), attrs.asdict(options)
+            changed = sorted(key for key in from_ if from_[key] != to.get(key))
+            from qblock.errors import CommandError  # noqa: PLC0415
+
+            raise CommandError(f"Node '{self.node.node_name}': '{', '.join(changed)}' cannot be changed while it is open")
+
+    async def prepare_reopen(self, options: Any, *, read_only: bool) -> None:
+        """Do what may fail before the change (open a second descriptor, flush before going read-only)."""
+
+    def commit_reopen(self, options: Any, *, read_only: bool) -> None:
+        """Switch over; cannot fail."""
+        self.options = options
+
+    def abort_reopen(self) -> None:
+        """Drop what `prepare_reopen` made."""
+
+    # -------------------------------------------------------------------------------------------------------- probing
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        """How sure (0 to 100) this format is, given the first 2048 bytes of a file. raw answers 1; 0 means no."""
+        return 0
+
+
+# ------------------------------------------------------------------------------------------------- capability protocols
+
+
+class CheckFix(enum.Flag):
+    """What a check is allowed to repair."""
+
+    NONE = 0
+    LEAKS = enum.auto()
+    ERRORS = enum.auto()
+
+
+@attrs.frozen
+class CheckResult:
+    """Outcome of an image check; counts are clusters, as in QMP's ``ImageCheck``. ``findings`` are lines for a person."""
+
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    image_end_offset: int | None = None
+    total_clusters: int | None = None
+    allocated_clusters: int | None = None
+    fragmented_clusters: int | None = None
+    compressed_clusters: int | None = None
+    findings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class SupportsCheck(Protocol):
+    """The format can verify its own metadata."""
+
+    async def check(self, fix: CheckFix) -> CheckResult: ...
+
+
+@attrs.frozen
+class BackingLink:
+    """What an image's header says of its backing file; ``format`` may be absent."""
+
+    filename: str
+    format: str | None
+
+
+@runtime_checkable
+class SupportsBacking(Protocol):
+    """The format stores a link to a backing file."""
+
+    def backing_link(self) -> BackingLink | None: ...
+
+    async def change_backing_link(self, link: BackingLink | None) -> None: ...
+
+
+class CreateContext(Protocol):
+    """What `SupportsCreate.create` may use: the environment, and a way to open (and afterwards drop) the file to write to."""
+
+    env: Environment
+
+    async def open_reference(self, ref: Json) -> CreateTarget: ...
+
+
+class CreateTarget(Protocol):
+    """An opened node that a format is created on; close with `release`."""
+
+    def length(self) -> int: ...
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None: ...
+
+    async def write_from(self, offset: int, buffer: memoryview) -> None: ...
+
+    async def write_zeroes(self, offset: int, length: int) -> None: ...
+
+    async def truncate(self, length: int, *, preallocation: str = "off") -> None: ...
+
+    async def flush(self) -> None: ...
+
+    async def release(self) -> None: ...
+
+
+@runtime_checkable
+class SupportsCreate(Protocol):
+    """The driver can make new images (``blockdev-create``). ``create_options_class`` is a frozen attrs options class."""
+
+    create_options_class: ClassVar[type[DriverOptions]]
+
+    @classmethod
+    def create(cls, options: Any, context: CreateContext) -> Awaitable[None]: ...

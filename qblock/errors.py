@@ -1,0 +1,188 @@
+"""Everything qblock reports on purpose, as one family of exceptions.
+
+Models the error side of QEMU's block layer and QMP (semantics.md section 1): each error knows its QMP class, and the
+fields that decisions look at are attributes. Differs from QEMU in that message texts are our own: they say what failed,
+where, and what to do about it. A bug is an ``AssertionError``, never one of these.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from typing import ClassVar
+
+
+class QBlockError(Exception):
+    """Root of everything reported on purpose; ``qmp_class`` is the class a monitor answers with."""
+
+    qmp_class: ClassVar[str] = "GenericError"
+
+
+# --------------------------------------------------------------------------------------------- requests of a person
+
+
+class CommandError(QBlockError):
+    """The request cannot be honoured as it was made; nothing was changed."""
+
+
+class CommandNotFound(CommandError):
+    """There is no command of that name, or it is not available in this state of the session."""
+
+    qmp_class = "CommandNotFound"
+
+    def __init__(self, command: str, detail: str = "is not a command of this monitor") -> None:
+        super().__init__(f"'{command}' {detail}")
+        self.command = command
+
+
+class DeviceNotFound(CommandError):
+    """No block backend or guest device of that name (class DeviceNotFound)."""
+
+    qmp_class = "DeviceNotFound"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no device '{name}'")
+        self.name = name
+
+
+class DeviceNotActive(CommandError):
+    """No block job of that id (class DeviceNotActive, as block-job-* commands answer)."""
+
+    qmp_class = "DeviceNotActive"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no block job '{name}'")
+        self.name = name
+
+
+class NodeNotFound(CommandError):
+    """No block node of that name; class GenericError, as QEMU answers for nodes."""
+
+    def __init__(self, name: str, detail: str = "There is no block node named") -> None:
+        super().__init__(f"{detail} '{name}'")
+        self.name = name
+
+
+class InvalidParameter(CommandError):
+    """A member of a request or an option has a value that cannot be used; ``name`` is its path."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        super().__init__(f"Parameter '{name}' {detail}")
+        self.name = name
+
+
+class DuplicateName(CommandError):
+    """The name of a node, device, job or bitmap is taken already."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"The {kind} name '{name}' is already in use; choose another one")
+        self.kind = kind
+        self.name = name
+
+
+class NodeBusy(CommandError):
+    """An operation on a node is blocked by one of its users; ``holder`` says by which."""
+
+    def __init__(self, node: str, holder: str) -> None:
+        super().__init__(f"Node '{node}' is busy: {holder}")
+        self.node = node
+        self.holder = holder
+
+
+class PermissionConflict(CommandError):
+    """Two users of a node cannot share it.
+
+    ``needed`` is what ``user`` takes and ``holder`` does not share (``permissions.Perm`` printed as names).
+    """
+
+    def __init__(self, *, node: str, user: str, holder: str, permissions: str) -> None:
+        super().__init__(f"{user} needs {permissions} on node '{node}', which {holder} does not allow to others")
+        self.node = node
+        self.user = user
+        self.holder = holder
+        self.permissions = permissions
+
+
+class JobStateError(CommandError):
+    """The verb is not allowed in the job's present state (semantics.md section 3.2)."""
+
+    def __init__(self, job: str, status: str, verb: str) -> None:
+        super().__init__(f"Job '{job}' is {status}, and a job in that state cannot be told to {verb}")
+        self.job = job
+        self.status = status
+        self.verb = verb
+
+
+class OpenDenied(CommandError):
+    """An image names another file, and the policy in force does not open what an image merely mentions."""
+
+    def __init__(self, *, image: str, mentions: str, what: str) -> None:
+        super().__init__(
+            f"'{image}' names '{mentions}' as its {what}, which the policy in force does not open; "
+            f"allow it (OpenPolicy.follow()) or give the {what} yourself"
+        )
+        self.image = image
+        self.mentions = mentions
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+class ImageError(QBlockError):
+    """The content of an image file is the trouble."""
+
+
+class NotThisFormat(ImageError):
+    """The file is not an image of the format that it was opened as."""
+
+    def __init__(self, image: str, fmt: str, detail: str) -> None:
+        super().__init__(f"'{image}' is not a {fmt} image: {detail}")
+        self.image = image
+        self.format = fmt
+
+
+class UnsupportedFeature(ImageError):
+    """The image uses a feature that qblock does not support; ``feature`` names it."""
+
+    def __init__(self, image: str, feature: str) -> None:
+        super().__init__(f"'{image}' uses a feature that is not supported: {feature}")
+        self.image = image
+        self.feature = feature
+
+
+class CorruptImage(ImageError):
+    """A structure of the image contradicts the format; ``offset`` is the file offset in bytes, if known."""
+
+    def __init__(self, image: str, detail: str, *, offset: int | None = None) -> None:
+        where = "" if offset is None else f" at file offset {offset:#x}"
+        super().__init__(f"'{image}' is damaged{where}: {detail}; run 'qblock-img check' on it")
+        self.image = image
+        self.offset = offset
+        self.detail = detail
+
+
+class ImagePoisoned(ImageError):
+    """A metadata write failed earlier, so what is on disk is not known; writing is refused until the node is reopened."""
+
+    def __init__(self, node: str, cause: BaseException) -> None:
+        super().__init__(f"Node '{node}' refuses writes since a metadata write failed ({cause}); reopen it")
+        self.node = node
+        self.cause = cause
+
+
+# --------------------------------------------------------------------------------------------------------------- I/O
+
+
+class BlockIOError(QBlockError, OSError):
+    """A request failed; ``errno`` is what error policies look at (``ENOSPC`` is special to them)."""
+
+    def __init__(self, errno: int, detail: str = "") -> None:
+        OSError.__init__(self, errno, detail or os.strerror(errno))
+
+    def __str__(self) -> str:
+        text = os.strerror(self.errno or _errno.EIO)
+        return text if not self.strerror or self.strerror == text else f"{self.strerror}: {text}"
+
+
+class JobCancelled(Exception):
+    """Control flow inside jobs: raised at a pause point after a cancel request; never reaches a monitor."""
