@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_ch
 
 import attrs
 
-from qblock.errors import BlockIOError
+from qblock.errors import BlockIOError, CommandError
 from qblock.extents import Data, Extent
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
@@ -191,8 +191,6 @@ class Driver(abc.ABC):
         if options != self.options:
             from_, to = attrs.asdict(self.options), attrs.asdict(options)
             changed = sorted(key for key in from_ if from_[key] != to.get(key))
-            from qblock.errors import CommandError  # noqa: PLC0415
-
             raise CommandError(f"Node '{self.node.node_name}': '{', '.join(changed)}' cannot be changed while it is open")
 
     async def prepare_reopen(self, options: Any, *, read_only: bool) -> None:
