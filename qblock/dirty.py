@@ -1,0 +1,281 @@
+"""Dirty bitmaps: which parts of a node changed since someone last looked.
+
+Models ``BdrvDirtyBitmap`` (semantics.md section 11). A granule is dirty as a whole; offsets and lengths are bytes, counts
+are bytes too (a multiple of the granularity). Differs from QEMU in its memory: a compressed bitmap of granule numbers
+(pyroaring) takes room for what is dirty, not for the size of the disk, so 200,000 random dirty clusters of a 16 TiB disk
+take less than a megabyte.
+
+Three ways to change a bitmap: `DirtyBitmap.set` is the write path's and records only while recording is on;
+`DirtyBitmap.mark` and `DirtyBitmap.reset` are the owner's and always act.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import attrs
+
+from qblock.errors import CommandError
+from qblock.ranges import ByteRange
+
+WORD_BITS: Final = 64
+"""Serialised bitmaps are padded to whole little-endian words of this many bits."""
+
+_ROARING32_LIMIT: Final = 1 << 32
+_SERIAL_STEP: Final = 1 << 22  # granules per piece when serialising: 512 KiB of bytes at a time
+
+
+def _new_bits(granules: int) -> Any:
+    """An empty set of granule numbers below ``granules``."""
+    import pyroaring  # noqa: PLC0415  (an extension module that read-only tools never need)
+
+    return pyroaring.BitMap() if granules <= _ROARING32_LIMIT else pyroaring.BitMap64()
+
+
+@attrs.define(eq=False, slots=True)
+class DirtyBitmap:
+    """Dirty granules of ``size`` bytes in units of ``granularity`` bytes (a power of two of at least 512).
+
+    ``enabled`` is whether the write path is recorded here, ``busy`` whether a job or an export has claimed the bitmap,
+    ``persistent``, ``inconsistent`` and ``readonly`` are as QMP's ``BlockDirtyInfo`` shows them. An internal bitmap has no
+    ``name``.
+    """
+
+    size: int
+    granularity: int
+    name: str | None = None
+    enabled: bool = True
+    busy: bool = False
+    persistent: bool = False
+    inconsistent: bool = False
+    readonly: bool = False
+    successor: DirtyBitmap | None = attrs.field(default=None, init=False)
+    _shift: int = attrs.field(init=False, repr=False)
+    _bits: Any = attrs.field(init=False, repr=False)
+    _dirty: int = attrs.field(init=False, default=0, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        assert self.granularity >= 512 and self.granularity & (self.granularity - 1) == 0, self.granularity
+        self._shift = self.granularity.bit_length() - 1
+        self._bits = _new_bits(self.granules)
+
+    @property
+    def granules(self) -> int:
+        """How many granules the bitmap covers, the last one possibly partly."""
+        return -(-self.size >> self._shift)
+
+    @property
+    def count(self) -> int:
+        """Dirty bytes, counting whole granules."""
+        return self._dirty << self._shift
+
+    @property
+    def recording(self) -> bool:
+        """Whether writes are recorded, here or in the successor."""
+        return self.enabled or (self.successor is not None and self.successor.enabled)
+
+    # ------------------------------------------------------------------------------------------------------- changing
+
+    def set(self, offset: int, length: int) -> None:
+        """Record a write of ``length`` bytes at ``offset``: the write path calls this; nothing happens while disabled."""
+        if self.enabled:
+            first = offset >> self._shift
+            if first == (offset + length - 1) >> self._shift and offset < self.size:
+                if first not in self._bits:  # the common case: one granule
+                    self._bits.add(first)
+                    self._dirty += 1
+            else:
+                self.mark(offset, length)
+        elif self.successor is not None:
+            self.successor.set(offset, length)
+
+    def mark(self, offset: int, length: int) -> None:
+        """Make every granule dirty that the range touches, whether or not recording is on."""
+        end = min(offset + length, self.size)
+        if end <= offset:
+            return
+        first, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
+        self._dirty += stop - first - self._bits.range_cardinality(first, stop)
+        self._bits.add_range(first, stop)
+
+    def reset(self, offset: int, length: int) -> None:
+        """Make every granule clean that lies wholly in the range (the last, partial one counts as ending at the size)."""
+        first = -(-offset >> self._shift)
+        end = offset + length
+        stop = self.granules if end >= self.size else end >> self._shift
+        if stop > first:
+            self._dirty -= self._bits.range_cardinality(first, stop)
+            self._bits.remove_range(first, stop)
+
+    def clear(self) -> None:
+        """Make everything clean."""
+        self._bits.clear()
+        self._dirty = 0
+
+    def enable(self) -> None:
+        """Record writes from now on."""
+        self.enabled = True
+
+    def disable(self) -> None:
+        """Stop recording; what is dirty stays dirty."""
+        self.enabled = False
+
+    def truncate(self, size: int) -> None:
+        """Follow a change of the node's size: an added area is clean, a removed one is cut off."""
+        old_granules, self.size = self.granules, size
+        granules = self.granules
+        if granules < old_granules:
+            self._bits.remove_range(granules, old_granules)
+            self._dirty = len(self._bits)
+        elif granules > _ROARING32_LIMIT >= old_granules:
+            bits = _new_bits(granules)
+            bits.update(self._bits)
+            self._bits = bits
+        if self.successor is not None:
+            self.successor.truncate(size)
+
+    def merge(self, other: DirtyBitmap) -> None:
+        """Add what is dirty in ``other``; granularities may differ, sizes must be equal (`CommandError`). All or nothing."""
+        if other.size != self.size:
+            raise CommandError(
+                f"Bitmaps of {self.size} and {other.size} bytes cannot be merged: they must cover the same size"
+            )
+        if other._shift == self._shift:
+            self._bits |= other._bits
+        elif other._shift < self._shift:
+            by = self._shift - other._shift
+            self._bits.update(granule >> by for granule in other._bits)
+        else:
+            for run in other.iterate():
+                self.mark(run.offset, run.length)
+        self._dirty = len(self._bits)
+
+    # -------------------------------------------------------------------------------------------------------- looking
+
+    def get(self, offset: int) -> bool:
+        """Whether the granule that holds byte ``offset`` is dirty."""
+        return (offset >> self._shift) in self._bits
+
+    def next_dirty(self, offset: int, end: int | None = None) -> int | None:
+        """The first dirty byte at or behind ``offset`` and before ``end`` (default: the size), or None."""
+        limit = self.size if end is None else min(end, self.size)
+        if offset >= limit or not self._dirty:
+            return None
+        try:
+            granule: int = self._bits.next_set_bit(offset >> self._shift)
+        except ValueError:
+            return None
+        found = max(offset, granule << self._shift)
+        return found if found < limit else None
+
+    def next_dirty_range(self, offset: int, *, max_length: int) -> ByteRange | None:
+        """The first dirty run at or behind ``offset``, cut to ``max_length`` bytes and to the size, or None."""
+        start = self.next_dirty(offset)
+        if start is None:
+            return None
+        granule = start >> self._shift
+        limit = (min(start + max_length, self.size) - 1 >> self._shift) + 1
+        end = min(self._run_end(granule, limit) << self._shift, start + max_length, self.size)
+        return ByteRange(start, end - start)
+
+    def _run_end(self, granule: int, limit: int) -> int:
+        """The first clean granule behind the dirty one ``granule``, at most ``limit``: galloping, then halving."""
+        covers = self._bits.contains_range
+        if covers(granule, limit):
+            return limit
+        step = 1
+        while covers(granule, granule + step):
+            granule += step
+            step *= 2
+        # The first clean one lies in [granule, granule + step).
+        high = granule + step
+        while granule < high:
+            middle = (granule + high) // 2
+            if covers(granule, middle + 1):
+                granule = middle + 1
+            else:
+                high = middle
+        return granule
+
+    def iterate(self, *, max_length: int | None = None) -> Iterator[ByteRange]:
+        """Dirty runs in ascending order. Changes made meanwhile are seen when they lie ahead, and never upset the walk."""
+        cursor = 0
+        while (run := self.next_dirty_range(cursor, max_length=max_length or self.size)) is not None:
+            yield run
+            cursor = run.end
+
+    # ------------------------------------------------------------------------------------------------------ successors
+
+    def create_successor(self) -> DirtyBitmap:
+        """Freeze this bitmap for a user: it becomes busy, and a nameless successor records writes in its place."""
+        if self.busy:
+            raise CommandError(f"Bitmap '{self.name}' is in use by another operation; wait until that has ended")
+        assert self.successor is None
+        self.successor = DirtyBitmap(self.size, self.granularity, enabled=self.enabled)
+        self.enabled = False
+        self.busy = True
+        return self.successor
+
+    def abdicate(self) -> None:
+        """The user consumed this bitmap's content: what the successor recorded becomes the content."""
+        heir = self._take_successor()
+        self._bits, self._dirty = heir._bits, heir._dirty
+
+    def reclaim(self) -> None:
+        """The user gave up: the content is what it was and what the successor recorded."""
+        self.merge(self._take_successor())
+
+    def _take_successor(self) -> DirtyBitmap:
+        heir = self.successor
+        assert heir is not None, "there is no successor"
+        self.enabled, self.busy, self.successor = heir.enabled, False, None
+        return heir
+
+    # ---------------------------------------------------------------------------------------------------- serialising
+
+    def to_bytes(self, first: int = 0, granules: int | None = None) -> bytes:
+        """Granules ``first`` to ``first + granules`` as bits: granule i of the piece is bit i % 8 of byte i // 8.
+
+        Zero bits pad the piece to a multiple of 64; the whole bitmap by default. ``first`` is a granule number.
+        """
+        stop = self.granules if granules is None else min(self.granules, first + granules)
+        data = bytearray(-(-max(stop - first, 0) // WORD_BITS) * (WORD_BITS // 8))
+        if not self._dirty:
+            return bytes(data)
+        for run in self._runs(first, stop):
+            _fill_bits(data, run.start - first, run.stop - first)
+        return bytes(data)
+
+    def sha256(self) -> str:
+        """SHA-256 in hexadecimal over `to_bytes` of everything, as ``x-debug-block-dirty-bitmap-sha256`` shows it."""
+        digest = hashlib.sha256()
+        for first in range(0, self.granules, _SERIAL_STEP):
+            digest.update(self.to_bytes(first, _SERIAL_STEP))
+        return digest.hexdigest()
+
+    def _runs(self, first: int, stop: int) -> Iterator[range]:
+        while first < stop:
+            try:
+                first = self._bits.next_set_bit(first)
+            except ValueError:
+                return
+            if first >= stop:
+                return
+            end = self._run_end(first, stop)
+            yield range(first, end)
+            first = end
+
+
+def _fill_bits(data: bytearray, start: int, stop: int) -> None:
+    """Set bits ``start`` to ``stop`` (exclusive) of ``data``, least significant bit of each byte first."""
+    first, last = start >> 3, (stop - 1) >> 3
+    head = 0xFF << (start & 7) & 0xFF
+    tail = 0xFF >> (7 - ((stop - 1) & 7))
+    if first == last:
+        data[first] |= head & tail
+        return
+    data[first] |= head
+    data[last] |= tail
+    data[first + 1 : last] = b"\xff" * (last - first - 1)
