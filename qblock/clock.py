@@ -170,8 +170,7 @@ class RateLimit:
     _dispatched: int = attrs.field(init=False, default=0)
 
     def set_speed(self, speed: int) -> None:
-        """``speed`` in units (bytes) per second, 0 for no limit. What was accounted under the old speed is forgotten.
-        """
+        """``speed`` in units (bytes) per second, 0 for no limit. What was accounted under the old speed is forgotten."""
         assert speed >= 0
         self.speed = speed
         self._end_ns = self._dispatched = 0

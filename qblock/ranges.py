@@ -73,6 +73,8 @@ class RangeSet:
 
     def remove(self, offset: int, length: int) -> None:
         """Take ``length`` bytes from ``offset`` out; those that are not in do not matter."""
+        if length <= 0:
+            return
         end = offset + length
         for known_start, known_end in self._touching(offset, end):
             if known_end <= offset or known_start >= end:

@@ -36,8 +36,6 @@ from qblock.units import SECOND_NS, format_duration
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_NO_TASK: Final = -1
-
 
 class Deadlock(RuntimeError):
     """Nothing can ever run again: every task waits, no timer is armed. The text says who waits where."""
@@ -161,12 +159,17 @@ class SimLoop(asyncio.SelectorEventLoop):
     # ------------------------------------------------------------------------------------------------------ scheduling
 
     def _make_task(self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        # The number must be known before an eager task (3.12 and later) runs its first step inside the constructor.
-        number = self._tasks_made
-        self._tasks_made += 1
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **options)
-        self._numbers[task] = number
+        self._number_of(task)
         return task
+
+    def _number_of(self, task: asyncio.Task[Any]) -> int:
+        # The constructor of a task asks for its first step already, so whoever comes first gives the number.
+        number = self._numbers.get(task)
+        if number is None:
+            number = self._numbers[task] = self._tasks_made
+            self._tasks_made += 1
+        return number
 
     def create_task(self, coro: Any, *, name: object = None, **options: Any) -> asyncio.Task[Any]:
         """As asyncio's; a task without a name is called after its number on this loop, the same in every run."""
@@ -182,7 +185,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         task = getattr(callback, "__self__", None)
         if not isinstance(task, asyncio.Task):
             return super().call_soon(callback, *args, context=context)
-        number = self._numbers.get(task, _NO_TASK)
+        number = self._number_of(task)
         self._steps.append(_Step(len(self.trace), number, callback, args, context or contextvars.copy_context()))
         return super().call_soon(self._run_chosen_step)
 
@@ -211,12 +214,12 @@ class SimLoop(asyncio.SelectorEventLoop):
     # -------------------------------------------------------------------------------------------------------- deadlock
 
     def _deadlock(self) -> Deadlock:
-        waiting = sorted(asyncio.all_tasks(self), key=lambda task: self._numbers.get(task, _NO_TASK))
+        waiting = sorted(asyncio.all_tasks(self), key=self._number_of)
         now = format_duration(self.now_ns)
         lines = [f"nothing can run at {now}: no timer is armed, and these tasks wait for one another"]
         for task in waiting:
             name, place = task.get_name(), describe_wait(task.get_coro())
-            lines.append(f"  task {self._numbers.get(task, _NO_TASK)} '{name}' waits in {place}")
+            lines.append(f"  task {self._number_of(task)} '{name}' waits in {place}")
         return Deadlock("\n".join(lines))
 
 
