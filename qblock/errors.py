@@ -89,18 +89,48 @@ class NodeBusy(CommandError):
         self.holder = holder
 
 
+class FrozenLink(CommandError):
+    """An edge is frozen, by a job that relies on it; ``parent`` and ``child`` are its ends (texts), ``name`` the edge's."""
+
+    def __init__(self, *, name: str, parent: str, child: str) -> None:
+        super().__init__(f"The '{name}' link from {parent} to '{child}' cannot change while a job relies on it")
+        self.name = name
+        self.parent = parent
+        self.child = child
+
+
+class ReadOnlyNode(CommandError):
+    """A node that is read-only cannot give what ``user`` takes (``permissions``: their names)."""
+
+    def __init__(self, *, node: str, user: str, permissions: str) -> None:
+        super().__init__(f"Node '{node}' is read-only, so it cannot give {permissions} to {user}; reopen it writable")
+        self.node = node
+        self.user = user
+        self.permissions = permissions
+
+
 class PermissionConflict(CommandError):
     """Two users of a node cannot share it.
 
-    ``needed`` is what ``user`` takes and ``holder`` does not share (``permissions.Perm`` printed as names).
+    ``permissions`` is what ``user`` takes and ``holder`` does not share (``permissions.Perm`` printed as names).
+    ``user_child`` and ``holder_child`` are the names of their edges to the node, empty where the conflict is with another
+    program.
     """
 
-    def __init__(self, *, node: str, user: str, holder: str, permissions: str) -> None:
-        super().__init__(f"{user} needs {permissions} on node '{node}', which {holder} does not allow to others")
+    def __init__(
+        self, *, node: str, user: str, holder: str, permissions: str, user_child: str = "", holder_child: str = ""
+    ) -> None:
+        as_user = f" (as its child '{user_child}')" if user_child else ""
+        as_holder = f" (as its child '{holder_child}')" if holder_child else ""
+        super().__init__(
+            f"{user} needs {permissions} on node '{node}'{as_user}, which {holder}{as_holder} does not allow to others"
+        )
         self.node = node
         self.user = user
         self.holder = holder
         self.permissions = permissions
+        self.user_child = user_child
+        self.holder_child = holder_child
 
 
 class JobStateError(CommandError):

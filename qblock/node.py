@@ -135,20 +135,54 @@ class BlockDriverState:
         return f"node '{self.node_name}'"
 
     def quiesce(self) -> None:
-        """See `EdgeParent`: passes the section on to its own parents."""
-        self.quiesce_counter += 1
-        for edge in self.parents:
-            edge.parent.quiesce()
+        """See `EdgeParent`: passes the section on to its own parents, once for each of their edges."""
+        pending = [self]
+        while pending:
+            node = pending.pop()
+            node.quiesce_counter += 1
+            for edge in node.parents:
+                if isinstance(edge.parent, BlockDriverState):
+                    pending.append(edge.parent)
+                else:
+                    edge.parent.quiesce()
 
     def resume(self) -> None:
         """See `EdgeParent`."""
-        self.quiesce_counter -= 1
-        for edge in self.parents:
-            edge.parent.resume()
+        pending = [self]
+        while pending:
+            node = pending.pop()
+            assert node.quiesce_counter > 0, f"{node!r} is in no drained section"
+            node.quiesce_counter -= 1
+            for edge in node.parents:
+                if isinstance(edge.parent, BlockDriverState):
+                    pending.append(edge.parent)
+                else:
+                    edge.parent.resume()
 
     def is_busy(self) -> bool:
-        """See `EdgeParent`."""
-        return self.in_flight > 0 or any(edge.parent.is_busy() for edge in self.parents)
+        """See `EdgeParent`: true while a request is in this node or anywhere above it."""
+        seen = {self}
+        pending = [self]
+        while pending:
+            node = pending.pop()
+            if node.in_flight:
+                return True
+            for edge in node.parents:
+                parent = edge.parent
+                if not isinstance(parent, BlockDriverState):
+                    if parent.is_busy():
+                        return True
+                elif parent not in seen:
+                    seen.add(parent)
+                    pending.append(parent)
+        return False
+
+    def wake_idle_waiters(self) -> None:
+        """Let all who wait in `idle_waiters` look again: something here became idle, or an edge to here has changed."""
+        waiters, self.idle_waiters = self.idle_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def __repr__(self) -> str:
         mode = "ro" if self.read_only else "rw"
