@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import pytest
 from hypothesis import given
@@ -44,7 +45,7 @@ def test_marks_and_resets_match_a_set_of_granules(steps: list[tuple[bool, tuple[
     assert {g for g in range(GRANULES) if bitmap.get(g * GRAIN)} == model
     runs = list(bitmap.iterate())
     assert {g for run in runs for g in touched(run.offset, run.length)} == model
-    assert all(one.end < two.offset for one, two in zip(runs, runs[1:], strict=False))
+    assert all(one.end < two.offset for one, two in itertools.pairwise(runs))
     data = bitmap.to_bytes()
     assert len(data) == 8
     assert {g for g in range(GRANULES) if data[g // 8] >> (g % 8) & 1} == model

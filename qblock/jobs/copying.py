@@ -1,0 +1,127 @@
+"""What copying jobs share: the requests they have under way, and the buffers these use.
+
+Models the bookkeeping of QEMU's mirror and stream loops (semantics.md section 4.4: at most 16 requests of at most 1 MiB).
+Offsets and lengths are bytes. Memory is bounded by the pool, which is allocated once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+from collections.abc import Iterator
+from typing import Final
+
+import attrs
+
+from qblock.units import MiB
+
+MAX_IN_FLIGHT: Final = 16
+MAX_REQUEST: Final = MiB
+SLICE_NS: Final = 100_000_000
+"""How long a job with nothing to do sleeps before it looks again, in nanoseconds."""
+
+
+@attrs.define(eq=False, slots=True)
+class Operation:
+    """A request under way on ``length`` bytes at ``offset``; ``foreground`` when a guest waits for it."""
+
+    offset: int
+    length: int
+    foreground: bool = False
+
+
+@attrs.define(eq=False, slots=True)
+class InFlight:
+    """The operations under way. Looking and beginning happen without a wait between them, so two never overlap."""
+
+    limit: int = MAX_IN_FLIGHT
+    operations: list[Operation] = attrs.field(factory=list, init=False)
+    background: int = attrs.field(default=0, init=False)
+    bytes: int = attrs.field(default=0, init=False)
+    _waiters: list[asyncio.Future[None]] = attrs.field(factory=list, init=False, repr=False)
+
+    @property
+    def full(self) -> bool:
+        """Whether the job itself must wait before it begins another one."""
+        return self.background >= self.limit
+
+    def conflict(self, offset: int, length: int) -> Operation | None:
+        """An operation that overlaps the range, or None."""
+        end = offset + length
+        for operation in self.operations:
+            if operation.offset < end and offset < operation.offset + operation.length:
+                return operation
+        return None
+
+    def clear_run(self, offset: int, length: int) -> int:
+        """How many bytes from ``offset`` on, at most ``length``, are free of operations."""
+        end = offset + length
+        for operation in self.operations:
+            if operation.offset < end and offset < operation.offset + operation.length:
+                end = max(operation.offset, offset)
+        return end - offset
+
+    def begin(self, offset: int, length: int, *, foreground: bool = False) -> Operation:
+        """Register an operation on a range that is free of others."""
+        operation = Operation(offset, length, foreground)
+        self.operations.append(operation)
+        self.background += not foreground
+        self.bytes += length
+        return operation
+
+    def end(self, operation: Operation) -> None:
+        """The operation is over; all who wait look again."""
+        self.operations.remove(operation)
+        self.background -= not operation.foreground
+        self.bytes -= operation.length
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def changed(self) -> None:
+        """Wait until some operation ends."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    async def clear_of(self, offset: int, length: int) -> None:
+        """Wait until the range is free of operations; it is so when this returns, for what follows at once."""
+        while self.conflict(offset, length) is not None:
+            await self.changed()
+
+    async def all_background_ended(self) -> None:
+        """Wait until the job has nothing of its own under way."""
+        while self.background:
+            await self.changed()
+
+
+class BufferPool:
+    """Page-aligned buffers of equal size, ``size`` bytes in all, taken and given back."""
+
+    def __init__(self, size: int) -> None:
+        self.piece = min(size, MAX_REQUEST)
+        self.count = min(MAX_IN_FLIGHT, max(1, size // self.piece))
+        self._memory = mmap.mmap(-1, self.piece * self.count)
+        self._view = memoryview(self._memory)
+        self._free = list(self._cut())
+
+    def _cut(self) -> Iterator[memoryview]:
+        for number in range(self.count):
+            yield self._view[number * self.piece : (number + 1) * self.piece]
+
+    def take(self) -> memoryview:
+        """A free buffer of `piece` bytes; there must be one (there are as many as operations may be under way)."""
+        return self._free.pop()
+
+    def give(self, buffer: memoryview) -> None:
+        """Put a buffer back."""
+        self._free.append(buffer)
+
+    def close(self) -> None:
+        """Give the memory back to the system; every buffer must have been given back."""
+        assert len(self._free) == self.count
+        for buffer in self._free:
+            buffer.release()
+        self._view.release()
+        self._memory.close()
