@@ -44,12 +44,14 @@ class Deadlock(RuntimeError):
 class VirtualSelector(selectors.BaseSelector):
     """Polls real descriptors, and turns every wait into a jump of the clock, up to the horizon if there is one.
 
-    ``now_ns`` is the time; ``horizon_ns`` is None in automatic mode. ``on_deadlock`` makes the exception.
+    ``now_ns`` is the time; ``horizon_ns`` is None in automatic mode. ``on_idle`` is asked before time passes or the loop
+    blocks, and returns True when it has given the loop something to do; ``on_deadlock`` makes the exception.
     """
 
-    def __init__(self, *, manual: bool, on_deadlock: Callable[[], Deadlock]) -> None:
+    def __init__(self, *, manual: bool, on_idle: Callable[[], bool], on_deadlock: Callable[[], Deadlock]) -> None:
         self.now_ns = 0
         self.horizon_ns = 0 if manual else None
+        self._on_idle = on_idle
         self._on_deadlock = on_deadlock
         self._real = selectors.DefaultSelector()
 
@@ -58,6 +60,8 @@ class VirtualSelector(selectors.BaseSelector):
         ready = self._real.select(0)
         if ready or (timeout is not None and timeout <= 0):
             return ready
+        if self._on_idle():
+            return []
         if timeout is not None:
             due = self.now_ns + max(1, round(timeout * SECOND_NS))
             if self.horizon_ns is None or due <= self.horizon_ns:
@@ -110,7 +114,8 @@ class SimLoop(asyncio.SelectorEventLoop):
     def __init__(self, schedule: Schedule | None = None, *, manual: bool = False) -> None:
         self.schedule: Final[Schedule] = schedule if schedule is not None else Fifo()
         self.trace: list[int] = []
-        self._time = VirtualSelector(manual=manual, on_deadlock=self._deadlock)
+        self._time = VirtualSelector(manual=manual, on_idle=self._wake_settlers, on_deadlock=self._deadlock)
+        self._settlers: list[asyncio.Future[None]] = []
         self._steps: list[_Step] = []
         self._numbers: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = weakref.WeakKeyDictionary()
         self._tasks_made = 0
@@ -133,11 +138,25 @@ class SimLoop(asyncio.SelectorEventLoop):
         """True when time passes only as `advance` allows."""
         return self._time.horizon_ns is not None
 
+    async def settle(self) -> None:
+        """Return when everything that can run without time passing has run, and no descriptor is ready."""
+        settler = self.create_future()
+        self._settlers.append(settler)
+        await settler
+
+    def _wake_settlers(self) -> bool:
+        settlers, self._settlers = self._settlers, []
+        for settler in settlers:
+            if not settler.done():
+                settler.set_result(None)
+        return bool(settlers)
+
     async def advance(self, ns: int) -> None:
-        """Let ``ns`` nanoseconds pass and return at their end; what falls due at the end itself may run afterwards."""
+        """Let ``ns`` nanoseconds pass and return when everything that fell due in them has run."""
         if self._time.horizon_ns is not None:
             self._time.horizon_ns = max(self._time.horizon_ns, self.now_ns + ns)
         await LoopClock().sleep_ns(ns)
+        await self.settle()
 
     async def advance_until(self, done: asyncio.Future[object], *, limit_ns: int) -> bool:
         """Let time pass until ``done`` is done, at most ``limit_ns``; returns whether it is. ``done`` is not

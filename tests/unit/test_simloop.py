@@ -303,7 +303,6 @@ def test_manual_time_moves_only_by_advance() -> None:
         await loop.advance(9_999_999_999)
         seen += [loop.now_ns, sleeper.done()]
         await loop.advance(1)
-        await asyncio.sleep(0)
         seen += [loop.now_ns, sleeper.done()]
         return seen
 
@@ -327,6 +326,30 @@ def test_everything_due_happens_in_order_while_time_is_advanced() -> None:
         return ticks
 
     assert run_manual(main) == [3, 6, 9]
+
+
+def test_settle_returns_when_only_time_could_change_anything() -> None:
+    """After a command everything that follows at once has happened, and nothing that takes time."""
+
+    async def main() -> list[int]:
+        done: list[int] = []
+
+        async def work(number: int) -> None:
+            for _ in range(number):
+                await asyncio.sleep(0)
+            done.append(number)
+            await asyncio.sleep(1)
+            done.append(-number)
+
+        tasks = [asyncio.ensure_future(work(number)) for number in (3, 50)]
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
+        await loop.settle()
+        seen = list(done)
+        await asyncio.wait(tasks)
+        return seen
+
+    assert run(main) == [3, 50]
 
 
 def test_advance_until_stops_when_the_wish_comes_true_or_at_the_limit() -> None:
