@@ -27,8 +27,17 @@ import attrs
 
 from qblock import blockers, chain
 from qblock.blockers import OpBlocker, OpType
-from qblock.errors import CommandError, DeviceNotFound, DuplicateName, FrozenLink, InvalidParameter, NodeBusy
-from qblock.errors import NodeNotFound, PermissionConflict, ReadOnlyNode
+from qblock.errors import (
+    CommandError,
+    DeviceNotFound,
+    DuplicateName,
+    FrozenLink,
+    InvalidParameter,
+    NodeBusy,
+    NodeNotFound,
+    PermissionConflict,
+    ReadOnlyNode,
+)
 from qblock.node import BdrvChild, BlockDriverState, EdgeParent
 from qblock.permissions import ANY_WRITE, ChildRole, Perm, PermissionPair, cumulative, find_clash, permission_names
 

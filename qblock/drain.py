@@ -1,0 +1,127 @@
+"""Drained sections: nothing new is started on a node, and what was under way has ended.
+
+Models QEMU's ``bdrv_drained_begin``/``end``. A section on a node quiesces everything that is above it (nodes pass it on,
+backends queue new requests, jobs stop at their next pause point) and then waits until none of these is busy. Requests that
+are under way go on meanwhile, down through the nodes; only their sources have dried up.
+
+Waiting is without polling. Who waits puts one future into ``idle_waiters`` of the drained node *and of every node above
+it*; whoever becomes idle says so with `kick` on its own node (requests do it in line: ``if not node.in_flight and
+node.idle_waiters``), which wakes the waiters, and these look again. So the news reaches drained nodes below without a walk
+on the request path. Changes of edges wake the waiters too (`graph.py`): what is above the node may then be different.
+
+Differs from QEMU in that a section does not make the nodes *below* quiesce: these have no requests of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from qblock.node import BlockDriverState
+
+if TYPE_CHECKING:
+    from qblock.graph import Graph
+
+
+def enter(node: BlockDriverState) -> None:
+    """One more request is inside ``node``."""
+    node.in_flight += 1
+
+
+def leave(node: BlockDriverState) -> None:
+    """A request has left ``node``; the last one wakes who waits for that."""
+    assert node.in_flight > 0, f"{node!r} has no request in flight"
+    node.in_flight -= 1
+    if not node.in_flight and node.idle_waiters:
+        node.wake_idle_waiters()
+
+
+def wake(node: BlockDriverState) -> None:
+    """Wake who waits for ``node`` or for a node below it; they look for themselves whether it is idle."""
+    node.wake_idle_waiters()
+
+
+def kick(node: BlockDriverState) -> None:
+    """Something that uses ``node`` (a backend, a job, a request) has become idle: who drains it or a node below looks again.
+
+    A job says so on every node that it has an edge to.
+    """
+    if node.idle_waiters:
+        node.wake_idle_waiters()
+
+
+async def wait_idle(node: BlockDriverState) -> None:
+    """Wait until no request is in ``node`` nor in anything above it; on return that is still so.
+
+    Without a drained section new requests may keep it from ending.
+    """
+    while node.is_busy():
+        watched = _with_ancestors(node)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for watch in watched:
+            watch.idle_waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            for watch in watched:
+                if waiter in watch.idle_waiters:
+                    watch.idle_waiters.remove(waiter)
+
+
+def _with_ancestors(node: BlockDriverState) -> list[BlockDriverState]:
+    """``node`` and all nodes above it, each once."""
+    found = {node: None}
+    pending = [node]
+    while pending:
+        for edge in pending.pop().parents:
+            parent = edge.parent
+            if isinstance(parent, BlockDriverState) and parent not in found:
+                found[parent] = None
+                pending.append(parent)
+    return list(found)
+
+
+async def drained_begin(nodes: Iterable[BlockDriverState]) -> None:
+    """Begin a section on each of ``nodes`` and wait until all are idle; when this raises, no section has begun."""
+    begun = tuple(nodes)
+    for node in begun:
+        node.quiesce()
+    try:
+        # Waiting for one node lets others run: only when all are idle at the same moment is it done.
+        while any(node.is_busy() for node in begun):
+            for node in begun:
+                await wait_idle(node)
+    except BaseException:
+        drained_end(begun)
+        raise
+
+
+def drained_end(nodes: Iterable[BlockDriverState]) -> None:
+    """End the section on each of ``nodes``: the same ones as were given to `drained_begin`, whatever their edges now."""
+    for node in nodes:
+        node.resume()
+
+
+@asynccontextmanager
+async def drained(*nodes: BlockDriverState) -> AsyncIterator[None]:
+    """A drained section on all of ``nodes`` around the block; sections may be nested and may overlap."""
+    await drained_begin(nodes)
+    try:
+        yield
+    finally:
+        drained_end(nodes)
+
+
+@asynccontextmanager
+async def drained_all(graph: Graph) -> AsyncIterator[None]:
+    """A drained section on all nodes that ``graph`` has at the start of the block."""
+    async with drained(*graph.nodes.values()):
+        yield
+
+
+async def drain_all(graph: Graph) -> None:
+    """Wait until no request is anywhere in ``graph``; new ones may start right afterwards."""
+    async with drained_all(graph):
+        pass
