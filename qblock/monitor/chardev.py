@@ -1,0 +1,128 @@
+"""Where a monitor listens or connects: the options of ``--chardev`` and the short form that ``-qmp`` takes.
+
+Models QEMU's ``socket`` (unix and TCP) and ``stdio`` character devices. Differs from QEMU: abstract unix sockets, TLS, telnet,
+websockets and reconnecting are refused as unknown options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, TypeAlias
+
+import attrs
+
+from qblock.errors import CommandError, InvalidParameter
+from qblock.options import parse_keyval
+
+
+@attrs.frozen
+class UnixAddress:
+    """A socket file."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+@attrs.frozen
+class TcpAddress:
+    """A TCP endpoint; an empty ``host`` listens on all interfaces."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+
+
+Address: TypeAlias = UnixAddress | TcpAddress
+
+
+@attrs.frozen
+class ChardevOptions:
+    """A character device: ``address`` is None for stdio.
+
+    A ``server`` listens and serves one client at a time, the next one when that one has gone; with ``wait`` the program starts
+    only when a client has come. Otherwise it connects, once.
+    """
+
+    label: str
+    address: Address | None
+    server: bool = False
+    wait: bool = True
+
+
+_SOCKET: Final = frozenset({"path", "host", "port", "server", "wait"})
+
+
+def parse_chardev(text: str) -> ChardevOptions:
+    """``socket,id=c,path=P,server=on,wait=off`` or ``stdio,id=c``, as --chardev takes it; raises `CommandError`."""
+    return chardev_from(parse_keyval(text, implied="backend"))
+
+
+def chardev_from(options: Mapping[str, object]) -> ChardevOptions:
+    """The same from a mapping of strings (JSON booleans for server and wait are taken as well)."""
+    given = dict(options)
+    backend, label = given.pop("backend", None), given.pop("id", None)
+    if not isinstance(label, str):
+        raise InvalidParameter("id", "is missing: a character device needs a name")
+    if backend == "stdio":
+        _refuse_others(given, frozenset())
+        return ChardevOptions(label, None)
+    if backend != "socket":
+        raise InvalidParameter("backend", f"is '{backend}'; the character devices there are: socket, stdio")
+    _refuse_others(given, _SOCKET)
+    return _socket(label, given)
+
+
+def parse_short(text: str, label: str) -> ChardevOptions:
+    """``unix:PATH[,server=on][,wait=off]``, ``tcp:HOST:PORT[,…]`` or ``stdio``, as -qmp and -monitor take it."""
+    first, _, rest = text.partition(",")
+    kind, _, where = first.partition(":")
+    given: dict[str, object] = {}
+    for part in filter(None, rest.split(",")):
+        key, found, value = part.partition("=")
+        given[key.removeprefix("no") if not found and key.startswith("no") else key] = (
+            value if found else "off" if key.startswith("no") else "on"
+        )
+    _refuse_others(given, frozenset({"server", "wait"}))
+    if kind == "unix":
+        return _socket(label, given | {"path": where})
+    if kind == "tcp":
+        host, _, port = where.rpartition(":")
+        return _socket(label, given | {"host": host.strip("[]"), "port": port})
+    if text == "stdio":
+        return ChardevOptions(label, None)
+    raise CommandError(f"'{text}' is no character device; there are unix:PATH, tcp:HOST:PORT and stdio")
+
+
+def _refuse_others(given: Mapping[str, object], known: frozenset[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise InvalidParameter(key, "is unexpected: this kind of character device has no such option")
+
+
+def _socket(label: str, given: Mapping[str, object]) -> ChardevOptions:
+    server = _flag(given, "server", default=False)
+    if not server and "wait" in given:
+        raise InvalidParameter("wait", "is for sockets that listen (server=on)")
+    wait = _flag(given, "wait", default=True)
+    path = given.get("path")
+    if isinstance(path, str) and path:
+        if "host" in given or "port" in given:
+            raise InvalidParameter("path", "and 'host' exclude each other")
+        return ChardevOptions(label, UnixAddress(path), server=server, wait=server and wait)
+    port = str(given.get("port", ""))
+    if not port.isdigit() or int(port) > 0xFFFF:
+        raise InvalidParameter("port", "must be a number from 0 to 65535 (or give a 'path')")
+    return ChardevOptions(label, TcpAddress(str(given.get("host", "")), int(port)), server=server, wait=server and wait)
+
+
+def _flag(given: Mapping[str, object], key: str, *, default: bool) -> bool:
+    value = given.get(key, default)
+    if isinstance(value, bool):
+        return value
+    if value not in ("on", "off"):
+        raise InvalidParameter(key, "must be 'on' or 'off'")
+    return value == "on"

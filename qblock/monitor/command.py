@@ -1,0 +1,163 @@
+"""What a monitor command is: one async function with one frozen argument class, and tables of them by dialect.
+
+QMP, HMP, introspection and the docs all read the same `Command` objects. Models which commands each of QEMU's programs has:
+`Dialect.SYSTEM` is qemu-system, `Dialect.STORAGE_DAEMON` is qemu-storage-daemon. A command that is not complete is not in
+a table, so it answers CommandNotFound.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import typing
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import attrs
+
+from qblock.errors import CommandError, CommandNotFound
+from qblock.monitor import visitor
+
+if TYPE_CHECKING:
+    from qblock.driver import Json
+    from qblock.monitor.descriptors import FdBatch
+    from qblock.monitor.hub import MonitorHub
+    from qblock.monitor.session import MonitorSession
+    from qblock.system import BlockSystem
+
+
+class Dialect(enum.Enum):
+    """Whose set of commands a monitor has."""
+
+    STORAGE_DAEMON = "qemu-storage-daemon"
+    SYSTEM = "qemu-system"
+
+
+BOTH: Final = frozenset(Dialect)
+SYSTEM_ONLY: Final = frozenset({Dialect.SYSTEM})
+
+
+@attrs.frozen
+class CommandContext:
+    """What a command may touch: the block system, the program around it, and the session that asked (for its descriptors).
+
+    ``session`` is None for a command that no QMP session gave (the REPL, the command line); ``fds`` is the batch of
+    descriptors that the request may claim from.
+    """
+
+    hub: MonitorHub
+    session: MonitorSession | None = None
+    fds: FdBatch | None = None
+
+    @property
+    def system(self) -> BlockSystem:
+        """The block system that this monitor drives."""
+        return self.hub.system
+
+    @property
+    def dialect(self) -> Dialect:
+        """Whose command set is in force."""
+        return self.hub.dialect
+
+
+@attrs.frozen
+class NoArguments:
+    """The arguments of a command that takes none."""
+
+
+Handler = Callable[[CommandContext, Any], Awaitable[Any]]
+
+
+@attrs.frozen
+class Command:
+    """One command. ``since`` is the QEMU version that brought it, ``features`` its QAPI feature flags.
+
+    ``open_arguments`` commands take an object whose members depend on a member of it (blockdev-add): their handler gets
+    the JSON object itself and has it checked by the schema of the driver that it names; ``arguments`` is then `NoArguments`.
+    """
+
+    name: str
+    handler: Handler
+    arguments: type[Any]
+    since: str
+    oob: bool = False
+    open_arguments: bool = False
+    features: tuple[str, ...] = ()
+    dialects: frozenset[Dialect] = BOTH
+
+    @property
+    def doc(self) -> str:
+        """The first paragraph of the handler's docstring."""
+        return (inspect.getdoc(self.handler) or "").split("\n\n")[0].replace("\n", " ")
+
+    def returns(self) -> Any:
+        """The handler's annotated result: an attrs class, a list of one, ``str``, ``None`` or ``Json``."""
+        return typing.get_type_hints(self.handler)["return"]
+
+    async def run(self, ctx: CommandContext, arguments: Mapping[str, Json]) -> Json:
+        """Check the arguments, execute, and give the result as JSON; raises `QBlockError`."""
+        given = arguments if self.open_arguments else visitor.arguments(self.arguments, arguments)
+        return visitor.reply(await self.handler(ctx, given))
+
+
+_Function = TypeVar("_Function", bound=Handler)
+
+
+def command(
+    name: str,
+    *,
+    since: str,
+    oob: bool = False,
+    open_arguments: bool = False,
+    features: tuple[str, ...] = (),
+    dialects: frozenset[Dialect] = BOTH,
+) -> Callable[[_Function], Command]:
+    """Make a `Command` of an async function ``(ctx, args)``; the annotation of ``args`` is its argument class."""
+
+    def decorate(function: _Function) -> Command:
+        args = list(inspect.signature(function).parameters.values())[1].annotation
+        hinted = args if isinstance(args, type) else function.__globals__[args] if not open_arguments else NoArguments
+        return Command(
+            name,
+            function,
+            NoArguments if open_arguments else hinted,
+            since,
+            oob=oob,
+            open_arguments=open_arguments,
+            features=features,
+            dialects=dialects,
+        )
+
+    return decorate
+
+
+class CommandTable(Mapping[str, Command]):
+    """The commands of one dialect, by name, in alphabetical order."""
+
+    def __init__(self, dialect: Dialect, commands: Iterable[Command]) -> None:
+        self.dialect = dialect
+        self._commands = {c.name: c for c in sorted(commands, key=lambda c: c.name) if dialect in c.dialects}
+
+    @classmethod
+    def of_modules(cls, dialect: Dialect, modules: Iterable[ModuleType]) -> CommandTable:
+        """All `Command` objects that the modules define and ``dialect`` has."""
+        return cls(dialect, (value for m in modules for value in vars(m).values() if isinstance(value, Command)))
+
+    def __getitem__(self, name: str) -> Command:
+        return self._commands[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._commands)
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+    def find(self, name: str, *, oob: bool = False) -> Command:
+        """The command ``name``; raises `CommandNotFound`, or `CommandError` if ``oob`` and it must wait its turn."""
+        found = self._commands.get(name)
+        if found is None:
+            raise CommandNotFound(name)
+        if oob and not found.oob:
+            raise CommandError(f"The command '{name}' cannot be executed out of band; send it with 'execute'")
+        return found

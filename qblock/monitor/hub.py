@@ -1,0 +1,116 @@
+"""What all monitors of one program share: the commands, the sessions, the run state, and the events for everyone.
+
+Models the monitor core of QEMU with what it knows of the machine around the block layer (name, run state, character
+devices). Events that QEMU limits to one per second are limited here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+
+from qblock.monitor.command import CommandTable, Dialect
+from qblock.monitor.throttle import EventThrottle
+
+if TYPE_CHECKING:
+    from qblock.driver import Json
+    from qblock.monitor.session import MonitorSession
+    from qblock.system import BlockSystem
+
+
+class RunState(enum.Enum):
+    """The states of the guest as query-status tells them."""
+
+    PRELAUNCH = "prelaunch"
+    RUNNING = "running"
+    PAUSED = "paused"
+
+
+class Chardev(Protocol):
+    """A character device as query-chardev shows it."""
+
+    label: str
+
+    @property
+    def filename(self) -> str:
+        """Where it leads, in QEMU's notation."""
+
+    @property
+    def frontend_open(self) -> bool:
+        """True while a monitor uses it."""
+
+
+def _to_stderr(text: str) -> None:
+    print(text.rstrip("\n"), file=sys.stderr)
+
+
+@attrs.define(eq=False)
+class MonitorHub:
+    """The monitor side of a running program.
+
+    ``name`` is the machine's name if it has one, ``package`` names the program in the greeting, ``report`` tells the person at
+    the console (also what HMP's qemu-io prints). Call `open` before use and `close` at the end.
+    """
+
+    system: BlockSystem
+    dialect: Dialect = Dialect.SYSTEM
+    name: str | None = None
+    run_state: RunState = RunState.RUNNING
+    report: Callable[[str], None] = _to_stderr
+    package: str = "qblock"
+    commands: CommandTable = attrs.field(init=False, repr=False)
+    sessions: list[MonitorSession] = attrs.field(factory=list, init=False)
+    chardevs: list[Chardev] = attrs.field(factory=list, init=False)
+    quitting: bool = attrs.field(default=False, init=False)
+    _quit: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
+    _throttle: EventThrottle = attrs.field(init=False, repr=False)
+    _unsubscribe: Callable[[], None] | None = attrs.field(default=None, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        from qblock.monitor.commands import table  # noqa: PLC0415 - the commands are written against this module
+
+        self.commands = table(self.dialect)
+        self._throttle = EventThrottle(self.system.env.clock, self._tell)
+
+    def open(self) -> None:
+        """Begin to pass events on."""
+        self._unsubscribe = self.system.events.subscribe(self._throttle.event)
+
+    async def close(self) -> None:
+        """Let go of the system; sessions are ended by their servers."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
+        await self._throttle.close()
+
+    def _tell(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> None:
+        for session in tuple(self.sessions):
+            session.event(name, data, when)
+
+    # -------------------------------------------------------------------------------------------------- run state, quit
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest runs."""
+        return self.run_state is RunState.RUNNING
+
+    async def quit(self) -> None:
+        """Cancel all jobs, then let `wait_quit` return; the events of the jobs precede the reply."""
+        if self.dialect is Dialect.SYSTEM:
+            self.system.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+        await self.system.jobs.cancel_all()
+        self.quitting = True
+        self._quit.set()
+        for session in self.sessions:
+            session.wake()
+
+    async def wait_quit(self) -> None:
+        """Return when somebody told the program to quit."""
+        await self._quit.wait()
+
+

@@ -1,0 +1,196 @@
+"""Serving QMP on unix sockets, TCP and standard input and output.
+
+Models a QMP monitor on a character device of QEMU: one client at a time, the next one is accepted when that one has gone; a
+socket file that is in the way is replaced. Differs from QEMU: a socket file is private to its owner (mode 0600, set before
+anybody can connect), and a file in the way that is no socket is left alone and reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+import sys
+
+import attrs
+
+from qblock.errors import CommandError
+from qblock.monitor.chardev import ChardevOptions, TcpAddress, UnixAddress
+from qblock.monitor.connecting import connect_socket, resolve
+from qblock.monitor.hub import MonitorHub
+from qblock.monitor.link import DescriptorLink, SocketLink
+from qblock.monitor.session import MonitorSession
+
+
+@attrs.define(eq=False)
+class MonitorServer:
+    """Serves the monitors of ``hub`` at ``options``. Use `start`, then `close`; or ``async with``."""
+
+    hub: MonitorHub
+    options: ChardevOptions
+    _listener: socket.socket | None = attrs.field(default=None, init=False)
+    _inode: int = attrs.field(default=0, init=False)
+    _session: MonitorSession | None = attrs.field(default=None, init=False)
+    _task: asyncio.Task[None] | None = attrs.field(default=None, init=False)
+    _peer: str = attrs.field(default="", init=False)
+    _came: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
+
+    # ---------------------------------------------------------------------------------------------- as query-chardev shows it
+
+    @property
+    def label(self) -> str:
+        """The id of the character device."""
+        return self.options.label
+
+    @property
+    def frontend_open(self) -> bool:
+        """True: a monitor is always attached here."""
+        return True
+
+    @property
+    def filename(self) -> str:
+        """Where it leads, in QEMU's notation; ``disconnected:`` while no client is there."""
+        if self.options.address is None:
+            return "stdio"
+        where = f"{self._bound()},server=on" if self.options.server else f"{self.options.address}"
+        if self._session is None:
+            return f"disconnected:{where}"
+        return where + (f" <-> {self._peer}" if self._peer else "")
+
+    def _bound(self) -> UnixAddress | TcpAddress:
+        """The address, with the port that the system chose if 0 was asked for."""
+        address = self.options.address
+        assert address is not None
+        if isinstance(address, TcpAddress) and self._listener is not None:
+            host, port = self._listener.getsockname()[:2]
+            return TcpAddress(host, port)
+        return address
+
+    @property
+    def port(self) -> int:
+        """The TCP port in use."""
+        bound = self._bound()
+        assert isinstance(bound, TcpAddress)
+        return bound.port
+
+    # ----------------------------------------------------------------------------------------------------- start and end
+
+    async def start(self) -> None:
+        """Listen, connect, or take standard input and output; with ``wait`` until a client is there. Raises `CommandError`."""
+        self.hub.chardevs.insert(0, self)
+        address = self.options.address
+        try:
+            if address is None:
+                self._serve_stdio()
+            elif not self.options.server:
+                self._serve(await connect_socket(address))
+            else:
+                self._listener = await self._listen(address)
+                self._accept_again()
+                if self.options.wait:
+                    self.hub.report(f"Waiting for a client on {self._bound()}")
+                    await self._came.wait()
+        except OSError as error:
+            self.hub.chardevs.remove(self)
+            raise CommandError(f"Cannot serve on {address or 'stdio'}: {error.strerror or error}") from error
+
+    async def close(self) -> None:
+        """Finish the command that is executed, send what waits if it goes at once, and let go of everything."""
+        if self._listener is not None:
+            with contextlib.suppress(ValueError):
+                asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._unlink()
+        if self._session is not None:
+            self._session.link.pause_reading()
+            self._session.ended()
+        if self._task is not None:
+            await self._task
+        if self in self.hub.chardevs:
+            self.hub.chardevs.remove(self)
+
+    async def __aenter__(self) -> MonitorServer:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # ------------------------------------------------------------------------------------------------------------- inside
+
+    async def _listen(self, address: UnixAddress | TcpAddress) -> socket.socket:
+        if isinstance(address, UnixAddress):
+            listener = _bind_unix(address.path)
+            self._inode = os.stat(address.path).st_ino
+        else:
+            family, kind, protocol, where = await resolve(address, passive=True)
+            listener = socket.socket(family, kind, protocol)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(where)
+            except OSError:
+                listener.close()
+                raise
+        listener.setblocking(False)
+        listener.listen(1)
+        return listener
+
+    def _unlink(self) -> None:
+        """Remove the socket file, unless another program has put its own in its place."""
+        address = self.options.address
+        if isinstance(address, UnixAddress):
+            with contextlib.suppress(OSError):
+                if os.lstat(address.path).st_ino == self._inode:
+                    os.unlink(address.path)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None and self._listener.fileno() >= 0 and not self.hub.quitting:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, peer = self._listener.accept()
+        except OSError:  # the client has given up, or there are no descriptors left: try at the next one
+            return
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else ""
+        self._serve(sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        self._begin(session := MonitorSession(self.hub), SocketLink(sock, session))
+
+    def _serve_stdio(self) -> None:
+        self._begin(session := MonitorSession(self.hub), DescriptorLink(sys.stdin.fileno(), sys.stdout.fileno(), session))
+
+    def _begin(self, session: MonitorSession, link: DescriptorLink) -> None:
+        session.link = link
+        self._session = session
+        self._came.set()
+        self._task = asyncio.create_task(self._run(session), name=f"monitor {self.label}")
+
+    async def _run(self, session: MonitorSession) -> None:
+        try:
+            await session.run()
+        finally:
+            session.link.close()
+            self._session, self._peer = None, ""
+            self._accept_again()
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """A bound unix socket that only this user can connect to; a stale socket file is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise CommandError(f"'{path}' exists and is no socket; remove it, or choose another path")
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o600)  # nobody can connect before listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
