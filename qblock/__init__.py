@@ -1,1 +1,75 @@
-"""qblock: QEMU's block layer in Python."""
+"""qblock: QEMU's block layer in Python. Disk images, live chains of them, block jobs, and the monitor that drives them.
+
+The public names below are imported when first used (PEP 562), so that ``import qblock`` costs next to nothing. For plain
+scripts: ``qblock.open(path)``. For those who drive graphs and jobs: `BlockSystem`. Everything else is found in the modules
+that `docs/architecture.md` describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from qblock.errors import (
+        BlockIOError,
+        CommandError,
+        ImageError,
+        OpenDenied,
+        QBlockError,
+    )
+    from qblock.image import Image, ImageFile, MapExtent, create
+    from qblock.image import open_image as open
+    from qblock.monitor.client import QmpClient
+    from qblock.opening import OpenPolicy
+    from qblock.system import BlockSystem
+
+__version__: Final = "0.1.0"
+
+__all__ = [
+    "BlockIOError",
+    "BlockSystem",
+    "CommandError",
+    "Image",
+    "ImageError",
+    "ImageFile",
+    "MapExtent",
+    "OpenDenied",
+    "OpenPolicy",
+    "QBlockError",
+    "QmpClient",
+    "create",
+    "open",
+]
+
+_HOMES: Final[Mapping[str, str]] = {
+    "BlockIOError": "qblock.errors:BlockIOError",
+    "BlockSystem": "qblock.system:BlockSystem",
+    "CommandError": "qblock.errors:CommandError",
+    "Image": "qblock.image:Image",
+    "ImageError": "qblock.errors:ImageError",
+    "ImageFile": "qblock.image:ImageFile",
+    "MapExtent": "qblock.image:MapExtent",
+    "OpenDenied": "qblock.errors:OpenDenied",
+    "OpenPolicy": "qblock.opening:OpenPolicy",
+    "QBlockError": "qblock.errors:QBlockError",
+    "QmpClient": "qblock.monitor.client:QmpClient",
+    "create": "qblock.image:create",
+    "open": "qblock.image:open_image",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'qblock' has no attribute {name!r}")
+    import importlib  # noqa: PLC0415 - only when a public name is used for the first time
+
+    module, _, attribute = home.partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

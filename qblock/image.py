@@ -1,0 +1,331 @@
+"""Disk images for plain scripts: open, read, write and map them without a line of asyncio.
+
+`open_image` (as ``qblock.open``) gives an `Image` whose methods block until done. Everything beneath is the block
+layer itself, on an event loop that the image owns and that runs only inside its methods. Offsets and lengths are
+bytes. Differs from QEMU's tools in that a backing file which an image merely mentions is opened only when asked for:
+``backing=True``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import os
+import warnings
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+
+from qblock import status
+from qblock.backend import BlockBackend
+from qblock.chain import skip_filters
+from qblock.clock import RealClock
+from qblock.driver import Environment, SupportsBacking
+from qblock.errors import BlockIOError
+from qblock.graph import Graph
+from qblock.opening import Opener, OpenPolicy
+from qblock.permissions import Perm
+from qblock.registry import DriverRegistry
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # known to type checkers; collections.abc has it from 3.12 on
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class MapExtent:
+    """A run of bytes of an image, as ``qemu-img map --output=json`` tells it.
+
+    ``depth`` is the layer that answers, 0 for the top. ``present``: stored in some layer (otherwise it reads as
+    zeroes). ``offset`` is where the run lies in that layer's file, None when it has no plain place.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool
+    offset: int | None
+
+    @property
+    def end(self) -> int:
+        """The first byte behind the run."""
+        return self.start + self.length
+
+
+@attrs.frozen
+class ImageInfo:
+    """What an image is: sizes in bytes; ``allocated`` is what it takes on its host, ``cluster_size`` 0 when it has
+    none.
+    """
+
+    filename: str | None
+    format: str
+    length: int
+    allocated: int | None
+    cluster_size: int
+    backing_filename: str | None
+
+
+def _environment() -> Environment:
+    return Environment(
+        clock=RealClock(),
+        executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="qblock-image"),
+        random=Random(),
+        emit=lambda event, data: None,
+        warn=lambda text: warnings.warn(text, stacklevel=2),
+    )
+
+
+class Image:
+    """An open image. A context manager: leaving it flushes and closes. Not for use by two threads at once."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, writable: bool = False, fmt: str | None = None, backing: bool = False
+    ) -> None:
+        self.path = os.fspath(path)
+        self.writable = writable
+        self._loop = asyncio.new_event_loop()
+        self._env = _environment()
+        self._graph = Graph(random=self._env.random)
+        policy = OpenPolicy.follow() if backing else OpenPolicy.deny()
+        self._opener = Opener(self._graph, DriverRegistry(), self._env, policy)
+        writing = Perm.WRITE | Perm.RESIZE if writable else Perm.NONE
+        self._backend = BlockBackend(
+            self._graph, perm=Perm.CONSISTENT_READ | writing, shared=Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
+            description=f"the image '{self.path}'",
+        )  # fmt: skip
+        self._closed = False
+        try:
+            node = self._run(self._opener.open_image(self.path, fmt=fmt, read_only=not writable))
+            self._backend.insert(node)
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            work.close()
+            raise ValueError(f"the image '{self.path}' is closed")
+        try:
+            return self._loop.run_until_complete(work)
+        except RuntimeError:
+            work.close()
+            raise
+
+    # ------------------------------------------------------------------------------------------------------- questions
+
+    @property
+    def length(self) -> int:
+        """The size of the disk in the image, in bytes."""
+        return self._backend.length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def info(self) -> ImageInfo:
+        """Format, sizes and backing file."""
+        node = skip_filters(self._backend.node)
+        driver = node.driver
+        link = driver.backing_link() if isinstance(driver, SupportsBacking) else None
+        return ImageInfo(
+            filename=driver.filename(),
+            format=driver.name,
+            length=node.length,
+            allocated=driver.allocated_size(),
+            cluster_size=driver.info().cluster_size,
+            backing_filename=link.filename if link is not None else None,
+        )
+
+    def map(self, offset: int = 0, length: int | None = None) -> Iterator[MapExtent]:
+        """What is stored where, from ``offset`` on, in runs that are as long as they can be."""
+        end = self.length if length is None else min(self.length, offset + length)
+        held: MapExtent | None = None
+        while offset < end:
+            found = self._run(self._status(offset, end - offset))
+            if held is not None and _continues(held, found):
+                held = attrs.evolve(held, length=held.length + found.length)
+            else:
+                if held is not None:
+                    yield held
+                held = found
+            offset = found.end
+        if held is not None:
+            yield held
+
+    async def _status(self, offset: int, length: int) -> MapExtent:
+        found = await status.chain_status(self._backend.node, offset, length)
+        return MapExtent(
+            offset, found.length, found.depth, found.present, found.zero, found.data, found.compressed, found.offset
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ data
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``; raises `BlockIOError` when they are not all inside the image."""
+        return self._run(self._backend.read(offset, length))
+
+    def readinto(self, offset: int, buffer: Buffer) -> None:
+        """Fill ``buffer`` (a bytearray, a writable memoryview, …) from ``offset``."""
+        with memoryview(buffer) as view, view.cast("B") as flat:
+            self._run(self._backend.read_into(offset, flat))
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data`` at ``offset``; it must fit in the image. Durable after the next `flush`."""
+        self._check_writable()
+        with memoryview(data) as view, view.cast("B") as flat:
+            self._run(self._backend.write_from(offset, flat))
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Make the range read as zeroes; with ``unmap`` the space may be given back."""
+        self._check_writable()
+        self._run(self._backend.write_zeroes(offset, length, may_unmap=unmap))
+
+    def discard(self, offset: int, length: int) -> None:
+        """The content of the range is no longer needed; what it reads as afterwards depends on the format."""
+        self._check_writable()
+        self._run(self._backend.discard(offset, length))
+
+    def flush(self) -> None:
+        """Return when all that was written is on disk."""
+        if self.writable:
+            self._run(self._backend.flush())
+
+    def resize(self, length: int) -> None:
+        """Change the size of the disk; what is added reads as zeroes."""
+        self._check_writable()
+        self._run(self._backend.truncate(length))
+
+    def as_file(self) -> ImageFile:
+        """A raw file object over the image, for whatever wants one; closing it leaves the image open."""
+        return ImageFile(self)
+
+    def _check_writable(self) -> None:
+        if not self.writable:
+            raise BlockIOError(errno.EROFS, f"the image '{self.path}' was opened without writable=True")
+
+    # ------------------------------------------------------------------------------------------------------------- end
+
+    def close(self) -> None:
+        """Flush and close; closing twice is harmless."""
+        if self._closed:
+            return
+        try:
+            self._run(self._close())
+        finally:
+            self._closed = True
+            self._env.executor.shutdown(wait=True)
+            self._loop.close()
+
+    async def _close(self) -> None:
+        try:
+            if self.writable and self._backend.root is not None:
+                await self._backend.flush()
+        finally:
+            if self._backend.root is not None:
+                self._backend.remove()
+            await self._opener.close_orphans()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "writable" if self.writable else "read-only"
+        return f"<Image {self.path!r} {state}>"
+
+
+def _continues(first: MapExtent, second: MapExtent) -> bool:
+    """True when one run can be told as part of the other."""
+    if first.offset is not None and second.offset is not None:
+        meets = first.offset + first.length == second.offset
+    else:
+        meets = first.offset is second.offset
+    kinds = [(run.depth, run.present, run.zero, run.data, run.compressed) for run in (first, second)]
+    return meets and kinds[0] == kinds[1]
+
+
+class ImageFile(io.RawIOBase):
+    """An `Image` as a raw binary file of fixed size: ``io.BufferedReader(image.as_file())`` and the like work."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def writable(self) -> bool:
+        """As the image was opened."""
+        return self.image.writable
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """The position in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As for any file; the position may be behind the end, where reads give nothing."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.image.length}[whence]
+        if start + offset < 0:
+            raise ValueError(f"negative position {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Buffer) -> int:
+        """Read as much as fits and is there; 0 at the end."""
+        with memoryview(buffer) as view, view.cast("B") as flat:
+            count = max(0, min(len(flat), self.image.length - self._position))
+            if count:
+                self.image.readinto(self._position, flat[:count])
+        self._position += count
+        return count
+
+    def write(self, data: Buffer) -> int:
+        """Write what fits before the end of the disk, which does not grow; nothing fits: ``BlockIOError(ENOSPC)``."""
+        with memoryview(data) as view, view.cast("B") as flat:
+            count = max(0, min(len(flat), self.image.length - self._position))
+            if len(flat) and not count:
+                raise BlockIOError(errno.ENOSPC, f"the disk in '{self.image.path}' ends at {self.image.length}")
+            self.image.write(self._position, flat[:count])
+        self._position += count
+        return count
+
+    def truncate(self, size: int | None = None) -> int:
+        """Resize the disk to ``size``, or to the position."""
+        length = self._position if size is None else size
+        self.image.resize(length)
+        return length
+
+    def flush(self) -> None:
+        """See `Image.flush`."""
+        if not self.closed:
+            self.image.flush()
+
+
+def open_image(
+    path: str | os.PathLike[str], *, writable: bool = False, fmt: str | None = None, backing: bool = False
+) -> Image:
+    """Open the image at ``path`` for a ``with`` block.
+
+    ``fmt`` names the format (None: look at the content; raw images that strangers wrote should be named as such).
+    ``backing=True`` also opens the backing files that the image names; without it an overlay is refused with
+    `OpenDenied`. Raises `ImageError`, `CommandError` or `BlockIOError` (an `OSError`).
+    """
+    return Image(path, writable=writable, fmt=fmt, backing=backing)
