@@ -1,0 +1,338 @@
+"""Options as frozen attrs classes: how a field is declared, and how JSON or key=value text becomes an instance.
+
+Models QAPI's input visitors: a strict one for JSON (an int is not a str) and one for ``key=value`` text, where every leaf
+is a string. The wire name of a field is its name with ``-`` for ``_``. Differs from QEMU in that the same class also
+carries the documentation (``doc``, ``since``) from which schema and help are read. Errors are `InvalidParameter` with the
+path of the member, e.g. ``options[0].file``.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, Union
+
+import attrs
+
+from qblock.errors import CommandError, InvalidParameter
+from qblock.units import parse_size
+
+if TYPE_CHECKING:
+    from qblock.permissions import ChildRole
+
+T = TypeVar("T")
+
+INT64_MAX: Final = (1 << 63) - 1
+
+
+class Absent(enum.Enum):
+    """The type of `ABSENT`: a member that was not given, where null means something else."""
+
+    ABSENT = "absent"
+
+    def __bool__(self) -> bool:
+        return False
+
+
+ABSENT: Final = Absent.ABSENT
+
+ChildRef: TypeAlias = str | Mapping[str, Any] | None | Absent
+"""How options name a child: a node's name, the options of a new node, None (explicitly none), or `ABSENT`."""
+
+
+@attrs.frozen
+class DriverOptions:
+    """Base of all drivers' option classes; has no option of its own."""
+
+
+class Field(NamedTuple):
+    """What is declared of one option: see `option`. ``type`` is the resolved annotation."""
+
+    attribute: str
+    wire: str
+    type: Any
+    default: Any
+    doc: str
+    since: str
+    role: ChildRole | None
+    nullable: bool
+
+    @property
+    def required(self) -> bool:
+        """Whether the member must be given."""
+        return self.default is attrs.NOTHING
+
+
+# ----------------------------------------------------------------------------------------------------------- declaring
+
+
+def option(default: Any, *, doc: str, since: str = "", name: str | None = None) -> Any:
+    """A member that may be left out. ``default`` is its value then; ``name`` the wire name if it is not the field's."""
+    return attrs.field(default=default, kw_only=True, metadata={"doc": doc, "since": since, "name": name})
+
+
+def required(*, doc: str, since: str = "", name: str | None = None) -> Any:
+    """A member that must be given."""
+    return attrs.field(kw_only=True, metadata={"doc": doc, "since": since, "name": name})
+
+
+def child(
+    role: ChildRole, *, doc: str, optional: bool = False, nullable: bool = False, since: str = "", name: str | None = None
+) -> Any:
+    """A child node, given by name or as the options of a new node. Annotate the field with `ChildRef`.
+
+    ``nullable``: JSON null is allowed and means that there shall be none, unlike a member left out (`ABSENT`).
+    """
+    metadata = {"doc": doc, "since": since, "name": name, "role": role, "nullable": nullable}
+    return attrs.field(default=ABSENT if optional else attrs.NOTHING, kw_only=True, metadata=metadata)
+
+
+@functools.cache
+def fields(cls: type[Any]) -> tuple[Field, ...]:
+    """The members of an options class, in order of declaration, with their types resolved."""
+    hints = typing.get_type_hints(cls)
+    result = []
+    for attribute in attrs.fields(cls):
+        meta = attribute.metadata
+        wire = meta.get("name") or attribute.name.replace("_", "-")
+        default = attribute.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = default.factory()  # type: ignore[union-attr]
+        about = (meta.get("doc", ""), meta.get("since", ""), meta.get("role"), meta.get("nullable", False))
+        result.append(Field(attribute.name, wire, hints[attribute.name], default, *about))
+    return tuple(result)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def visit(cls: type[T], given: Any, *, path: str = "", strings: bool = False) -> T:
+    """An instance of the attrs class ``cls`` from JSON (``strings``: from key=value text, where leaves are strings).
+
+    Raises `InvalidParameter`: a member is missing, unexpected, or of the wrong type.
+    """
+    if not isinstance(given, Mapping):
+        raise InvalidParameter(path or "arguments", "must be an object")
+    known = fields(cls)
+    wires = {field.wire for field in known}
+    for key in given:
+        if key not in wires:
+            raise InvalidParameter(_join(path, key), "is unexpected")
+    values: dict[str, Any] = {}
+    for field in known:
+        where = _join(path, field.wire)
+        if field.wire in given:
+            if given[field.wire] is None and not field.nullable:
+                raise InvalidParameter(where, "must not be null")
+            values[field.attribute] = _value(field.type, given[field.wire], where, strings)
+        elif field.required:
+            raise InvalidParameter(where, "is missing")
+    return cls(**{_init_name(name): value for name, value in values.items()})
+
+
+def _init_name(attribute: str) -> str:
+    return attribute.lstrip("_")
+
+
+def _join(path: str, key: object) -> str:
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    return f"{path}.{key}" if path else str(key)
+
+
+def _value(kind: Any, given: Any, path: str, strings: bool) -> Any:
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return given
+    if origin in (Union, types.UnionType):
+        return _alternate(typing.get_args(kind), given, path, strings)
+    if origin is Literal:
+        return _choice(typing.get_args(kind), given, path)
+    if origin in (list, tuple, Sequence) or (isinstance(origin, type) and issubclass(origin, Sequence)):
+        return _list(origin, typing.get_args(kind)[0], given, path, strings)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(given, Mapping):
+            raise InvalidParameter(path, "must be an object")
+        return given
+    if attrs.has(kind):
+        return visit(kind, given, path=path, strings=strings)
+    if issubclass(kind, enum.Enum):
+        return kind(_choice(tuple(member.value for member in kind), given, path))
+    return _scalar(kind, given, path, strings)
+
+
+def _choice(values: Sequence[Any], given: Any, path: str) -> Any:
+    if not isinstance(given, str):
+        raise InvalidParameter(path, "must be a string")
+    if given not in values:
+        raise InvalidParameter(path, f"does not accept the value '{given}'; it takes {', '.join(map(str, values))}")
+    return given
+
+
+def _list(origin: Any, item: Any, given: Any, path: str, strings: bool) -> Any:
+    if not isinstance(given, (list, tuple)):
+        raise InvalidParameter(path, "must be an array")
+    values = [_value(item, value, _join(path, index), strings) for index, value in enumerate(given)]
+    return values if origin is list else tuple(values)
+
+
+def _alternate(kinds: Sequence[Any], given: Any, path: str, strings: bool) -> Any:
+    """A value of one of several kinds: chosen by the JSON type of what is given, like QAPI's alternates."""
+    kinds = [kind for kind in kinds if kind is not Absent]
+    if given is None:
+        if type(None) in kinds:
+            return None
+        raise InvalidParameter(path, "must not be null")
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    fitting = [kind for kind in kinds if _fits(kind, given, strings)]
+    if not fitting:
+        names = " or ".join(dict.fromkeys(_name(kind) for kind in kinds))
+        raise InvalidParameter(path, f"must be {names}")
+    return _value(fitting[0], given, path, strings)
+
+
+def _fits(kind: Any, given: Any, strings: bool) -> bool:
+    origin = typing.get_origin(kind) or kind
+    if origin is Any:
+        return True
+    if isinstance(given, Mapping):
+        return attrs.has(origin) or (isinstance(origin, type) and issubclass(origin, Mapping))
+    if isinstance(given, (list, tuple)):
+        return isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str
+    if origin is Literal or (isinstance(origin, type) and issubclass(origin, enum.Enum)):
+        return isinstance(given, str)
+    if strings:
+        return origin in (str, int, bool, float)
+    if isinstance(given, bool):
+        return origin is bool
+    return isinstance(given, (int, float) if origin is float else origin)
+
+
+_NAMES: Final = {str: "a string", int: "an integer", bool: "a boolean", float: "a number"}
+
+
+def _name(kind: Any) -> str:
+    origin = typing.get_origin(kind) or kind
+    if origin in _NAMES:
+        return _NAMES[origin]
+    if origin is Literal or (isinstance(origin, type) and issubclass(origin, enum.Enum)):
+        return "a string"
+    return "an object" if attrs.has(origin) or issubclass(origin, Mapping) else "an array"
+
+
+def _scalar(kind: Any, given: Any, path: str, strings: bool) -> Any:
+    if strings and isinstance(given, str):
+        return _parse_scalar(kind, given, path)
+    if kind is float and isinstance(given, (int, float)) and not isinstance(given, bool):
+        return float(given)
+    if not isinstance(given, kind) or (kind is int and isinstance(given, bool)):
+        raise InvalidParameter(path, f"has the wrong type: it must be {_name(kind)}")
+    if kind is int and not -INT64_MAX - 1 <= given <= 2 * INT64_MAX + 1:
+        raise InvalidParameter(path, "does not fit into 64 bits")
+    return given
+
+
+def _parse_scalar(kind: Any, given: str, path: str) -> Any:
+    if kind is str:
+        return given
+    if kind is bool:
+        if given in ("on", "yes", "true", "y"):
+            return True
+        if given in ("off", "no", "false", "n"):
+            return False
+        raise InvalidParameter(path, f"must be 'on' or 'off', not '{given}'")
+    try:
+        return parse_size(given) if kind is int and not given.startswith("-") else kind(given)
+    except ValueError:
+        raise InvalidParameter(path, f"must be {_name(kind)}, not '{given}'") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def dump(value: Any) -> Any:
+    """JSON of an attrs object: wire names, members that are None or `ABSENT` left out; other values as they are."""
+    if attrs.has(type(value)):
+        pairs = ((field.wire, getattr(value, field.attribute)) for field in fields(type(value)))
+        return {wire: dump(item) for wire, item in pairs if item is not None and item is not ABSENT}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: dump(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [dump(item) for item in value]
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------- spellings
+
+
+def parse_keyval(text: str, *, implied_key: str | None = None) -> dict[str, Any]:
+    """``a=1,b.c=x,,y`` as nested dicts of strings; a doubled comma stands for one. Raises `CommandError`.
+
+    A first item without ``=`` is the value of ``implied_key`` where there is one.
+    """
+    flat: dict[str, str] = {}
+    for index, item in enumerate(_split_commas(text)):
+        key, equals, value = item.partition("=")
+        if not equals:
+            if index or implied_key is None:
+                raise CommandError(f"'{item}' is not of the form key=value")
+            key, value = implied_key, item
+        if not key:
+            raise CommandError(f"A key is missing before '={value}'")
+        flat[key] = value
+    return unflatten_dotted(flat)
+
+
+def _split_commas(text: str) -> list[str]:
+    if not text:
+        return []
+    return [item.replace("\0", ",") for item in text.replace(",,", "\0").split(",")]
+
+
+def unflatten_dotted(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"file.driver": "file"}`` as ``{"file": {"driver": "file"}}``; keys 0, 1, … make lists. Raises `CommandError`."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        place = nested
+        for part in parents:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise CommandError(f"'{key}' and a shorter key contradict each other")
+        if isinstance(place.get(last), dict):
+            if not isinstance(value, Mapping):
+                raise CommandError(f"'{key}' and a longer key contradict each other")
+            place[last].update(value)
+        else:
+            place[last] = value
+    return {key: _lists(value, key) for key, value in nested.items()}
+
+
+def _lists(value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    items = {key: _lists(item, f"{path}.{key}") for key, item in value.items()}
+    if not items or not all(key.isdecimal() for key in items):
+        return items
+    if sorted(map(int, items)) != list(range(len(items))):
+        raise CommandError(f"The elements of '{path}' must be numbered from 0 without gaps")
+    return [items[str(index)] for index in range(len(items))]
+
+
+def parse_json_filename(filename: str) -> dict[str, Any] | None:
+    """The options in a ``json:{…}`` file name (dotted keys are allowed in it), or None for any other name."""
+    if not filename.startswith("json:"):
+        return None
+    try:
+        value = json.loads(filename[5:])
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"The file name '{filename}' does not hold valid JSON behind 'json:': {error}") from None
+    if not isinstance(value, dict):
+        raise CommandError(f"The file name '{filename}' must hold a JSON object behind 'json:'")
+    return unflatten_dotted(value)
