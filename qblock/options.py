@@ -9,7 +9,6 @@ path of the member, e.g. ``options[0].file``.
 from __future__ import annotations
 
 import enum
-import functools
 import json
 import types
 import typing
@@ -40,7 +39,7 @@ class Absent(enum.Enum):
 
 ABSENT: Final = Absent.ABSENT
 
-ChildRef: TypeAlias = str | Mapping[str, Any] | None | Absent
+ChildRef: TypeAlias = str | Mapping[str, Any] | Absent | None
 """How options name a child: a node's name, the options of a new node, None (explicitly none), or `ABSENT`."""
 
 
@@ -81,7 +80,13 @@ def required(*, doc: str, since: str = "", name: str | None = None) -> Any:
 
 
 def child(
-    role: ChildRole, *, doc: str, optional: bool = False, nullable: bool = False, since: str = "", name: str | None = None
+    role: ChildRole,
+    *,
+    doc: str,
+    optional: bool = False,
+    nullable: bool = False,
+    since: str = "",
+    name: str | None = None,
 ) -> Any:
     """A child node, given by name or as the options of a new node. Annotate the field with `ChildRef`.
 
@@ -91,17 +96,24 @@ def child(
     return attrs.field(default=ABSENT if optional else attrs.NOTHING, kw_only=True, metadata=metadata)
 
 
-@functools.cache
 def fields(cls: type[Any]) -> tuple[Field, ...]:
     """The members of an options class, in order of declaration, with their types resolved."""
+    known: tuple[Field, ...] | None = cls.__dict__.get("__qblock_fields__")
+    if known is None:
+        known = _read_fields(cls)
+        cls.__qblock_fields__ = known
+    return known
+
+
+def _read_fields(cls: type[Any]) -> tuple[Field, ...]:
     hints = typing.get_type_hints(cls)
     result = []
     for attribute in attrs.fields(cls):
         meta = attribute.metadata
         wire = meta.get("name") or attribute.name.replace("_", "-")
-        default = attribute.default
-        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-            default = default.factory()  # type: ignore[union-attr]
+        default: Any = attribute.default
+        if isinstance(default, type(attrs.Factory(list))):
+            default = default.factory()
         about = (meta.get("doc", ""), meta.get("since", ""), meta.get("role"), meta.get("nullable", False))
         result.append(Field(attribute.name, wire, hints[attribute.name], default, *about))
     return tuple(result)
