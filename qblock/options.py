@@ -112,8 +112,8 @@ def _read_fields(cls: type[Any]) -> tuple[Field, ...]:
         meta = attribute.metadata
         wire = meta.get("name") or attribute.name.replace("_", "-")
         default: Any = attribute.default
-        if isinstance(default, type(attrs.Factory(list))):
-            default = default.factory()
+        if make := getattr(default, "factory", None):
+            default = make()
         about = (meta.get("doc", ""), meta.get("since", ""), meta.get("role"), meta.get("nullable", False))
         result.append(Field(attribute.name, wire, hints[attribute.name], default, *about))
     return tuple(result)
