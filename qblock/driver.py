@@ -87,6 +87,10 @@ class Driver(abc.ABC):
     zero_initialised: ClassVar[bool] = False
     """True when a freshly created image is known to read as zeroes."""
 
+    probes_storage: bool = False
+    """True while data of this node may lie on holes of its storage child that read as zeroes (raw, preallocated metadata):
+    block status then asks the child about every data extent that has an offset."""
+
     def __init__(self, node: BlockDriverState, options: Any, env: Environment) -> None:
         self.node = node
         self.options = options
@@ -142,6 +146,13 @@ class Driver(abc.ABC):
         self, offset: int, target: BdrvChild, target_offset: int, length: int
     ) -> None:
         """Copy from this node to ``target`` without a buffer. ``BlockIOError(ENOTSUP)``: the caller copies by buffer."""
+        raise BlockIOError(errno.ENOTSUP)
+
+    async def receive_range(self, offset: int, source: BdrvChild, source_offset: int, length: int) -> None:
+        """The other end of `copy_range`: take ``length`` bytes from ``source`` to ``offset`` of this node without a buffer.
+
+        A format driver maps the range and hands the pieces to ``requests.copy_range(source, …, child, …)``.
+        """
         raise BlockIOError(errno.ENOTSUP)
 
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:

@@ -143,6 +143,25 @@ class JobStateError(CommandError):
         self.verb = verb
 
 
+class ImageLocked(CommandError):
+    """Another opener of the file does not agree with what this one needs (image-locking.md).
+
+    ``permission`` is its name, ``needed`` tells whether we need it and the other does not share it, or the other way round;
+    ``holders`` names the processes that have the file open, as far as the system tells.
+    """
+
+    def __init__(self, filename: str, permission: str, *, needed: bool, holders: str) -> None:
+        conflict = "is not shared by" if needed else "is in use and would not be shared with"
+        super().__init__(
+            f"Cannot lock '{filename}': its '{permission}' permission {conflict} {holders or 'another process'}; "
+            "close it there first"
+        )
+        self.filename = filename
+        self.permission = permission
+        self.needed = needed
+        self.holders = holders
+
+
 class OpenDenied(CommandError):
     """An image names another file, and the policy in force does not open what an image merely mentions."""
 
@@ -191,15 +210,6 @@ class CorruptImage(ImageError):
         self.detail = detail
 
 
-class ImagePoisoned(ImageError):
-    """A metadata write failed earlier, so what is on disk is not known; writing is refused until the node is reopened."""
-
-    def __init__(self, node: str, cause: BaseException) -> None:
-        super().__init__(f"Node '{node}' refuses writes since a metadata write failed ({cause}); reopen it")
-        self.node = node
-        self.cause = cause
-
-
 # --------------------------------------------------------------------------------------------------------------- I/O
 
 
@@ -212,6 +222,23 @@ class BlockIOError(QBlockError, OSError):
     def __str__(self) -> str:
         text = os.strerror(self.errno or _errno.EIO)
         return text if not self.strerror or self.strerror == text else f"{self.strerror}: {text}"
+
+
+class ImagePoisoned(ImageError, BlockIOError):
+    """A metadata write failed earlier, so what is on disk is not known; writing is refused until the node is reopened.
+
+    It is a `BlockIOError` too (``EIO``), so that error policies of jobs and devices treat it as a failed request.
+    """
+
+    def __init__(self, node: str, cause: BaseException) -> None:
+        BlockIOError.__init__(
+            self, _errno.EIO, f"Node '{node}' refuses writes since a metadata write failed ({cause}); reopen it"
+        )
+        self.node = node
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class JobCancelled(Exception):

@@ -64,8 +64,9 @@ class BlockDriverState:
 
     ``length`` is the driver's length rounded up to 512, kept by the border. ``in_flight`` counts requests inside the node,
     ``quiesce_counter`` the drained sections it is in. ``write_generation`` counts completed writes and
-    ``flushed_generation`` is the one the last successful flush covered. ``tracking`` switches on overlap tracking
-    (needed while copy-on-read or read-modify-write can happen); it changes only while nothing is in flight.
+    ``flushed_generation`` is the one the last successful flush covered. ``tracking`` is true while a serialising request
+    (copy-on-read, read-modify-write) is under way: writes that start then enter ``tracked``; those that are under way already
+    are counted in ``untracked_writes``, and the serialising request waits for them (serialising.py).
     """
 
     node_name: str
@@ -95,6 +96,8 @@ class BlockDriverState:
     tracked: dict[int, Any] = attrs.field(factory=dict, repr=False)
     tracking: bool = False
     serialising: int = 0
+    untracked_writes: int = 0
+    untracked_waiters: list[asyncio.Future[None]] = attrs.field(factory=list, repr=False)
     copy_on_read: int = 0
     write_generation: int = 0
     flushed_generation: int = 0

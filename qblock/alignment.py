@@ -1,0 +1,144 @@
+"""Requests of any offset and length, cut into what a driver takes: padding, splitting, zeroes in pieces.
+
+Models the padding and fragmenting part of QEMU's I/O core (semantics.md section 16). These functions call the driver and do
+no accounting: `requests.py` and `copying_up.py` have checked, registered and counted the request before. Where a part of a
+block is written, the caller holds the whole block as a serialising request. Offsets and lengths are bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from qblock.errors import BlockIOError
+from qblock.units import align_down
+from qblock.zeroes import ZERO_PIECE, zero_view
+
+if TYPE_CHECKING:
+    from qblock.driver import Driver
+
+
+async def read_aligned(driver: Driver, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer``; blocks that are asked for in part are read whole into a buffer of their own."""
+    alignment = driver.limits.request_alignment
+    end = offset + len(buffer)
+    start = offset
+    while start < end:
+        if start % alignment == 0 and end - start >= alignment:
+            stop = align_down(end, alignment)
+            await _read_split(driver, start, buffer[start - offset : stop - offset])
+        else:
+            base = start - start % alignment
+            stop = min(base + alignment, end)
+            block = memoryview(bytearray(alignment))
+            await driver.read_into(base, block)
+            buffer[start - offset : stop - offset] = block[start - base : stop - base]
+        start = stop
+
+
+async def write_aligned(driver: Driver, offset: int, buffer: memoryview) -> None:
+    """Write all of ``buffer``; blocks that are changed in part are read, changed and written back."""
+    alignment = driver.limits.request_alignment
+    end = offset + len(buffer)
+    start = offset
+    while start < end:
+        if start % alignment == 0 and end - start >= alignment:
+            stop = align_down(end, alignment)
+            await _write_split(driver, start, buffer[start - offset : stop - offset])
+        else:
+            base = start - start % alignment
+            stop = min(base + alignment, end)
+            block = memoryview(bytearray(alignment))
+            await driver.read_into(base, block)
+            block[start - base : stop - base] = buffer[start - offset : stop - offset]
+            await driver.write_from(base, block)
+        start = stop
+
+
+async def zero_aligned(driver: Driver, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None:
+    """Make the range read as zeroes: parts of blocks as data, the rest as head, bulk and tail of the driver's zero unit."""
+    limits = driver.limits
+    alignment = limits.request_alignment
+    end = offset + length
+    start = min(-(-offset // alignment) * alignment, end)
+    stop = max(align_down(end, alignment), start)
+    if start > offset:
+        await write_aligned(driver, offset, zero_view(start - offset))
+    for at, count in pieces(start, stop - start, unit=limits.zero_alignment, maximum=limits.max_write_zeroes):
+        await _zero_piece(driver, at, count, may_unmap=may_unmap, no_fallback=no_fallback)
+    if end > stop:
+        await write_aligned(driver, stop, zero_view(end - stop))
+
+
+async def discard_pieces(driver: Driver, offset: int, length: int) -> None:
+    """Pass a discard to the driver in pieces; a piece that it does not support is left as it is."""
+    limits = driver.limits
+    for at, count in pieces(offset, length, unit=limits.discard_alignment, maximum=limits.max_discard):
+        try:
+            await driver.discard(at, count)
+        except BlockIOError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+
+
+def pieces(offset: int, length: int, *, unit: int, maximum: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into (offset, length): a head up to the first multiple of ``unit``, whole units, and a tail.
+
+    ``maximum`` limits a piece (0: no limit); it counts in whole units where it holds at least one.
+    """
+    end = offset + length
+    most = maximum or length
+    if most > unit:
+        most = align_down(most, unit)
+    while offset < end:
+        if misplaced := offset % unit:
+            count = min(unit - misplaced, end - offset)
+        elif end - offset >= unit:
+            count = align_down(end - offset, unit)
+        else:
+            count = end - offset
+        count = min(count, most)
+        yield offset, count
+        offset += count
+
+
+async def _zero_piece(driver: Driver, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None:
+    if driver.supports_write_zeroes:
+        try:
+            await driver.write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback)
+        except BlockIOError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+        else:
+            return
+    if no_fallback:
+        raise BlockIOError(errno.ENOTSUP, f"Node '{driver.node.node_name}' cannot write zeroes without a buffer")
+    for at, count in pieces(offset, length, unit=driver.limits.request_alignment, maximum=ZERO_PIECE):
+        await _write_split(driver, at, zero_view(count))
+
+
+async def _read_split(driver: Driver, offset: int, buffer: memoryview) -> None:
+    step = _transfer_step(driver)
+    if not step or len(buffer) <= step:
+        await driver.read_into(offset, buffer)
+        return
+    for start in range(0, len(buffer), step):
+        await driver.read_into(offset + start, buffer[start : start + step])
+
+
+async def _write_split(driver: Driver, offset: int, buffer: memoryview) -> None:
+    step = _transfer_step(driver)
+    if not step or len(buffer) <= step:
+        await driver.write_from(offset, buffer)
+        return
+    for start in range(0, len(buffer), step):
+        await driver.write_from(offset + start, buffer[start : start + step])
+
+
+def _transfer_step(driver: Driver) -> int:
+    """The longest single transfer in bytes, a multiple of the request alignment; 0: no limit."""
+    limits = driver.limits
+    if not limits.max_transfer:
+        return 0
+    return max(align_down(limits.max_transfer, limits.request_alignment), limits.request_alignment)

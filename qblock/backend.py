@@ -1,0 +1,293 @@
+"""BlockBackend: what guests, jobs, exports and tools hold to do I/O on the root of a graph.
+
+Models QEMU's ``BlockBackend``: an edge to a node that can be changed under its user (or be absent: an empty drive), which
+checks that requests lie inside the disk, waits while the node is drained, and keeps what belongs to the user, not to the
+image: error policies, I/O status, the write-through flag, statistics. Differs from QEMU in that throttling is not here.
+
+Requests raise `BlockIOError`: ``ENOMEDIUM`` without a node, ``EIO`` outside of the disk, otherwise what `requests` raises.
+Offsets and lengths are bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Coroutine
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from qblock.drain import kick
+from qblock.errors import BlockIOError
+from qblock.permissions import ChildRole, Perm
+from qblock.requests import copy_range, discard, flush, read_into, truncate, write_from, write_zeroes
+from qblock.transaction import Transaction
+
+if TYPE_CHECKING:
+    from qblock.graph import Graph
+    from qblock.node import BdrvChild, BlockDriverState
+
+IO_OK: Final = "ok"
+IO_FAILED: Final = "failed"
+IO_NOSPACE: Final = "nospace"
+
+
+class Accounting(Protocol):
+    """Who counts the I/O of a backend (a guest device does; exports, jobs and tools do not)."""
+
+    def start(self) -> int:
+        """A request begins; the result is handed to `finish` (nanoseconds of the system's clock)."""
+
+    def finish(self, operation: str, length: int, started: int, error: BlockIOError | None) -> None:
+        """A ``read``, ``write``, ``zero``, ``discard`` or ``flush`` of ``length`` bytes ended, with ``error`` or well."""
+
+    def refused(self, operation: str) -> None:
+        """A request was invalid (outside of the disk) and never started."""
+
+
+class BlockBackend:
+    """A user's handle on a node. ``perm`` and ``shared`` are what its edge takes and shares, also of nodes inserted later.
+
+    ``name`` is the device name or empty. ``io_status`` is ``ok``, ``failed`` or ``nospace``; ``on_read_error`` and
+    ``on_write_error`` are the device's error policies; ``device`` is the guest device attached, if any. With ``writethrough``
+    every write is durable when it completes. With ``disable_queuing`` requests do not wait while the node is drained: for
+    jobs, which stop by themselves. ``in_flight`` counts requests under way, those that wait not included.
+    """
+
+    def __init__(
+        self, graph: Graph, name: str = "", *, perm: Perm, shared: Perm, description: str | None = None
+    ) -> None:
+        self.name = name
+        self.root: BdrvChild | None = None
+        self.perm = perm
+        self.shared = shared
+        self.description = description
+        self.in_flight = 0
+        self.quiesce_counter = 0
+        self.disable_queuing = False
+        self.writethrough = False
+        self.io_status = IO_OK
+        self.on_read_error = "report"
+        self.on_write_error = "enospc"
+        self.device: Any = None
+        self.accounting: Accounting | None = None
+        self._graph = graph
+        self._queue: list[asyncio.Future[None]] = []
+        graph.add_backend(self)
+
+    # ------------------------------------------------------------------------------------------------------- the node
+
+    @property
+    def node(self) -> BlockDriverState:
+        """The node below; raises ``BlockIOError(ENOMEDIUM)`` when there is none."""
+        return self._edge().node
+
+    @property
+    def length(self) -> int:
+        """Size of the disk in bytes, a multiple of 512; raises ``BlockIOError(ENOMEDIUM)`` when there is none."""
+        return self._edge().node.length
+
+    def insert(self, node: BlockDriverState, change: Transaction | None = None) -> None:
+        """Put ``node`` in; raises `PermissionConflict`. There must be none yet. Without ``change`` it is final at once."""
+        assert self.root is None, f"{self!r} has a node"
+        if change is None:
+            with Transaction() as change:
+                self.insert(node, change)
+            return
+        self.root = self._graph.attach(
+            self, node, name="root", role=ChildRole.ROOT, perm=self.perm, shared=self.shared, change=change
+        )
+        change.add(abort=partial(setattr, self, "root", None))
+
+    def remove(self, change: Transaction | None = None) -> None:
+        """Take the node out; nothing happens when there is none."""
+        if self.root is None:
+            return
+        if change is None:
+            with Transaction() as change:
+                self.remove(change)
+            return
+        self._graph.detach(self.root, change)
+        change.add(abort=partial(setattr, self, "root", self.root))
+        self.root = None
+
+    def set_permissions(self, perm: Perm, shared: Perm, change: Transaction | None = None) -> None:
+        """Take and share other permissions; raises `PermissionConflict`, and then nothing has changed."""
+        if change is None:
+            with Transaction() as change:
+                self.set_permissions(perm, shared, change)
+            return
+        if self.root is not None:
+            self._graph.set_edge_permissions(self.root, perm, shared, change)
+        change.add(abort=partial(self._store_permissions, self.perm, self.shared))
+        self._store_permissions(perm, shared)
+
+    def close(self) -> None:
+        """Take the node out and leave the graph; the backend is not used any more."""
+        self.remove()
+        self._graph.remove_backend(self)
+
+    def _store_permissions(self, perm: Perm, shared: Perm) -> None:
+        self.perm, self.shared = perm, shared
+
+    def _edge(self) -> BdrvChild:
+        if self.root is None:
+            raise BlockIOError(errno.ENOMEDIUM, f"{self.describe_user()} has no medium")
+        return self.root
+
+    # ------------------------------------------------------------------------------------------------- as an edge's parent
+
+    def describe_user(self) -> str:
+        """See `EdgeParent`."""
+        if self.description is not None:
+            return self.description
+        return f"block device '{self.name}'" if self.name else "an unnamed block device"
+
+    def quiesce(self) -> None:
+        """See `EdgeParent`: requests that come from now on wait."""
+        self.quiesce_counter += 1
+
+    def resume(self) -> None:
+        """See `EdgeParent`."""
+        self.quiesce_counter -= 1
+        if not self.quiesce_counter:
+            queue, self._queue = self._queue, []
+            for future in queue:
+                if not future.done():
+                    future.set_result(None)
+
+    def is_busy(self) -> bool:
+        """See `EdgeParent`."""
+        return self.in_flight > 0
+
+    # ----------------------------------------------------------------------------------------------------------- requests
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill all of ``buffer`` (writable, format B) from ``offset``."""
+        if self.quiesce_counter:
+            await self._until_resumed()
+        root = self.root
+        if root is None or offset < 0 or offset + len(buffer) > root.node.length:
+            root = self._checked("read", offset, len(buffer))
+        if self.accounting is not None:
+            await self._counted("read", len(buffer), read_into(root, offset, buffer))
+            return
+        self.in_flight += 1
+        try:
+            await read_into(root, offset, buffer)
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                kick(root.node)
+
+    async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
+        """Write all of ``buffer`` at ``offset``; with ``fua`` it is durable on return."""
+        if self.quiesce_counter:
+            await self._until_resumed()
+        root = self.root
+        if root is None or offset < 0 or offset + len(buffer) > root.node.length:
+            root = self._checked("write", offset, len(buffer))
+        if self.accounting is not None or fua or self.writethrough:
+            request = write_from(root, offset, buffer, fua=fua or self.writethrough)
+            await self._counted("write", len(buffer), request)
+            return
+        self.in_flight += 1
+        try:
+            await write_from(root, offset, buffer)
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                kick(root.node)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
+    ) -> None:
+        """Make the range read as zeroes; see `requests.write_zeroes`."""
+        await self._until_resumed()
+        root = self._checked("zero", offset, length)
+        fua = fua or self.writethrough
+        request = write_zeroes(root, offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
+        await self._counted("zero", length, request)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The content of the range is no longer needed; see `requests.discard`."""
+        await self._until_resumed()
+        root = self._checked("discard", offset, length)
+        await self._counted("discard", length, discard(root, offset, length))
+
+    async def flush(self) -> None:
+        """Make all completed writes durable."""
+        await self._until_resumed()
+        await self._counted("flush", 0, flush(self._edge().node))
+
+    async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        """Change the size of the disk; the backend must hold the resize permission."""
+        await self._until_resumed()
+        request = truncate(self._edge(), length, exact=exact, preallocation=preallocation)
+        await self._counted(None, length, request)
+
+    async def copy_range(self, offset: int, target: BlockBackend, target_offset: int, length: int) -> None:
+        """Copy to ``target`` inside the storage. ``BlockIOError(ENOTSUP)``: copy by buffer instead."""
+        await self._until_resumed()
+        source_edge = self._checked("read", offset, length)
+        target_edge = target._checked("write", target_offset, length)
+        target.in_flight += 1
+        try:
+            await self._counted(None, length, copy_range(source_edge, offset, target_edge, target_offset, length))
+        finally:
+            target._left()
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``, for callers that do not mind a copy."""
+        data = bytearray(length)
+        await self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write ``data`` at ``offset``, for callers that hold bytes."""
+        await self.write_from(offset, memoryview(data))
+
+    # ------------------------------------------------------------------------------------------------- around a request
+
+    async def _until_resumed(self) -> None:
+        # Somebody else may have begun another section between the waking and this task's turn: look again.
+        while self.quiesce_counter and not self.disable_queuing:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._queue.append(future)
+            await future
+
+    def _checked(self, operation: str, offset: int, length: int) -> BdrvChild:
+        """The root edge, when the range lies inside the disk."""
+        root = self._edge()
+        size = root.node.length
+        if offset < 0 or length < 0 or offset + length > size:
+            if self.accounting is not None:
+                self.accounting.refused(operation)
+            raise BlockIOError(
+                errno.EIO, f"{length} bytes at {offset} are not inside {self.describe_user()} of {size} bytes"
+            )
+        return root
+
+    async def _counted(self, operation: str | None, length: int, request: Coroutine[Any, Any, None]) -> None:
+        """Run a request that has been admitted; ``operation`` is its name in the statistics, if it has one."""
+        accounting = self.accounting if operation is not None else None
+        started = accounting.start() if accounting is not None else 0
+        failure: BlockIOError | None = None
+        self.in_flight += 1
+        try:
+            await request
+        except BlockIOError as error:
+            failure = error
+            raise
+        finally:
+            self._left()
+            if accounting is not None and operation is not None:
+                accounting.finish(operation, length, started, failure)
+
+    def _left(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight and self.root is not None:
+            kick(self.root.node)
+
+    def __repr__(self) -> str:
+        node = self.root.node.node_name if self.root is not None else None
+        return f"<BlockBackend {self.name!r} node={node!r} in_flight={self.in_flight}>"

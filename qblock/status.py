@@ -1,0 +1,183 @@
+"""What is stored where: block status of one node, and of a chain of layers.
+
+Models ``bdrv_block_status`` and its relatives (semantics.md section 16). The flag words of QEMU are a closed union here
+(`extents.Extent`) for one node and a `ChainExtent` for a chain. Offsets and lengths are bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_never
+
+import attrs
+
+from qblock.chain import chain_next, skip_filters
+from qblock.drain import enter, leave
+from qblock.extents import Compressed, Data, Extent, Unallocated, Zero
+from qblock.units import align_down, align_up
+
+if TYPE_CHECKING:
+    from qblock.node import BlockDriverState
+
+
+@attrs.frozen(slots=True)
+class ChainExtent:
+    """Which layer of a chain answers for a run of ``length`` bytes, and with what.
+
+    ``depth`` counts layers from 0 at the top (filters are no layers). ``present``: some layer down to the base holds it;
+    otherwise it reads as zeroes, unless the search stopped at a base. ``data`` and ``zero`` may both be set: space is taken,
+    but reads as zeroes. ``offset`` is the byte offset in ``file`` where plain data lie; ``node`` is the layer.
+    """
+
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool = False
+    offset: int | None = None
+    node: BlockDriverState | None = None
+    file: BlockDriverState | None = None
+
+
+async def block_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool = True) -> Extent:
+    """This node's own answer for the run that starts at ``offset``: at least 1 and at most ``length`` bytes.
+
+    Filters answer for their child. What lies behind the end of the node is zero. With ``want_zero`` data over a hole of the
+    storage child is reported as zero where the driver says that this can be (``Driver.probes_storage``).
+    """
+    extent, _ = await _refined_status(skip_filters(node), offset, length, want_zero=want_zero)
+    return extent
+
+
+async def chain_status(
+    node: BlockDriverState,
+    offset: int,
+    length: int,
+    *,
+    base: BlockDriverState | None = None,
+    want_zero: bool = True,
+) -> ChainExtent:
+    """The first layer from ``node`` down to but not including ``base`` that holds the run starting at ``offset``.
+
+    The area behind the end of a lower layer counts as held by it, as zeroes. With a ``base`` a run that no layer above it
+    holds is neither present nor zero.
+    """
+    depth = 0
+    layer = skip_filters(node)
+    stop = skip_filters(base) if base is not None else None
+    while layer is not stop:
+        if offset >= layer.length:
+            return ChainExtent(length, depth, present=depth > 0, zero=True, data=False, node=layer)
+        # A layer below that is shorter ends the run where it ends.
+        extent, stored = await _refined_status(layer, offset, length, want_zero=want_zero)
+        length = extent.length
+        if not isinstance(extent, Unallocated):
+            return _held(extent, layer, depth, stored=stored)
+        below = chain_next(layer)
+        if below is None:
+            assert stop is None, "the base is not in the chain"
+            return ChainExtent(length, depth, present=False, zero=True, data=False, node=layer)
+        layer = below
+        depth += 1
+    return ChainExtent(length, depth, present=False, zero=False, data=False)
+
+
+async def is_allocated_above(
+    top: BlockDriverState,
+    base: BlockDriverState | None,
+    offset: int,
+    length: int,
+    *,
+    include_base: bool = False,
+) -> tuple[bool, int]:
+    """Whether a layer from ``top`` down to ``base`` holds the run at ``offset``, and how many bytes the answer covers.
+
+    ``base`` itself is searched only with ``include_base``; None means the whole chain. The area behind the end of a layer
+    that is shorter than those above it counts as allocated there.
+    """
+    stop = chain_next(base) if base is not None and include_base else base
+    extent = await chain_status(top, offset, length, base=stop, want_zero=False)
+    return extent.present, extent.length
+
+
+async def is_zero(node: BlockDriverState, offset: int, length: int) -> bool:
+    """Whether the whole range is known to read as zeroes (False when it might not)."""
+    while length > 0:
+        extent = await chain_status(node, offset, length)
+        if not extent.zero:
+            return False
+        offset += extent.length
+        length -= extent.length
+    return True
+
+
+def _held(extent: Data | Zero | Compressed, layer: BlockDriverState, depth: int, *, stored: bool) -> ChainExtent:
+    """The chain's answer from the answer of the layer that holds the run."""
+    match extent:
+        case Compressed(length):
+            return ChainExtent(length, depth, present=True, zero=False, data=True, compressed=True, node=layer)
+        case Data(length, offset):
+            zero = False
+        case Zero(length, offset):
+            zero = True
+        case _:
+            assert_never(extent)
+    file = None
+    if offset is not None:
+        storage = layer.storage
+        file = layer if layer.driver.is_protocol or storage is None else storage.node
+    return ChainExtent(length, depth, True, zero, stored or not zero, offset=offset, node=layer, file=file)
+
+
+async def _refined_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool) -> tuple[Extent, bool]:
+    """The status of ``node``, no filter, and whether a zero extent is a data area of a format over a hole of its storage."""
+    length = min(length, node.length - offset)
+    if length <= 0:
+        return Zero(max(length, 1)), False
+    enter(node)
+    try:
+        extent = await _driver_status(node, offset, length, want_zero=want_zero)
+    finally:
+        leave(node)
+    if not (want_zero and node.driver.probes_storage and isinstance(extent, Data) and extent.offset is not None):
+        return extent, False
+    storage = node.storage
+    if storage is None:
+        return extent, False
+    below = await block_status(storage.node, extent.offset, extent.length)
+    run = min(below.length, extent.length)
+    if _reads_zero(skip_filters(storage.node), below):
+        return Zero(run, extent.offset), node.driver.supports_backing
+    return Data(run, extent.offset), True
+
+
+def _reads_zero(node: BlockDriverState, extent: Extent) -> bool:
+    return isinstance(extent, Zero) or (isinstance(extent, Unallocated) and node.backing is None)
+
+
+async def _driver_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool) -> Extent:
+    """Ask the driver in whole blocks of its request alignment, and cut the answer to what was asked."""
+    driver = node.driver
+    alignment = driver.limits.request_alignment
+    start = align_down(offset, alignment)
+    extent = await driver.block_status(start, align_up(offset + length, alignment) - start, want_zero=want_zero)
+    assert extent.length > offset - start, f"{node.node_name}: empty block status"
+    return clip(extent, offset - start, length)
+
+
+def clip(extent: Extent, skip: int, length: int) -> Extent:
+    """The extent without its first ``skip`` bytes, and at most ``length`` bytes long."""
+    count = min(extent.length - skip, length)
+    if not skip and count == extent.length:
+        return extent
+    match extent:
+        case Data(_, offset):
+            return Data(count, None if offset is None else offset + skip)
+        case Zero(_, offset):
+            return Zero(count, None if offset is None else offset + skip)
+        case Unallocated():
+            return Unallocated(count)
+        case Compressed():
+            return Compressed(count)
+        case _:
+            assert_never(extent)
