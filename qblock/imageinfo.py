@@ -1,0 +1,102 @@
+"""What an image says of itself: QMP's ``ImageInfo``, and its layout for a person.
+
+Layout and order of members are those of qemu-img 7.2. QEMU prints members in the order of its hash table; the order here
+is a literal, so that output can be compared byte for byte. All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from qblock.chain import skip_filters
+from qblock.driver import BackingLink, SupportsBacking
+from qblock.opening import combine_filename
+from qblock.units import format_size
+
+if TYPE_CHECKING:
+    from qblock.node import BlockDriverState
+
+ORDER: Final = (
+    "snapshots", "backing-filename-format", "virtual-size", "filename", "cluster-size", "format", "actual-size",
+    "format-specific", "encrypted", "full-backing-filename", "backing-filename", "dirty-flag",
+    "type", "data",
+    "compat", "compression-type", "lazy-refcounts", "bitmaps", "refcount-bits", "data-file", "data-file-raw", "corrupt",
+    "extended-l2", "flags", "name", "granularity",
+)  # fmt: skip
+_RANK: Final = {key: rank for rank, key in enumerate(ORDER)}
+
+
+def in_order(value: Any, rank: Mapping[str, int] = _RANK) -> Any:
+    """JSON with the members of all objects in QEMU's order; members unknown to it come last."""
+    if isinstance(value, Mapping):
+        return {key: in_order(value[key], rank) for key in sorted(value, key=lambda key: rank.get(key, len(rank)))}
+    if isinstance(value, (list, tuple)):
+        return [in_order(item, rank) for item in value]
+    return value
+
+
+def specific_lines(data: Mapping[str, Any]) -> list[str]:
+    """Nested JSON as lines for a person, indented by four blanks."""
+    lines: list[str] = []
+    for key, value in data.items():
+        lines += _entry(key.replace("-", " "), value)
+    return lines
+
+
+def _entry(title: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        inner = specific_lines(value)
+    elif isinstance(value, (list, tuple)):
+        inner = [line for index, item in enumerate(value) for line in _entry(f"[{index}]", item)]
+    else:
+        return [f"{title}: {str(value).lower() if isinstance(value, bool) else value}"]
+    return [f"{title}:", *(f"    {line}" for line in inner)]
+
+
+def image_info(node: BlockDriverState) -> dict[str, Any]:
+    """QMP's ``ImageInfo`` of one image, without its backing image's."""
+    node = skip_filters(node)
+    driver = node.driver
+    info = driver.info()
+    link: BackingLink | None = driver.backing_link() if isinstance(driver, SupportsBacking) else None
+    result: dict[str, Any] = {
+        "virtual-size": node.length,
+        "filename": driver.filename() or "",
+        "format": driver.name,
+        "dirty-flag": info.dirty,
+    }
+    if (size := driver.allocated_size()) is not None:
+        result["actual-size"] = size
+    if info.cluster_size:
+        result["cluster-size"] = info.cluster_size
+    if (specific := driver.specific_info()) is not None:
+        result["format-specific"] = specific
+    if link is not None:
+        result["backing-filename"] = link.filename
+        result["full-backing-filename"] = combine_filename(result["filename"], link.filename)
+        if link.format:
+            result["backing-filename-format"] = link.format
+    ordered: dict[str, Any] = in_order(result)
+    return ordered
+
+
+def human_lines(info: Mapping[str, Any]) -> Iterable[str]:
+    """The report for a person on one image."""
+    yield f"image: {info['filename']}"
+    yield f"file format: {info['format']}"
+    yield f"virtual size: {format_size(info['virtual-size'])} ({info['virtual-size']} bytes)"
+    yield f"disk size: {format_size(info['actual-size']) if 'actual-size' in info else 'unavailable'}"
+    if "cluster-size" in info:
+        yield f"cluster_size: {info['cluster-size']}"
+    if info["dirty-flag"]:
+        yield "cleanly shut down: no"
+    if "backing-filename" in info:
+        name, full = info["backing-filename"], info["full-backing-filename"]
+        yield f"backing file: {name}" + (f" (actual path: {full})" if full != name else "")
+        if "backing-filename-format" in info:
+            yield f"backing file format: {info['backing-filename-format']}"
+    if "format-specific" in info:
+        yield "Format specific information:"
+        for line in specific_lines(info["format-specific"]["data"]):
+            yield f"    {line}"

@@ -1,0 +1,49 @@
+"""What the programs share as processes: their version, where complaints go, how they end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Final
+
+PROGRAM_VERSION: Final = "0.1.0 (speaks as QEMU 7.2)"
+
+
+def complain(program: str, text: str) -> None:
+    """One message on stderr, after what was printed so far."""
+    sys.stdout.flush()
+    print(f"{program}: {text}", file=sys.stderr)
+
+
+def ending_quietly(run: Callable[[], int]) -> int:
+    """Run a program's body; an interrupt ends with 130 and a closed pipe with 1, both without a traceback."""
+    try:
+        code = run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+class Progress:
+    """The percentage of -p: printed at the start, whenever it has grown by a hundredth, and with a newline at the end."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._printed = -1.0
+
+    def show(self, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes."""
+        percent = 100 * done / total if total else 100.0
+        if self.enabled and (percent - self._printed >= 1 or (percent >= 100 > self._printed)):
+            self._printed = percent
+            print(f"    ({percent:.2f}/100%)", end="\r", flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.enabled:
+            print()

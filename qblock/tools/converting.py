@@ -1,0 +1,269 @@
+"""The copy engine of ``qblock-img convert``: long extents, several workers, holes stay holes.
+
+Models semantics.md section 19 (convert): data go through buffers in which runs of zeroes are found, areas that the map
+knows as zero are never read, writes happen in order unless told otherwise. One planner asks the chain for long extents and
+cuts them into pieces; each worker takes a piece, reads it, waits for its turn and writes it. Memory is one buffer per worker.
+Differs from QEMU: zeroes are looked for in units of the target's cluster when that is larger than -S, which allocates the
+same clusters; and with a backing file for the target, the layers above that file in the source's chain are copied, not the
+top one alone (7.2 loses what lies between).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Final
+
+import attrs
+
+from qblock.backend import BlockBackend
+from qblock.clock import Clock, RateLimit
+from qblock.errors import BlockIOError, CommandError, QBlockError
+from qblock.node import BlockDriverState
+from qblock.status import chain_status
+from qblock.tools.console import Progress
+from qblock.units import GiB, MiB, align_up
+from qblock.zeroes import ZERO_PIECE, all_zero, zero_view
+
+CHUNK: Final = MiB
+"""Bytes that a worker copies at a time (or one cluster of the target, when that is larger)."""
+OFFLOAD_CHUNK: Final = 16 * MiB
+MAX_ZEROES: Final = GiB
+MAX_QUESTION: Final = 1 << 40
+
+
+@attrs.frozen
+class ConvertSettings:
+    """How to copy. ``sparse`` is the unit in bytes in which zeroes are looked for (0: everything is written as data).
+
+    ``base``: what the source's layers below it hold is left to the target's own backing file. ``target_is_zero``: the target
+    reads as zeroes now. ``speed`` in bytes per second, 0 for no limit.
+    """
+
+    workers: int = 8
+    in_order: bool = True
+    sparse: int = 4096
+    offload: bool = False
+    target_is_zero: bool = False
+    has_backing: bool = False
+    base: BlockDriverState | None = None
+    speed: int = 0
+
+
+@attrs.frozen(slots=True)
+class Piece:
+    """A part of the target: ``length`` bytes at ``offset``, to be zeroes or data from ``source_offset`` of ``source``."""
+
+    number: int
+    zero: bool
+    source: BlockBackend
+    source_offset: int
+    offset: int
+    length: int
+
+
+def data_runs(buffer: bytearray, length: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Start and end of what is not zero in the first ``length`` bytes, in whole units of ``unit`` bytes.
+
+    Data without a unit's worth of zeroes anywhere cost one search; only mixed data are looked at unit by unit.
+    """
+    zeroes = bytes(unit)
+    if length and buffer.find(zeroes, 0, length) < 0 and length >= unit:
+        yield 0, length
+        return
+    view = memoryview(buffer)[:length]
+    if all_zero(view):
+        return
+    start = -1
+    for at in range(0, length, unit):
+        if zeroes.startswith(view[at : at + unit]):
+            if start >= 0:
+                yield start, at
+                start = -1
+        elif start < 0:
+            start = at
+    if start >= 0:
+        yield start, length
+
+
+@attrs.define(eq=False)
+class Converter:
+    """Copies the sources, one behind the other, to the target."""
+
+    sources: Sequence[BlockBackend]
+    target: BlockBackend
+    settings: ConvertSettings
+    clock: Clock
+    progress: Progress
+    _plan: AsyncIterator[Piece] = attrs.field(init=False)
+    _planning: asyncio.Lock = attrs.field(init=False, factory=asyncio.Lock)
+    _turn: int = attrs.field(init=False, default=0)
+    _waiting: dict[int, asyncio.Future[None]] = attrs.field(init=False, factory=dict)
+    _offload: bool = attrs.field(init=False)
+    _limit: RateLimit = attrs.field(init=False)
+    _unit: int = attrs.field(init=False)
+    _chunk: int = attrs.field(init=False)
+    _total: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Derive sizes from the target: its cluster is the unit for zeroes and divides a worker's buffer."""
+        cluster = self.target.node.driver.info().cluster_size
+        sparse = self.settings.sparse
+        self._unit = cluster if sparse and cluster > sparse and not cluster % sparse else sparse
+        self._chunk = align_up(CHUNK, max(self._unit, 1))
+        self._offload = self.settings.offload
+        self._limit = RateLimit(self.clock)
+        self._limit.set_speed(self.settings.speed)
+        self._total = sum(source.length for source in self.sources)
+        self._plan = self._pieces()
+
+    async def run(self) -> None:
+        """Copy everything and flush the target; raises a QBlockError that says where it failed."""
+        if not self.settings.target_is_zero and not self.settings.has_backing and self.settings.sparse:
+            target_is_zero = await self._zero_whole_target()
+            self.settings = attrs.evolve(self.settings, target_is_zero=target_is_zero)
+        self.progress.show(0, self._total)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self.settings.workers):
+                    tasks.create_task(self._work())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        try:
+            await self.target.flush()
+        except QBlockError as error:
+            raise CommandError(f"error while flushing the output: {error}") from error
+        self.progress.show(self._total, self._total)
+
+    async def _zero_whole_target(self) -> bool:
+        """Make an existing target zero in one cheap operation; False where it has none."""
+        try:
+            await self.target.write_zeroes(0, self.target.length, may_unmap=True, no_fallback=True)
+        except BlockIOError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            return False
+        return True
+
+    # ------------------------------------------------------------------------------------------------------ planning
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        """The plan: what is to be read or zeroed, in order of the target's offsets; what may be left out is left out."""
+        number = start = 0
+        for source in self.sources:
+            at = 0
+            while at < source.length:
+                zero, skip, length = await self._extent(source, at)
+                step = MAX_ZEROES if zero else OFFLOAD_CHUNK if self._offload else self._chunk
+                end = at + length
+                while not skip and at < end:
+                    count = min(step - at % step, end - at)
+                    yield Piece(number, zero, source, at, start + at, count)
+                    number += 1
+                    at += count
+                at = end
+            start += source.length
+
+    async def _extent(self, source: BlockBackend, at: int) -> tuple[bool, bool, int]:
+        """Whether the run at ``at`` is to be zero, whether nothing is to be done for it, and its length."""
+        base = self.settings.base
+        try:
+            extent = await chain_status(source.node, at, min(source.length - at, MAX_QUESTION), base=base)
+        except QBlockError as error:
+            raise CommandError(f"error while reading the block status at offset {at}: {error}") from error
+        if base is not None and not extent.present:
+            return False, True, extent.length
+        nothing_to_do = extent.zero and self.settings.target_is_zero and self.settings.sparse > 0
+        return extent.zero, nothing_to_do, extent.length
+
+    # ------------------------------------------------------------------------------------------------------- copying
+
+    async def _work(self) -> None:
+        """One worker: pieces until there are none."""
+        buffer = bytearray()
+        while True:
+            async with self._planning:
+                piece = await anext(self._plan, None)
+            if piece is None:
+                return
+            if not piece.zero and not (self._offload and await self._offloaded(piece)):
+                buffer = buffer or bytearray(self._chunk)
+                for part in self._parts(piece):
+                    await self._copy(part, buffer)
+            elif piece.zero:
+                await self._wait_for_turn(piece.number)
+                await self._write_zeroes(piece)
+            self._end_turn(piece.number)
+            self.progress.show(piece.offset + piece.length, self._total)
+            if self.settings.speed and (delay := self._limit.delay_ns(piece.length)):
+                await self.clock.sleep_ns(delay)
+
+    def _parts(self, piece: Piece) -> Iterator[Piece]:
+        """A piece cut to the size of a buffer (pieces are longer where offloading was tried)."""
+        for at in range(0, piece.length, self._chunk):
+            length = min(self._chunk, piece.length - at)
+            yield attrs.evolve(
+                piece, source_offset=piece.source_offset + at, offset=piece.offset + at, length=length
+            ) if length != piece.length else piece
+
+    async def _copy(self, piece: Piece, buffer: bytearray) -> None:
+        view = memoryview(buffer)
+        try:
+            await piece.source.read_into(piece.source_offset, view[: piece.length])
+        except QBlockError as error:
+            raise CommandError(f"error while reading at byte {piece.source_offset}: {error}") from error
+        await self._wait_for_turn(piece.number)
+        runs = data_runs(buffer, piece.length, self._unit) if self._unit else iter([(0, piece.length)])
+        at = 0
+        try:
+            for start, end in runs:
+                await self._fill_gap(piece.offset + at, start - at)
+                await self.target.write_from(piece.offset + start, view[start:end])
+                at = end
+            await self._fill_gap(piece.offset + at, piece.length - at)
+        except QBlockError as error:
+            raise CommandError(f"error while writing at byte {piece.offset}: {error}") from error
+
+    async def _fill_gap(self, offset: int, length: int) -> None:
+        """Zeroes found in a buffer: nothing to do where the target is zero already."""
+        if length and not self.settings.target_is_zero:
+            await self.target.write_zeroes(offset, length, may_unmap=True)
+
+    async def _write_zeroes(self, piece: Piece) -> None:
+        try:
+            if self.settings.sparse:
+                await self.target.write_zeroes(piece.offset, piece.length, may_unmap=True)
+                return
+            for at in range(0, piece.length, ZERO_PIECE):
+                await self.target.write_from(piece.offset + at, zero_view(min(ZERO_PIECE, piece.length - at)))
+        except QBlockError as error:
+            raise CommandError(f"error while writing zeroes at byte {piece.offset}: {error}") from error
+
+    async def _offloaded(self, piece: Piece) -> bool:
+        """Try to let the storage copy; False (for good) where it cannot."""
+        await self._wait_for_turn(piece.number)
+        try:
+            await piece.source.copy_range(piece.source_offset, self.target, piece.offset, piece.length)
+        except BlockIOError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL):
+                raise CommandError(f"error while copying at byte {piece.offset}: {error}") from error
+            self._offload = False
+            return False
+        return True
+
+    # ---------------------------------------------------------------------------------------------------- order of writes
+
+    async def _wait_for_turn(self, number: int) -> None:
+        if self.settings.in_order and number != self._turn:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting[number] = turn
+            await turn
+
+    def _end_turn(self, number: int) -> None:
+        if not self.settings.in_order:
+            return
+        self._turn = number + 1
+        turn = self._waiting.pop(self._turn, None)
+        if turn is not None:
+            turn.set_result(None)

@@ -1,0 +1,196 @@
+"""Making new image files: the creation options of -o, the line that tells what is made, and the making.
+
+Models option names, defaults and the "Formatting" line of qemu-img 7.2 for raw and qcow2. Options that qblock does not support
+(encryption, data files' luks, nocow, ...) are refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from qblock.driver import Json
+from qblock.errors import CommandError, QBlockError
+from qblock.opening import combine_filename
+from qblock.options import parse_keyval
+from qblock.tools.arguments import size_of
+from qblock.tools.images import ImageArguments, ImageSession
+from qblock.units import align_up
+
+SECTOR: Final = 512
+
+
+@attrs.frozen
+class CreateOption:
+    """One option of -o. ``kind`` is how the value is written; ``wire`` its name in ``blockdev-create``."""
+
+    name: str
+    kind: str
+    doc: str
+    default: Json = None
+    wire: str = ""
+
+    def parse(self, text: str) -> Json:
+        """The value that the text of -o stands for."""
+        if self.kind == "size":
+            return size_of(text, f"value of '{self.name}'")
+        if self.kind == "num":
+            if not text.isdigit():
+                raise CommandError(f"Parameter '{self.name}' expects a number, not '{text}'")
+            return int(text)
+        if self.kind == "bool (on/off)":
+            if text not in ("on", "off"):
+                raise CommandError(f"Parameter '{self.name}' expects 'on' or 'off', not '{text}'")
+            return text == "on"
+        return text
+
+    def shown(self, value: Json) -> str:
+        """The value as the "Formatting" line prints it."""
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return str(value).replace(",", ",,")
+
+
+QCOW2_OPTIONS: Final = (
+    CreateOption("cluster_size", "size", "Size of a cluster, 512 to 2M", 65536, "cluster-size"),
+    CreateOption("extended_l2", "bool (on/off)", "Subclusters (extended L2 tables)", False, "extended-l2"),
+    CreateOption("preallocation", "str", "What to allocate at once: off, metadata, falloc, full", None, "preallocation"),
+    CreateOption("compression_type", "str", "How clusters are compressed: zlib, zstd", "zlib", "compression-type"),
+    CreateOption("size", "size", "Size of the disk", None, "size"),
+    CreateOption("compat", "str", "Version of the format: v2 [0.10] or v3 [1.1]", None, "version"),
+    CreateOption("backing_file", "str", "File that holds what is not in this one", None, "backing-file"),
+    CreateOption("backing_fmt", "str", "Format of the backing file", None, "backing-fmt"),
+    CreateOption("data_file", "str", "File that holds the data, while this one holds metadata", None, "data-file"),
+    CreateOption("data_file_raw", "bool (on/off)", "Keep the data file usable as a raw image", None, "data-file-raw"),
+    CreateOption("lazy_refcounts", "bool (on/off)", "Write reference counts late", False, "lazy-refcounts"),
+    CreateOption("refcount_bits", "num", "Width of a reference count", 16, "refcount-bits"),
+)
+RAW_OPTIONS: Final = (
+    CreateOption("size", "size", "Size of the disk", None, "size"),
+    CreateOption("preallocation", "str", "What to allocate at once: off, falloc, full", None, "preallocation"),
+)
+FORMATS: Final[Mapping[str, tuple[CreateOption, ...]]] = {"qcow2": QCOW2_OPTIONS, "raw": RAW_OPTIONS}
+VERSIONS: Final = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
+UNSUPPORTED: Final = frozenset({"encryption", "encrypt", "nocow", "extent_size_hint", "data_file", "data_file_raw"})
+
+
+def options_of(fmt: str) -> tuple[CreateOption, ...]:
+    """The options of a format that can be created; raises for any other."""
+    if fmt not in FORMATS:
+        raise CommandError(f"images of the format '{fmt}' cannot be created; these can: {', '.join(sorted(FORMATS))}")
+    return FORMATS[fmt]
+
+
+def wants_help(texts: Iterable[str]) -> bool:
+    """True when one of the -o texts asks which options there are."""
+    return any(text in ("help", "?") or text.startswith("help,") for text in texts)
+
+
+def print_help(fmt: str) -> None:
+    """What -o help prints."""
+    print(f"Supported {fmt} options:")
+    for option in sorted(options_of(fmt), key=lambda option: option.name):
+        if option.name not in UNSUPPORTED:
+            print(f"  {option.name + '=<' + option.kind + '>':<22} - {option.doc}")
+
+
+def parse_options(fmt: str, texts: Iterable[str]) -> dict[str, Json]:
+    """The values of all -o texts, by option name."""
+    table = {option.name: option for option in options_of(fmt)}
+    values: dict[str, Json] = {}
+    for text in texts:
+        for name, value in parse_keyval(text).items():
+            if name in UNSUPPORTED:
+                raise CommandError(f"the creation option '{name}' is not supported")
+            if name not in table or not isinstance(value, str):
+                raise CommandError(f"'{name}' is no creation option of the format '{fmt}'; see -o help")
+            values[name] = table[name].parse(value)
+    return values
+
+
+def add_backing(fmt: str, values: dict[str, Json], backing: str | None, backing_fmt: str | None) -> None:
+    """Put -b and -F among the options; raises where the format has no backing files."""
+    for name, value in (("backing_file", backing), ("backing_fmt", backing_fmt)):
+        if value is None:
+            continue
+        if not any(option.name == name for option in options_of(fmt)):
+            raise CommandError(f"the format '{fmt}' has no backing files")
+        values[name] = value
+
+
+def check_backing(filename: str, values: Mapping[str, Json]) -> None:
+    """Raise when the backing file's format is missing, or when it would be the image itself."""
+    backing, backing_fmt = values.get("backing_file"), values.get("backing_fmt")
+    if backing is None:
+        if backing_fmt is not None:
+            raise CommandError(f"{filename}: a backing format was given, but no backing file")
+        return
+    if backing == filename:
+        raise CommandError(f"{filename}: an image cannot be its own backing file")
+    if backing_fmt is None:
+        raise CommandError(f"{filename}: a backing file needs its format too (-F): it is never guessed")
+
+
+def formatting_line(filename: str, fmt: str, values: Mapping[str, Json]) -> str:
+    """The line that tells what is being made."""
+    words = [f"Formatting '{filename}', fmt={fmt}"]
+    for option in options_of(fmt):
+        value = values.get(option.name, option.default)
+        if value is not None:
+            words.append(f"{option.name}={option.shown(value)}")
+    return " ".join(words)
+
+
+async def backing_length(session: ImageSession, filename: str, values: Mapping[str, Json]) -> int:
+    """The length of the backing file in bytes; it is opened (alone, without its own backing file) and closed again."""
+    name = combine_filename(filename, values["backing_file"])
+    try:
+        backend = await session.open(ImageArguments(name, fmt=values["backing_fmt"], backing=False))
+    except QBlockError as error:
+        raise CommandError(f"{filename}: the backing file cannot be opened: {error}") from error
+    try:
+        return backend.length
+    finally:
+        await session.close(backend)
+
+
+async def create_file(session: ImageSession, filename: str, fmt: str, values: Mapping[str, Json]) -> None:
+    """Make the image; ``values`` hold its size. A file that was not there before is removed again when this fails."""
+    size = align_up(values["size"], SECTOR)
+    existed = os.path.lexists(filename)
+    try:
+        if fmt == "raw":
+            await session.opener.create_image(
+                "file", {"filename": filename, "size": size, "preallocation": values.get("preallocation", "off")}
+            )
+            return
+        await session.opener.create_image("file", {"filename": filename, "size": 0})
+        wire: dict[str, Any] = {"file": {"driver": "file", "filename": filename}}
+        for option in options_of(fmt):
+            if option.name in values:
+                wire[option.wire] = values[option.name]
+        wire["size"] = size
+        if "version" in wire:
+            wire["version"] = _version(wire["version"])
+        await session.opener.create_image(fmt, wire)
+    except QBlockError as error:
+        if not existed:
+            remove_file(filename)
+        raise CommandError(f"{filename}: {error}") from error
+
+
+def _version(compat: str) -> str:
+    if compat not in VERSIONS:
+        raise CommandError(f"'{compat}' is no version of qcow2: compat takes v2 (0.10) or v3 (1.1)")
+    return VERSIONS[compat]
+
+
+def remove_file(filename: str, *, unlink: Callable[[str], None] = os.unlink) -> None:
+    """Remove a file that a failed run has made."""
+    try:
+        unlink(filename)
+    except OSError:
+        pass

@@ -1,0 +1,130 @@
+"""Opening images for one run of an offline tool: a graph of its own, closed again at the end.
+
+Models what qemu-img does around its sub-commands: images are opened by name with probing, by options, or by ``json:``
+names; backing files that an image mentions are followed. No jobs, devices or monitor are loaded: start-up time counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+from types import TracebackType
+from typing import TypeVar
+
+import attrs
+
+from qblock.backend import BlockBackend
+from qblock.clock import RealClock
+from qblock.driver import Environment, Json
+from qblock.graph import Graph
+from qblock.node import BlockDriverState
+from qblock.opening import Opener, OpenPolicy
+from qblock.options import parse_keyval
+from qblock.permissions import Perm
+from qblock.registry import DriverRegistry
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class ImageArguments:
+    """How one image is to be opened: its name or options, its format (None: probe), and the access wanted.
+
+    ``extra`` are further options of the node, as dotted keys with strings (``cache.direct``). ``backing`` False leaves the
+    backing file closed.
+    """
+
+    name: str
+    fmt: str | None = None
+    image_opts: bool = False
+    writable: bool = False
+    force_share: bool = False
+    backing: bool = True
+    extra: Mapping[str, str] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class ImageSession:
+    """All images that one run has open. An async context manager: leaving it flushes and closes them."""
+
+    graph: Graph
+    opener: Opener
+    environment: Environment
+    backends: list[BlockBackend] = attrs.field(factory=list)
+
+    @classmethod
+    def create(cls) -> ImageSession:
+        """A session on real time, real files and a small pool of threads."""
+        environment = Environment(
+            clock=RealClock(),
+            executor=ThreadPoolExecutor(max_workers=8, thread_name_prefix="qblock-io"),
+            random=Random(),
+            emit=lambda name, data: None,
+            warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+        )
+        graph = Graph(random=environment.random)
+        opener = Opener(graph, DriverRegistry(), environment, OpenPolicy.follow())
+        return cls(graph, opener, environment)
+
+    async def open_node(self, wanted: ImageArguments) -> BlockDriverState:
+        """The top node of an image; raises a QBlockError that names the image."""
+        read_only = not wanted.writable
+        if not wanted.image_opts:
+            return await self.opener.open_image(
+                wanted.name,
+                fmt=wanted.fmt,
+                read_only=read_only,
+                backing=wanted.backing,
+                options=dict(wanted.extra),
+                force_share=wanted.force_share,
+            )
+        options: dict[str, Json] = parse_keyval(wanted.name)
+        options.setdefault("read-only", "on" if read_only else "off")
+        if wanted.force_share:
+            options["force-share"] = "on"
+        for key, value in wanted.extra.items():
+            group, _, member = key.partition(".")
+            target = options.setdefault(group, {}) if member else options
+            target.setdefault(member or key, value)
+        return await self.opener.open_blockdev(options, strings=True)
+
+    async def open(self, wanted: ImageArguments) -> BlockBackend:
+        """A backend on an image that was opened as `open_node` does."""
+        node = await self.open_node(wanted)
+        perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if wanted.writable else Perm.NONE)
+        shared = Perm.ALL if not wanted.writable else Perm.ALL & ~Perm.RESIZE
+        backend = BlockBackend(self.graph, perm=perm, shared=shared, description=f"the image '{wanted.name}'")
+        backend.insert(node)
+        self.backends.append(backend)
+        return backend
+
+    async def close(self, backend: BlockBackend) -> None:
+        """Flush and close one image before the session ends."""
+        self.backends.remove(backend)
+        backend.remove()
+        await self.opener.close_orphans()
+
+    async def __aenter__(self) -> ImageSession:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for backend in self.backends:
+            backend.remove()
+        self.backends.clear()
+        await self.opener.close_orphans()
+        self.environment.executor.shutdown(wait=False)
+
+
+def run_session(body: Callable[[ImageSession], Awaitable[T]]) -> T:
+    """Run ``body`` with a session on a loop of its own."""
+
+    async def main() -> T:
+        async with ImageSession.create() as session:
+            return await body(session)
+
+    return asyncio.run(main())

@@ -1,0 +1,80 @@
+"""``qblock-img``: offline work on images, with qemu-img 7.2's command line, exit codes and output layout.
+
+Each sub-command is a module of its own, imported when it is chosen: ``qblock-img info`` starts fast. Differs from
+QEMU: sub-commands that are not there yet (amend, bench, bitmap, commit, dd, measure, rebase, resize, snapshot) are refused
+by name, and error texts are our own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+from qblock.errors import QBlockError
+from qblock.tools.arguments import UsageError
+from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
+
+SUBCOMMANDS: Final[Mapping[str, str]] = {
+    "check": "check [-q] [-f FMT | --image-opts] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE",
+    "compare": "compare [-f FMT] [-F FMT | --image-opts] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2",
+    "convert": "convert [-f FMT | --image-opts] [-O FMT | --target-image-opts] [-B BACKING [-F FMT]] [-o OPTIONS]\n"
+    "          [-t CACHE] [-T CACHE] [-n [--target-is-zero]] [-C] [-m COROUTINES] [-p] [-q] [-S SIZE] [-U] [-W]\n"
+    "          FILE [FILE2 ...] OUTPUT",
+    "create": "create [-q] [-f FMT] [-b BACKING [-F FMT]] [-u] [-o OPTIONS] FILE [SIZE]",
+    "info": "info [-f FMT | --image-opts] [--output=human|json] [--backing-chain] [-U] FILE",
+    "map": "map [-f FMT | --image-opts] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILE",
+}
+NOT_YET: Final = frozenset({"amend", "bench", "bitmap", "commit", "dd", "measure", "rebase", "resize", "snapshot"})
+
+_HELP: Final = """usage: qblock-img COMMAND [OPTIONS]
+Works on disk images that no machine is using.
+
+  -h, --help     show this
+  -V, --version  show the version
+
+Commands:
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program: returns its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    return ending_quietly(lambda: _run(args))
+
+
+def _run(args: list[str]) -> int:
+    if args and args[0] in ("-V", "--version"):
+        print(f"qblock-img version {PROGRAM_VERSION}")
+        return 0
+    if not args or args[0] in ("-h", "--help") or (args[0] in SUBCOMMANDS and args[1:2] in (["-h"], ["--help"])):
+        _print_help()
+        return 0 if args else 1
+    name, *rest = args
+    if name not in SUBCOMMANDS:
+        what = "is not supported yet" if name in NOT_YET else "is not a command"
+        return _usage_failure(f"'{name}' {what}")
+    module = importlib.import_module(f"qblock.tools.img_{name}")
+    try:
+        code: int = module.run(rest)
+    except UsageError as error:
+        return _usage_failure(str(error))
+    except QBlockError as error:
+        complain("qblock-img", str(error))
+        return 1
+    return code
+
+
+def _print_help() -> None:
+    print(_HELP + "\n".join(f"  {usage}" for usage in SUBCOMMANDS.values()))
+
+
+def _usage_failure(text: str) -> int:
+    complain("qblock-img", text)
+    print("Try 'qblock-img --help' for more information", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""``qblock-img compare``: do two images have the same content?
+
+Exit codes of qemu-img 7.2: 0 identical, 1 different, 2 an image cannot be opened, 3 its map cannot be read, 4 its data cannot
+be read. A difference is reported by the 512-byte sector it lies in. A longer image is the same when its surplus is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+
+from qblock.backend import BlockBackend
+from qblock.errors import QBlockError
+from qblock.status import ChainExtent, chain_status
+from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects
+from qblock.tools.console import Progress, complain
+from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.units import MiB, align_down
+from qblock.zeroes import all_zero
+
+IDENTICAL, DIFFERENT, OPEN_FAILED, STATUS_FAILED, READ_FAILED = range(5)
+CHUNK: Final = 2 * MiB
+MAX_QUESTION: Final = 1 << 40
+SECTOR: Final = 512
+
+
+class _Stop(Exception):
+    """The comparison has ended, with this exit code and this text (for stdout when the images differ, else stderr)."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def run(args: list[str]) -> int:
+    """The sub-command; returns the exit code."""
+    arguments = Arguments(
+        args, "f:F:T:pqsU", {"image-opts": "image-opts", "force-share": "U", "object=": "object"}
+    )
+    if len(arguments.words) != 2:
+        raise UsageError("Expecting two image file names")
+    check_objects(arguments)
+    try:
+        return run_session(lambda session: _compare(session, arguments))
+    except _Stop as stop:
+        if stop.code != DIFFERENT:
+            complain("qblock-img", str(stop))
+        elif "q" not in arguments:
+            print(stop)
+        return stop.code
+
+
+async def _compare(session: ImageSession, arguments: Arguments) -> int:
+    images = [await _open(session, arguments, name, fmt) for name, fmt in zip(arguments.words, "fF", strict=True)]
+    quiet = "q" in arguments
+    comparison = _Comparison(
+        *images, strict="s" in arguments, quiet=quiet, progress=Progress("p" in arguments and not quiet)
+    )
+    try:
+        await comparison.run()
+    finally:
+        comparison.progress.end()
+    if not quiet:
+        print("Images are identical.")
+    return IDENTICAL
+
+
+async def _open(session: ImageSession, arguments: Arguments, name: str, fmt: str) -> BlockBackend:
+    try:
+        return await session.open(
+            ImageArguments(
+                name,
+                fmt=arguments.get(fmt),
+                image_opts="image-opts" in arguments,
+                force_share="U" in arguments,
+                extra=cache_options(arguments.get("T"), "source cache option"),
+            )
+        )
+    except QBlockError as error:
+        raise _Stop(OPEN_FAILED, str(error)) from error
+
+
+@attrs.define(eq=False)
+class _Comparison:
+    """Two images and how to compare them; the methods raise `_Stop` when the answer is known."""
+
+    one: BlockBackend
+    two: BlockBackend
+    strict: bool
+    quiet: bool
+    progress: Progress
+
+    async def run(self) -> None:
+        shared = min(self.one.length, self.two.length)
+        total = max(self.one.length, self.two.length)
+        if self.strict and shared != total:
+            raise _Stop(DIFFERENT, "Strict mode: Image size mismatch!")
+        self.progress.show(0, total)
+        at = 0
+        while at < shared:
+            first, second = await self._status(self.one, at, shared), await self._status(self.two, at, shared)
+            if self.strict and _kind(first) != _kind(second):
+                raise _Stop(DIFFERENT, f"Strict mode: Offset {at} block status mismatch!")
+            length = min(first.length, second.length)
+            await self._compare_run(at, length, first, second)
+            at += length
+            self.progress.show(at, total)
+        if shared != total:
+            await self._check_surplus(shared, total)
+        self.progress.show(total, total)
+
+    async def _compare_run(self, at: int, length: int, first: ChainExtent, second: ChainExtent) -> None:
+        if first.zero and second.zero:
+            return
+        for start in range(at, at + length, CHUNK):
+            count = min(CHUNK, at + length - start)
+            if first.zero or second.zero:
+                await self._expect_zero(self.two if first.zero else self.one, start, count)
+            else:
+                await self._expect_equal(start, count)
+
+    async def _expect_equal(self, at: int, count: int) -> None:
+        one, two = await self._read(self.one, at, count), await self._read(self.two, at, count)
+        if one != two:
+            sector = next(n for n in range(0, count, SECTOR) if one[n : n + SECTOR] != two[n : n + SECTOR])
+            raise _Stop(DIFFERENT, f"Content mismatch at offset {at + sector}!")
+
+    async def _expect_zero(self, image: BlockBackend, at: int, count: int) -> None:
+        data = await self._read(image, at, count)
+        if not all_zero(memoryview(data)):
+            first = len(data) - len(data.lstrip(b"\0"))
+            raise _Stop(DIFFERENT, f"Content mismatch at offset {at + align_down(first, SECTOR)}!")
+
+    async def _check_surplus(self, shared: int, total: int) -> None:
+        if not self.quiet:
+            print("Warning: Image size mismatch!")
+        longer = self.one if self.one.length == total else self.two
+        at = shared
+        while at < total:
+            extent = await self._status(longer, at, total)
+            if not extent.zero:
+                for start in range(at, at + extent.length, CHUNK):
+                    await self._expect_zero(longer, start, min(CHUNK, at + extent.length - start))
+            at += extent.length
+            self.progress.show(at, total)
+
+    async def _read(self, image: BlockBackend, at: int, count: int) -> bytearray:
+        data = bytearray(count)
+        try:
+            await image.read_into(at, memoryview(data))
+        except QBlockError as error:
+            raise _Stop(READ_FAILED, f"{image.description}: error while reading offset {at}: {error}") from error
+        return data
+
+    async def _status(self, image: BlockBackend, at: int, end: int) -> ChainExtent:
+        try:
+            return await chain_status(image.node, at, min(end - at, MAX_QUESTION))
+        except QBlockError as error:
+            raise _Stop(STATUS_FAILED, f"{image.description}: cannot tell what is at offset {at}: {error}") from error
+
+
+def _kind(extent: ChainExtent) -> tuple[bool, ...]:
+    """What strict mode compares of a place."""
+    return extent.present, extent.zero, extent.data, extent.offset is not None

@@ -1,0 +1,184 @@
+"""``qblock-img convert``: copy images to a new one of any format that can be created, or into an existing one (-n).
+
+Command line and checks as qemu-img 7.2's. Differs from QEMU: when a run that has made the output file fails, the unfinished
+file is removed; compressed output, internal snapshots, bitmaps and salvaging are refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import attrs
+
+from qblock.backend import BlockBackend
+from qblock.chain import chain_next, find_backing_image, skip_filters
+from qblock.errors import CommandError
+from qblock.node import BlockDriverState
+from qblock.opening import combine_filename
+from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
+from qblock.tools.console import Progress
+from qblock.tools.converting import Converter, ConvertSettings
+from qblock.tools.creation import (
+    add_backing,
+    check_backing,
+    create_file,
+    options_of,
+    parse_options,
+    print_help,
+    remove_file,
+    wants_help,
+)
+from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.units import MiB
+
+MAX_WORKERS: Final = 16
+MAX_SPARSE: Final = 16 * MiB
+REFUSED: Final = {
+    "c": "compressed clusters cannot be written yet",
+    "l": "internal snapshots cannot be read yet",
+    "bitmaps": "persistent bitmaps cannot be copied yet",
+    "skip-broken-bitmaps": "persistent bitmaps cannot be copied yet",
+    "salvage": "unreadable areas are never replaced by zeroes; a read error ends the copy",
+}
+LONG: Final = {
+    "object=": "object", "source-image-opts": "image-opts", "image-opts": "image-opts",
+    "target-image-opts": "target-image-opts", "force-share": "U", "target-is-zero": "target-is-zero",
+    "salvage": "salvage", "bitmaps": "bitmaps", "skip-broken-bitmaps": "skip-broken-bitmaps", "backing=": "B",
+}  # fmt: skip
+
+
+@attrs.frozen
+class _Request:
+    """One checked command line."""
+
+    arguments: Arguments
+    sources: list[str]
+    output: str
+    fmt: str
+    values: dict[str, Any]
+    settings: ConvertSettings
+
+    @property
+    def creates(self) -> bool:
+        """False with -n: the output is there already."""
+        return "n" not in self.arguments
+
+
+def run(args: list[str]) -> int:
+    """The sub-command; returns the exit code."""
+    arguments = Arguments(args, "B:CF:O:S:T:UWcf:l:m:no:pqr:t:", LONG)
+    fmt = arguments.get("O") or "raw"
+    if wants_help(arguments.all("o")):
+        print_help(fmt)
+        return 0
+    request = _checked(arguments, fmt)
+    existed = os.path.lexists(request.output)
+    try:
+        run_session(lambda session: _convert(session, request))
+    except BaseException:
+        if request.creates and not existed:
+            remove_file(request.output)
+        raise
+    return 0
+
+
+def _checked(arguments: Arguments, fmt: str) -> _Request:
+    arguments.refuse(REFUSED)
+    check_objects(arguments)
+    if len(arguments.words) < 2:
+        raise UsageError("Must specify image file names: one or more to read, and one to write")
+    *sources, output = arguments.words
+    creates = "n" not in arguments
+    if "target-is-zero" in arguments and creates:
+        raise CommandError("--target-is-zero requires -n: a new image is known to be zero")
+    if "target-image-opts" in arguments and creates:
+        raise CommandError("--target-image-opts requires -n: options open an image, they do not create one")
+    if not creates and arguments.all("o"):
+        raise CommandError("-o has no effect with -n: nothing is created")
+    values: dict[str, Any] = {}
+    if creates:
+        options_of(fmt)
+        values = parse_options(fmt, arguments.all("o"))
+        add_backing(fmt, values, arguments.get("B"), arguments.get("F"))
+        check_backing(output, values)
+    elif backing := arguments.get("B"):
+        values["backing_file"] = backing
+    settings = _settings(arguments)
+    if "backing_file" in values and len(sources) > 1:
+        raise CommandError("several images joined into one cannot have a backing file")
+    return _Request(arguments, sources, output, fmt, values, settings)
+
+
+def _settings(arguments: Arguments) -> ConvertSettings:
+    sparse = arguments.size("S", "size for -S")
+    if sparse is not None and (sparse % 512 or sparse > MAX_SPARSE):
+        raise CommandError(f"-S takes a multiple of 512 up to {MAX_SPARSE}, or 0 to write everything as data")
+    if "C" in arguments and sparse is not None:
+        raise CommandError("-C lets the storage copy, so nothing is looked at: it cannot be used with -S")
+    workers = arguments.get("m", "8") or ""
+    if not workers.isdigit() or not 1 <= int(workers) <= MAX_WORKERS:
+        raise CommandError(f"-m takes a number of coroutines from 1 to {MAX_WORKERS}")
+    return ConvertSettings(
+        workers=int(workers),
+        in_order="W" not in arguments,
+        sparse=4096 if sparse is None else sparse,
+        offload="C" in arguments,
+        target_is_zero="target-is-zero" in arguments,
+        speed=arguments.size("r", "rate limit") or 0,
+    )
+
+
+async def _convert(session: ImageSession, request: _Request) -> None:
+    arguments = request.arguments
+    sources = [
+        await session.open(
+            ImageArguments(
+                name,
+                fmt=arguments.get("f"),
+                image_opts="image-opts" in arguments,
+                force_share="U" in arguments,
+                extra=cache_options(arguments.get("T"), "source cache option"),
+            )
+        )
+        for name in request.sources
+    ]
+    cache = arguments.get("t") or "unsafe"
+    extra = cache_options(cache) | {"discard": "unmap"}
+    total = sum(source.length for source in sources)
+    if request.creates:
+        values = {"size": total} | request.values
+        await create_file(session, request.output, request.fmt, values)
+    target = await session.open(
+        ImageArguments(
+            request.output,
+            fmt=None if "target-image-opts" in arguments else request.fmt,
+            image_opts="target-image-opts" in arguments,
+            writable=True,
+            extra=extra,
+        )
+    )
+    target.writethrough = is_writethrough(cache)
+    if target.length < total:
+        raise CommandError(f"the output has {target.length} bytes, which is less than the {total} to be written")
+    settings = _fitted(request, sources[0], target)
+    progress = Progress("p" in arguments and "q" not in arguments)
+    await Converter(sources, target, settings, session.environment.clock, progress).run()
+    progress.end()
+
+
+def _fitted(request: _Request, source: BlockBackend, target: BlockBackend) -> ConvertSettings:
+    """The settings with what is only known when the images are open."""
+    backing = request.values.get("backing_file")
+    if backing is not None:
+        base = _base_in_source(source.node, combine_filename(request.output, backing))
+        return attrs.evolve(request.settings, has_backing=True, base=base)
+    preallocated = request.values.get("preallocation", "off") != "off"
+    zero = request.settings.target_is_zero or (request.creates and (not preallocated or request.fmt == "raw"))
+    return attrs.evolve(request.settings, target_is_zero=zero)
+
+
+def _base_in_source(source: BlockDriverState, filename: str) -> BlockDriverState | None:
+    """The layer of the source that the target's backing file is; if it is another file, the layer below the top."""
+    found = find_backing_image(source, filename)
+    return found if found is not None and found is not skip_filters(source) else chain_next(source)

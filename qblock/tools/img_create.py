@@ -1,0 +1,56 @@
+"""``qblock-img create``: make a new image, alone or on top of a backing file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qblock.errors import CommandError
+from qblock.tools.arguments import Arguments, UsageError, check_objects, size_of
+from qblock.tools.creation import (
+    add_backing,
+    backing_length,
+    check_backing,
+    create_file,
+    formatting_line,
+    options_of,
+    parse_options,
+    print_help,
+    wants_help,
+)
+from qblock.tools.images import ImageSession, run_session
+
+
+def run(args: list[str]) -> int:
+    """The sub-command; returns the exit code."""
+    arguments = Arguments(args, "f:b:F:o:uq", {"object=": "object"})
+    fmt = arguments.get("f") or "raw"
+    texts = arguments.all("o")
+    if wants_help(texts):
+        print_help(fmt)
+        return 0
+    words = arguments.words
+    if not words:
+        raise UsageError("Expecting image file name")
+    if len(words) > 2:
+        raise UsageError(f"Unexpected argument: {words[2]}")
+    check_objects(arguments)
+    filename = words[0]
+    options_of(fmt)
+    values: dict[str, Any] = parse_options(fmt, texts)
+    add_backing(fmt, values, arguments.get("b"), arguments.get("F"))
+    check_backing(filename, values)
+    if len(words) == 2:
+        values["size"] = size_of(words[1], "image size")
+    return run_session(lambda session: _create(session, filename, fmt, values, arguments))
+
+
+async def _create(session: ImageSession, filename: str, fmt: str, values: dict[str, Any], arguments: Arguments) -> int:
+    if "backing_file" in values and "u" not in arguments:
+        length = await backing_length(session, filename, values)
+        values.setdefault("size", length)
+    if "size" not in values:
+        raise CommandError(f"{filename}: give a size: there is no backing file to take it from")
+    if "q" not in arguments:
+        print(formatting_line(filename, fmt, values), flush=True)
+    await create_file(session, filename, fmt, values)
+    return 0

@@ -1,0 +1,49 @@
+"""``qblock-img info``: what an image says of itself, or the whole chain, for a person or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qblock.chain import cow_node
+from qblock.errors import CommandError
+from qblock.imageinfo import human_lines, image_info
+from qblock.node import BlockDriverState
+from qblock.tools.arguments import Arguments, UsageError, check_objects
+from qblock.tools.images import ImageArguments, ImageSession, run_session
+
+
+def run(args: list[str]) -> int:
+    """The sub-command; returns the exit code."""
+    arguments = Arguments(
+        args, "f:U", {"output=": "output", "backing-chain": "backing-chain", "force-share": "U",
+                      "image-opts": "image-opts", "object=": "object"}
+    )  # fmt: skip
+    fmt = arguments.output_format()
+    if len(arguments.words) != 1:
+        raise UsageError("Expecting one image file name")
+    check_objects(arguments)
+    wanted = ImageArguments(
+        arguments.words[0],
+        fmt=arguments.get("f"),
+        image_opts="image-opts" in arguments,
+        force_share="U" in arguments,
+        backing="backing-chain" in arguments,
+    )
+    if wanted.fmt is not None and wanted.image_opts:
+        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    infos = run_session(lambda session: _collect(session, wanted))
+    if fmt == "json":
+        print(json.dumps(infos if wanted.backing else infos[0], indent=4, ensure_ascii=False))
+    else:
+        print("\n\n".join("\n".join(human_lines(info)) for info in infos))
+    return 0
+
+
+async def _collect(session: ImageSession, wanted: ImageArguments) -> list[dict[str, Any]]:
+    node: BlockDriverState | None = (await session.open(wanted)).node
+    infos = []
+    while node is not None:
+        infos.append(image_info(node))
+        node = cow_node(node) if wanted.backing else None
+    return infos

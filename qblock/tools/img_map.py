@@ -1,0 +1,127 @@
+"""``qblock-img map``: which layer of the chain holds what, and where in its file.
+
+Lines and JSON as qemu-img 7.2 prints them; adjacent areas with the same answer are one. The form for people lists only data
+that lie plainly in a file, and fails where data have no plain offset (compressed clusters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import attrs
+
+from qblock.errors import CommandError
+from qblock.node import BlockDriverState
+from qblock.status import ChainExtent, chain_status
+from qblock.tools.arguments import Arguments, UsageError, check_objects
+from qblock.tools.images import ImageArguments, ImageSession, run_session
+
+MAX_QUESTION = 1 << 40
+"""How many bytes one question about the chain covers."""
+
+
+@attrs.frozen
+class Area:
+    """A run of bytes with one answer. ``offset`` is where it starts in the file called ``filename``, if it is stored plainly."""
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    offset: int | None
+    filename: str
+
+    def continues_in(self, other: Area) -> bool:
+        """True when ``other``, which begins where this one ends, has the same answer."""
+        if (self.depth, self.present, self.zero, self.data) != (other.depth, other.present, other.zero, other.data):
+            return False
+        if self.filename != other.filename or (self.offset is None) != (other.offset is None):
+            return False
+        return self.offset is None or self.offset + self.length == other.offset
+
+
+def run(args: list[str]) -> int:
+    """The sub-command; returns the exit code."""
+    arguments = Arguments(
+        args, "f:s:l:U", {"output=": "output", "format=": "f", "start-offset=": "s", "max-length=": "l",
+                          "image-opts": "image-opts", "force-share": "U", "object=": "object"}
+    )  # fmt: skip
+    output = arguments.output_format()
+    start = arguments.size("s", "start offset") or 0
+    max_length = arguments.size("l", "maximum length")
+    if len(arguments.words) != 1:
+        raise UsageError("Expecting one image file name")
+    check_objects(arguments)
+    wanted = ImageArguments(
+        arguments.words[0],
+        fmt=arguments.get("f"),
+        image_opts="image-opts" in arguments,
+        force_share="U" in arguments,
+    )
+    show = _print_json if output == "json" else _print_lines
+    run_session(lambda session: show(session, wanted, start, max_length))
+    return 0
+
+
+async def _areas(
+    session: ImageSession, wanted: ImageArguments, start: int, max_length: int | None
+) -> AsyncIterator[Area]:
+    """The areas of the asked range, adjacent equal ones joined; one empty area when the range is empty."""
+    node = (await session.open(wanted)).node
+    assert node is not None
+    end = node.length if max_length is None else min(node.length, start + max_length)
+    at, current = start, None
+    while at < end:
+        extent = await chain_status(node, at, min(end - at, MAX_QUESTION))
+        area = _area(node, at, extent)
+        at += extent.length
+        if current is not None and current.continues_in(area):
+            current = attrs.evolve(current, length=current.length + area.length)
+            continue
+        if current is not None:
+            yield current
+        current = area
+    yield current or Area(start, 0, 0, False, False, False, None, "")
+
+
+def _area(node: BlockDriverState, at: int, extent: ChainExtent) -> Area:
+    filename = (extent.file.driver.filename() or "") if extent.file is not None else ""
+    return Area(
+        at, extent.length, extent.depth, extent.present, extent.zero, extent.data, extent.offset, filename
+    )
+
+
+async def _print_json(session: ImageSession, wanted: ImageArguments, start: int, max_length: int | None) -> None:
+    before = "["
+    async for area in _areas(session, wanted, start, max_length):
+        members = {"start": area.start, "length": area.length, "depth": area.depth}
+        text = ", ".join(f'"{key}": {value}' for key, value in members.items())
+        for key, flag in (("present", area.present), ("zero", area.zero), ("data", area.data)):
+            text += f', "{key}": {str(flag).lower()}'
+        if area.offset is not None:
+            text += f', "offset": {area.offset}'
+        print(f"{before}{{ {text}}}", end="")
+        before = ",\n"
+    print("]")
+
+
+def _hex(number: int) -> str:
+    return f"{number:#x}" if number else "0"
+
+
+async def _print_lines(session: ImageSession, wanted: ImageArguments, start: int, max_length: int | None) -> None:
+    started = False
+    async for area in _areas(session, wanted, start, max_length):
+        if not started:
+            print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+            started = True
+        if not area.data or area.zero or not area.length:
+            continue
+        if area.offset is None:
+            raise CommandError(
+                f"'{wanted.name}' holds data that have no plain place in a file (compressed clusters, for example) "
+                f"at offset {area.start}; use --output=json"
+            )
+        print(f"{_hex(area.start):<16}{_hex(area.length):<16}{_hex(area.offset):<16}{area.filename}")
