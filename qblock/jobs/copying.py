@@ -7,18 +7,28 @@ Offsets and lengths are bytes. Memory is bounded by the pool, which is allocated
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 from collections.abc import Iterator
 from typing import Final
 
 import attrs
 
+from qblock.errors import BlockIOError, ImageError
 from qblock.units import MiB
 
 MAX_IN_FLIGHT: Final = 16
 MAX_REQUEST: Final = MiB
 SLICE_NS: Final = 100_000_000
 """How long a job with nothing to do sleeps before it looks again, in nanoseconds."""
+
+IO_FAILURES: Final = (OSError, ImageError)
+"""What a request of a job can fail with on purpose."""
+
+
+def io_error(error: Exception) -> OSError:
+    """The failure as one with an errno, which error policies look at (EIO for trouble with an image's content)."""
+    return error if isinstance(error, OSError) else BlockIOError(errno.EIO, str(error))
 
 
 @attrs.define(eq=False, slots=True)

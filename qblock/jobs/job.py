@@ -16,6 +16,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qblock import drain
 from qblock.blockers import OpBlocker, block_all, unblock
 from qblock.clock import CoSleep, RateLimit
 from qblock.errors import CommandError, JobCancelled
@@ -74,6 +75,11 @@ class Job(abc.ABC):
     async def run(self) -> None:
         """Do the work, with pause points. Raises what it failed of; returning means success so far."""
 
+    async def settle(self) -> None:
+        """Bring the job's nodes to rest for the change of the graph that follows: called before `prepare`, and before
+        `abort`, perhaps twice. `clean` ends what this began.
+        """
+
     async def prepare(self) -> None:
         """The last steps that may fail, when the job is finalized; must leave everything as it was if it raises."""
 
@@ -116,6 +122,11 @@ class Job(abc.ABC):
             self.notice()
             await self._sleep.sleep_ns(ns)
         await self.pause_point()
+
+    def advance(self, count: int) -> None:
+        """``count`` more units are done, and no longer remain."""
+        self.progress_done += count
+        self.progress_remaining = max(0, self.progress_remaining - count)
 
     def ready(self) -> None:
         """The job has reached the point from which `complete` is possible."""
@@ -223,8 +234,8 @@ class Job(abc.ABC):
             self._undisturbed.clear()
 
     def is_busy(self) -> bool:
-        """See `node.EdgeParent`: busy while running and not paused."""
-        return self.status is not JobStatus.CREATED and not self.run_ended and not self.paused
+        """See `node.EdgeParent`: busy while running, unless it is paused or drains its nodes itself."""
+        return self.was_started and not (self.run_ended or self.paused or self.own_quiesced)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id!r} {self.status.value} {self.progress_done}/{self.progress_total}>"
@@ -242,14 +253,38 @@ class BlockJob(Job):
         self.io_status = IoStatus.OK
         self.edges: list[BdrvChild] = []
         self._blocks: list[OpBlocker] = []
+        self.drained_nodes: list[BlockDriverState] = []
 
-    def hold(self, name: str, node: BlockDriverState, perm: Perm, shared: Perm) -> None:
+    def hold(
+        self, name: str, node: BlockDriverState, perm: Perm, shared: Perm, *, change: Transaction
+    ) -> None:
         """Take an edge called ``name`` to ``node`` and block operations on it; raises when permissions conflict."""
         graph = self.runner.graph
-        with Transaction() as change:
-            edge = graph.attach(self, node, name=name, role=ChildRole.JOB, perm=perm, shared=shared, change=change)
+        edge = graph.attach(self, node, name=name, role=ChildRole.JOB, perm=perm, shared=shared, change=change)
+        token = block_all(node, f"block device is in use by block job: {self.type}")
         self.edges.append(edge)
-        self._blocks.append(block_all(node, f"block device is in use by block job: {self.type}"))
+        self._blocks.append(token)
+        change.add(abort=lambda: (self.edges.remove(edge), self._blocks.remove(token), unblock(token)))
+
+    async def drain(self, *nodes: BlockDriverState) -> None:
+        """Begin the job's own drained sections: returns when no request of anybody is under way in ``nodes``."""
+        for node in nodes:
+            before = self.quiesced
+            node.quiesce()
+            self.own_quiesced += self.quiesced - before
+            self.drained_nodes.append(node)
+        self.at_rest()
+        while any(node.is_busy() for node in nodes):
+            for node in nodes:
+                await drain.wait_idle(node)
+
+    def end_drain(self) -> None:
+        """End all of the job's own drained sections; the graph may have changed in between."""
+        drained, self.drained_nodes = self.drained_nodes, []
+        for node in drained:
+            before = self.quiesced
+            node.resume()
+            self.own_quiesced -= before - self.quiesced
 
     def release(self, change: Transaction) -> None:
         """Give back all edges, and the blocked operations when ``change`` commits."""
@@ -260,6 +295,7 @@ class BlockJob(Job):
         change.add(commit=self._unblock, abort=lambda: self.edges.extend(edges))
 
     def _unblock(self) -> None:
+        self.own_quiesced = self.quiesced  # without edges no section reaches the job
         for token in self._blocks:
             unblock(token)
         self._blocks.clear()
@@ -315,4 +351,4 @@ class BlockJob(Job):
     def at_rest(self) -> None:
         """See `Job.at_rest`: wake drained sections."""
         for edge in self.edges:
-            self.runner.kick(edge.node)
+            drain.kick(edge.node)

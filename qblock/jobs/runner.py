@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from qblock import drain
 from qblock.errors import CommandError, DeviceNotActive, DuplicateName, JobCancelled, JobStateError, QBlockError
 from qblock.jobs.job import BlockJob, Job
 from qblock.jobs.state import TRANSITIONS, VERBS, IoStatus, JobStatus, JobVerb
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from qblock.clock import Clock
     from qblock.driver import Json
     from qblock.graph import Graph
-    from qblock.node import BlockDriverState
     from qblock.opening import Opener
 
 _WELL_FORMED: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
@@ -90,10 +88,6 @@ class JobRunner:
     async def wait(self, job: Job) -> None:
         """Wait until the job is concluded; its outcome is in ``job.error``."""
         await asyncio.shield(job.concluded)
-
-    def kick(self, node: BlockDriverState) -> None:
-        """Let drained sections that wait for ``node`` look again."""
-        drain.kick(node)
 
     # ---------------------------------------------------------------------------------------------------------- verbs
 
@@ -306,6 +300,7 @@ class JobRunner:
     async def _finalize_group(self, txn: JobTransaction) -> None:
         for member in txn.newest_first():
             try:
+                await member.settle()
                 await member.undisturbed()
                 await member.prepare()
             except (QBlockError, OSError) as error:
@@ -331,6 +326,7 @@ class JobRunner:
             while not member.run_ended:
                 await member.noticed()
         for member in txn.newest_first():
+            await member.settle()
             await member.undisturbed()
             cancelled = member.error is None
             if member.error is None:

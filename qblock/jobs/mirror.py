@@ -1,0 +1,308 @@
+"""Starting a mirror: everything that ``blockdev-mirror`` and ``drive-mirror`` check and set up before the job runs.
+
+Models the two commands of QEMU 7.2 (semantics.md section 4.4) with their order of checks: arguments, blockers, ``replaces``,
+the filter, then the job. What fails once the job is listed (a negative speed, a target that cannot be written) shows as
+created and null. Differs from QEMU: the job id is checked before the filter is inserted. The job is in `mirror_job.py`.
+"""
+
+from __future__ import annotations
+
+import enum
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from qblock.backend import BlockBackend
+from qblock.blockers import OpType
+from qblock.drain import drained
+from qblock.driver import Json
+from qblock.errors import CommandError, InvalidParameter, NodeNotFound
+from qblock.jobs.mirror_job import BackingAtEnd, MirrorJob, MirrorPlan
+from qblock.jobs.mirror_top import MirrorTop
+from qblock.jobs.state import OnError
+from qblock.node import BlockDriverState
+from qblock.options import DriverOptions
+from qblock.permissions import Perm
+from qblock.transaction import Transaction
+from qblock.units import KiB, MiB, align_up, is_power_of_two
+
+if TYPE_CHECKING:
+    from qblock.system import BlockSystem
+
+MIN_GRANULARITY: Final = 512
+MAX_GRANULARITY: Final = 64 * MiB
+DEFAULT_BUF_SIZE: Final = 16 * MiB
+_DEFAULT_GRANULARITY: Final = (4 * KiB, 64 * KiB)
+_MAX_BUF_SIZE: Final = (1 << 31) - 1
+_READ_WRITE_UNCHANGED: Final = Perm.CONSISTENT_READ | Perm.WRITE | Perm.WRITE_UNCHANGED
+
+
+class SyncMode(enum.Enum):
+    """What is copied, as ``MirrorSyncMode`` on the wire."""
+
+    TOP = "top"
+    FULL = "full"
+    NONE = "none"
+    INCREMENTAL = "incremental"
+    BITMAP = "bitmap"
+
+
+class CopyMode(enum.Enum):
+    """When guest writes reach the target, as ``MirrorCopyMode`` on the wire."""
+
+    BACKGROUND = "background"
+    WRITE_BLOCKING = "write-blocking"
+
+
+class NewImageMode(enum.Enum):
+    """Whether ``drive-mirror`` makes its target."""
+
+    EXISTING = "existing"
+    ABSOLUTE_PATHS = "absolute-paths"
+
+
+@attrs.frozen(kw_only=True)
+class MirrorRequest:
+    """The members that both commands have, with QEMU's defaults. ``granularity`` and ``buf_size`` in bytes (0: default),
+    ``speed`` in bytes per second (0: unlimited). Without ``job_id`` the name of the source's device is taken.
+    """
+
+    sync: SyncMode
+    job_id: str | None = None
+    replaces: str | None = None
+    speed: int = 0
+    granularity: int = 0
+    buf_size: int = 0
+    on_source_error: OnError = OnError.REPORT
+    on_target_error: OnError = OnError.REPORT
+    copy_mode: CopyMode = CopyMode.BACKGROUND
+    filter_node_name: str | None = None
+    unmap: bool = True
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class NewTarget:
+    """Where ``drive-mirror`` is to find or make its target. Without ``format`` a new image gets the source's, an existing
+    one is probed.
+    """
+
+    filename: str
+    format: str | None = None
+    node_name: str | None = None
+    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
+
+
+async def start_blockdev_mirror(
+    system: BlockSystem, *, device: str, target: str, request: MirrorRequest
+) -> MirrorJob:
+    """``blockdev-mirror``: mirror ``device`` (device or node name) to the node ``target``; returns the running job.
+
+    Raises `CommandError` and its kin, and then nothing has changed.
+    """
+    source = root_node(system, device)
+    backend = BlockBackend(system.graph, perm=Perm.NONE, shared=Perm.ALL)
+    setup = _Setup(system, source, backend, request, zero_target=request.sync is SyncMode.FULL)
+    return await setup.start(system.graph.lookup(target))
+
+
+async def start_drive_mirror(
+    system: BlockSystem, *, device: str, target: NewTarget, request: MirrorRequest
+) -> MirrorJob:
+    """``drive-mirror``: mirror ``device`` to a file, which is made first unless it exists; returns the running job.
+
+    The file is made before most members are checked, as in QEMU: a refused command may leave it.
+    """
+    graph = system.graph
+    source = root_node(system, device)
+    if request.replaces is not None and target.node_name is None:
+        raise InvalidParameter("node-name", "is needed when the target is to replace a named node of the graph")
+    graph.check_op(source, OpType.MIRROR_SOURCE)
+    below = graph.cow_node(source)
+    full = request.sync is SyncMode.FULL or (request.sync is SyncMode.TOP and below is None)
+    layer_below = source if request.sync is SyncMode.NONE else None if full else below
+    creates = target.mode is NewImageMode.ABSOLUTE_PATHS
+    fmt = target.format
+    if creates:
+        fmt = fmt or _format_of(source)
+        await _create_target(system, target.filename, fmt, size=source.length, backing=layer_below)
+    node = await system.opener.open_image(
+        target.filename, fmt=fmt, read_only=False, backing=False, node_name=target.node_name,
+        options={"discard": "unmap"} if request.unmap else {},
+    )  # fmt: skip
+    # The backend keeps the node alive while this waits for other things.
+    backend = BlockBackend(graph, perm=Perm.NONE, shared=Perm.ALL)
+    backend.insert(node)
+    setup = _Setup(
+        system, source, backend, request,
+        zero_target=request.sync is SyncMode.FULL and not (creates and node.driver.zero_initialised),
+        backing_at_end=BackingAtEnd.SOURCE_CHAIN if creates else BackingAtEnd.HEADER,
+        backing_node=layer_below,
+    )  # fmt: skip
+    try:
+        return await setup.start(node)
+    except BaseException:
+        await system.opener.close_orphans()
+        raise
+
+
+def root_node(system: BlockSystem, device: str) -> BlockDriverState:
+    """The node that ``device`` (device or node name) means, which must have no users but block backends."""
+    node = system.graph.lookup(device)
+    if not system.graph.is_root(node):
+        raise CommandError(f"'{device}' is not a root node: other nodes or jobs use it")
+    return node
+
+
+@attrs.define(eq=False)
+class _Setup:
+    """One command on its way to a job. ``backend`` holds or will hold the target."""
+
+    system: BlockSystem
+    source: BlockDriverState
+    backend: BlockBackend
+    request: MirrorRequest
+    zero_target: bool
+    backing_at_end: BackingAtEnd = BackingAtEnd.KEEP
+    backing_node: BlockDriverState | None = None
+
+    async def start(self, target: BlockDriverState) -> MirrorJob:
+        """Check, set up, run; the backend is closed when that fails."""
+        try:
+            self._check(target)
+            async with drained(self.source):
+                self._check(target)  # the graph may have changed while we waited
+                job = self._set_up(target)
+        except BaseException:
+            self.backend.close()
+            raise
+        self.system.jobs.start(job)
+        await job.noticed()
+        return job
+
+    def _check(self, target: BlockDriverState) -> None:
+        graph, request = self.system.graph, self.request
+        _check_sizes(request)
+        graph.check_op(self.source, OpType.MIRROR_SOURCE)
+        graph.check_op(target, OpType.MIRROR_TARGET)
+        if request.replaces is not None:
+            check_replaces(self.system, self.source, request.replaces)
+        if request.sync in (SyncMode.INCREMENTAL, SyncMode.BITMAP):
+            raise InvalidParameter("sync", f"cannot be '{request.sync.value}': mirror copies full, top or none")
+        if request.buf_size < 0:
+            raise InvalidParameter("buf-size", f"cannot be negative ({request.buf_size})")
+        if graph.skip_filters(self.source) is graph.skip_filters(target):
+            raise CommandError(f"Node '{self.source.node_name}' cannot be mirrored into itself")
+        self.system.jobs.check_id(self._job_id)
+
+    @property
+    def _job_id(self) -> str:
+        job_id = self.request.job_id
+        return self.system.graph.device_name(self.source) if job_id is None else job_id
+
+    def _plan(self, target: BlockDriverState) -> MirrorPlan:
+        graph, request = self.system.graph, self.request
+        cluster = target.driver.info().cluster_size
+        smallest, largest = _DEFAULT_GRANULARITY
+        granularity = request.granularity or (min(max(cluster, smallest), largest) if cluster else largest)
+        shown = graph.skip_implicit(self.source)
+        replaces = shown.node_name if request.replaces is None and shown is not self.source else request.replaces
+        base = graph.cow_node(self.source) if request.sync is SyncMode.TOP else None
+        layered = request.sync is SyncMode.NONE or base is not None
+        return MirrorPlan(
+            scan=request.sync is not SyncMode.NONE,
+            base=base,
+            granularity=granularity,
+            buf_size=align_up(min(request.buf_size or DEFAULT_BUF_SIZE, _MAX_BUF_SIZE), granularity),
+            on_source_error=request.on_source_error,
+            on_target_error=request.on_target_error,
+            unmap=request.unmap,
+            write_blocking=request.copy_mode is CopyMode.WRITE_BLOCKING,
+            zero_target=self.zero_target,
+            unit=max(cluster, 1) if layered and target.backing is None else 1,
+            backing_at_end=self.backing_at_end,
+            backing_node=self.backing_node,
+            replaces=replaces,
+        )
+
+    def _set_up(self, target: BlockDriverState) -> MirrorJob:
+        """Insert the filter and give the job its nodes; all or nothing."""
+        request, jobs = self.request, self.system.jobs
+        with Transaction() as change:
+            driver = self._insert_filter(change)
+            job = MirrorJob(
+                jobs, self._job_id, self._plan(target), filter_driver=driver, target=self.backend,
+                auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss,
+            )  # fmt: skip
+            jobs.create(job)
+            change.add(abort=partial(jobs.abandon, job))
+            job.set_speed(request.speed)
+            job.hold("main node", driver.node, Perm.CONSISTENT_READ, _READ_WRITE_UNCHANGED, change=change)
+            self.backend.set_permissions(Perm.WRITE, Perm.WRITE_UNCHANGED, change)
+            if self.backend.root is None:
+                self.backend.insert(target, change)
+            self.backend.disable_queuing = True
+            job.hold("source", self.source, Perm.NONE, _READ_WRITE_UNCHANGED, change=change)
+            job.hold("target", target, Perm.NONE, Perm.ALL, change=change)
+        job.begin_watching()
+        return job
+
+    def _insert_filter(self, change: Transaction) -> MirrorTop:
+        name = self.request.filter_node_name
+        node = BlockDriverState(name or "", implicit=name is None, read_only=self.source.read_only)
+        driver = MirrorTop(node, DriverOptions(), self.system.env)
+        node.driver = driver
+        node.length = self.source.length
+        self.system.graph.add_node(node, change)
+        self.system.graph.append(node, onto=self.source, change=change, name="backing")
+        return driver
+
+
+def _check_sizes(request: MirrorRequest) -> None:
+    granularity = request.granularity
+    if granularity and not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY:
+        raise InvalidParameter("granularity", f"must be from 512 bytes to 64 MiB, not {granularity}")
+    if granularity and not is_power_of_two(granularity):
+        raise InvalidParameter("granularity", f"must be a power of two, not {granularity}")
+
+
+def check_replaces(system: BlockSystem, source: BlockDriverState, name: str) -> None:
+    """Raise unless the node ``name`` shows just what ``source`` shows (through filters), so that a copy may take its place."""
+    wanted = system.graph.find_node(name)
+    node: BlockDriverState | None = source
+    while node is not None and node is not wanted:
+        node = node.filtered.node if node.filtered is not None else None
+    if node is None:
+        raise CommandError(
+            f"Node '{name}' cannot be replaced by a copy of '{source.node_name}': it may show other data than the source"
+        )
+    if wanted.length != source.length:
+        raise CommandError(f"Node '{name}' cannot be replaced: its size differs from that of '{source.node_name}'")
+
+
+def _format_of(node: BlockDriverState) -> str:
+    from_driver = node.driver
+    return "raw" if from_driver.is_protocol else from_driver.name
+
+
+async def _create_target(
+    system: BlockSystem, filename: str, fmt: str, *, size: int, backing: BlockDriverState | None
+) -> None:
+    """Make an image of ``size`` bytes whose header names ``backing`` as its backing file."""
+    options: dict[str, Json] = {"size": size}
+    if backing is not None:
+        image = system.graph.skip_filters(backing)
+        name = image.driver.filename()
+        if name is None:
+            raise NodeNotFound(image.node_name, detail="No file name for a header to name the backing node by:")
+        options |= {"backing-file": name, "backing-fmt": _format_of(image)}
+    if fmt == "raw":
+        options.pop("backing-fmt", None)
+        if options.pop("backing-file", None) is not None:
+            raise CommandError("A raw image cannot have a backing file; choose another format or sync=full")
+        await system.opener.create_image("file", {"filename": filename, **options})
+        return
+    await system.opener.create_image("file", {"filename": filename, "size": 0})
+    await system.opener.create_image(fmt, {"file": {"driver": "file", "filename": filename}, **options})

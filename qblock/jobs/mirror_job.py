@@ -1,0 +1,506 @@
+"""The mirror job: a copy of a node that follows its source until it is told to take over or to let go.
+
+Models QEMU's mirror (semantics.md section 4.4, type ``mirror``). How it stays right while guests write:
+
+- *Background mode.* Every change of the source marks the bitmap **after** it is done. The job clears the bits of a run
+  **before** it reads, so a change that races with the copy leaves its bit behind and is copied again. Two copies never
+  overlap: a run is cut where an earlier request on it is still under way, since of two writes to one place the older could
+  land last.
+- *Write-blocking mode.* The bitmap is disabled; `mirror_top` hands each guest request to `guest_write` and its siblings.
+  It waits until no copy covers its range, changes the source and then the target, and only then answers. When the target
+  fails the guest is not told: its range is marked, and the error policy decides.
+- *READY* once nothing is dirty and nothing under way; it is never taken back. To finish, the job drains the source: if a
+  last guest write marks something, it goes back to copying; otherwise the source stays drained until the graph has been
+  changed (in ``pending`` too, as in QEMU: the two sides must not part again).
+- *Layers on top of a backing chain* (sync top or none): a part of a target cluster that has never been written would be
+  completed with zeroes instead of backing data. All requests are then widened to whole target clusters.
+
+Differs from QEMU: a request that is ignored by policy is tried again after 100 ms instead of at once; and in write-blocking
+mode partial clusters of such layers are handled (7.2 leaves zeroes in the rest of the cluster).
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import attrs
+
+from qblock import requests
+from qblock.dirty import DirtyBitmap
+from qblock.errors import CommandError
+from qblock.jobs.copying import IO_FAILURES, MAX_REQUEST, SLICE_NS, BufferPool, InFlight, Operation, io_error
+from qblock.jobs.job import BlockJob
+from qblock.jobs.state import ErrorAction, OnError
+from qblock.ranges import ByteRange
+from qblock.transaction import Transaction
+from qblock.units import GiB, align_down, align_up
+
+if TYPE_CHECKING:
+    from qblock.backend import BlockBackend
+    from qblock.jobs.mirror_top import MirrorTop
+    from qblock.jobs.runner import JobRunner
+    from qblock.node import BdrvChild, BlockDriverState
+
+_SCAN_STEP: Final = GiB
+_ZERO_STEP: Final = GiB
+
+
+class BackingAtEnd(enum.Enum):
+    """What backing node the target gets when the job is finished."""
+
+    KEEP = "keep"  # whatever it has: blockdev-mirror
+    SOURCE_CHAIN = "source chain"  # a node of the source's chain: drive-mirror to a new image
+    HEADER = "header"  # the one that its header names: drive-mirror to an existing image
+
+
+@attrs.frozen(kw_only=True)
+class MirrorPlan:
+    """What to mirror, as checked and completed by the starting command.
+
+    ``scan`` is False when only new writes are copied (sync none); ``base`` is the first layer that is not copied (None:
+    everything is). ``unit`` is the size in bytes that target requests are widened to (1: none are).
+    """
+
+    scan: bool
+    base: BlockDriverState | None
+    granularity: int
+    buf_size: int
+    on_source_error: OnError = OnError.REPORT
+    on_target_error: OnError = OnError.REPORT
+    unmap: bool = True
+    write_blocking: bool = False
+    zero_target: bool = False
+    unit: int = 1
+    backing_at_end: BackingAtEnd = BackingAtEnd.KEEP
+    backing_node: BlockDriverState | None = None
+    replaces: str | None = None
+
+
+class MirrorJob(BlockJob):
+    """See the module. ``filter_node`` is above the source already; ``target`` is the job's own backend on the target."""
+
+    type: ClassVar[str] = "mirror"
+
+    def __init__(
+        self,
+        runner: JobRunner,
+        job_id: str,
+        plan: MirrorPlan,
+        *,
+        filter_driver: MirrorTop,
+        target: BlockBackend,
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+    ) -> None:
+        super().__init__(runner, job_id, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        self.plan = plan
+        self.filter = filter_driver
+        self.source = filter_driver.child.node
+        self.target = target
+        self.bitmap = DirtyBitmap(self.source.length, plan.granularity, enabled=not plan.write_blocking)
+        self.in_flight = InFlight()
+        self._buffers: BufferPool | None = None
+        self._cursor = 0
+        self._failure: Exception | None = None
+        self._retrying = False
+        self._should_complete = False
+        self._offload = True
+        self._mirroring = False
+
+    def begin_watching(self) -> None:
+        """From now on no change of the source escapes the job; the target has been inserted."""
+        self.source.dirty_bitmaps.append(self.bitmap)
+        self._mirroring = self.plan.write_blocking and self._target_edge.node.length == self.length
+        self.filter.host = self
+
+    @property
+    def length(self) -> int:
+        """Size of the source in bytes."""
+        return self.source.length
+
+    @property
+    def _target_edge(self) -> BdrvChild:
+        edge = self.target.root
+        assert edge is not None
+        return edge
+
+    @property
+    def _zeroes_cheaply(self) -> bool:
+        """Whether zero writes to the target give space back instead of writing."""
+        node = self._target_edge.node
+        return node.discard_unmap and node.driver.supports_write_zeroes
+
+    # ------------------------------------------------------------------------------------------------------------ verbs
+
+    def complete(self) -> None:
+        """Switch over as soon as the two sides are equal."""
+        if self.plan.replaces is not None:
+            self.runner.graph.find_node(self.plan.replaces)
+        self._should_complete = True
+
+    def cancelling(self, *, force: bool) -> bool:
+        """A cancel after READY that is not forced only means: finish without switching over."""
+        return force or not self.is_ready
+
+    # ------------------------------------------------------------------------------------------------------------ running
+
+    async def run(self) -> None:
+        """See the module."""
+        target_length = self._target_edge.node.length
+        if target_length != self.length:
+            raise CommandError(
+                f"The source has {self.length} bytes and the target {target_length}: make the target the same size"
+            )
+        self._buffers = BufferPool(self.plan.buf_size)
+        self.in_flight.limit = self._buffers.count
+        try:
+            if self.plan.scan and self.length:
+                await self._find_what_to_copy()
+            await self._converge()
+        finally:
+            await self.in_flight.all_background_ended()
+            self._buffers.close()
+
+    async def before_pause(self) -> None:
+        """See `Job`: let the copies under way end."""
+        await self.in_flight.all_background_ended()
+
+    async def _find_what_to_copy(self) -> None:
+        """Mark everything that the target lacks; the target is zeroed first where that is cheap and needed."""
+        if self.plan.zero_target:
+            if not self._zeroes_cheaply:
+                self.bitmap.mark(0, self.length)
+                return
+            await self._zero_target()
+        offset = 0
+        while offset < self.length:
+            await self.pause_point()
+            step = min(_SCAN_STEP, self.length - offset)
+            try:
+                allocated, count = await requests.is_allocated_above(self.source, self.plan.base, offset, step)
+            except IO_FAILURES as error:
+                if self._source_failed(error) is ErrorAction.REPORT:
+                    raise
+                allocated, count = True, min(step, self.plan.granularity)
+            if allocated:
+                self.bitmap.mark(offset, count)
+            offset += count
+
+    async def _zero_target(self) -> None:
+        offset = 0
+        while offset < self.length:
+            await self.pause_point()
+            count = min(_ZERO_STEP, self.length - offset)
+            try:
+                await requests.write_zeroes(self._target_edge, offset, count, may_unmap=self.plan.unmap)
+            except IO_FAILURES as error:
+                if self._target_failed(error) is ErrorAction.REPORT:
+                    raise
+                await self.sleep_ns(SLICE_NS)
+                continue
+            offset += count
+
+    async def _converge(self) -> None:
+        """Copy what is dirty until told to finish; returns with the source drained and nothing left to copy."""
+        while True:
+            await self.pause_point()
+            if self._failure is not None:
+                raise self._failure
+            dirty = self.bitmap.count
+            self.progress_remaining = dirty + self.in_flight.bytes
+            delay = SLICE_NS if self._retrying else 0
+            self._retrying = False
+            if self.in_flight.full or (not dirty and self.in_flight.background):
+                await self.in_flight.changed()
+            elif dirty:
+                delay = max(delay, await self._copy_next_run())
+            elif await self._nothing_dirty():
+                return
+            else:
+                delay = SLICE_NS if self._failure is None and not self.bitmap.count else delay
+            if delay:
+                await self.sleep_ns(delay)
+
+    async def _nothing_dirty(self) -> bool:
+        """The two sides are equal for a moment: become ready, and if told so, finish (True)."""
+        if not await self._flush_target():
+            return False
+        if self.bitmap.count or self.in_flight.background:
+            return False  # a guest wrote while we waited
+        self.progress_remaining = 0
+        if not self.is_ready:
+            self.ready()
+        if not (self._should_complete or self.cancel_requested) or self.force_cancelled:
+            return False
+        await self.drain(self.source)
+        if self.bitmap.count or self._failure is not None or not await self._flush_target():
+            self.end_drain()
+            return False
+        self.progress_remaining = 0
+        return True
+
+    async def _flush_target(self) -> bool:
+        try:
+            await requests.flush(self._target_edge.node)
+        except IO_FAILURES as error:
+            if self._target_failed(error) is ErrorAction.REPORT:
+                raise
+            return False
+        return True
+
+    # ------------------------------------------------------------------------------------------------- copying one run
+
+    def _next_run(self) -> ByteRange | None:
+        """The next dirty run, at most one buffer pool long, cut where a request is under way; the walk goes round and round.
+
+        Its length is 0 when the run begins with a request under way.
+        """
+        run = self.bitmap.next_dirty_range(self._cursor, max_length=self.plan.buf_size)
+        if run is None:
+            run = self.bitmap.next_dirty_range(0, max_length=self.plan.buf_size)
+        if run is None:
+            return None
+        unit = self.plan.unit
+        start, end = align_down(run.offset, unit), min(align_up(run.end, unit), self.length)
+        free = self.in_flight.clear_run(start, end - start)
+        if free < end - start:
+            free = align_down(free, max(self.plan.granularity, unit))
+        return ByteRange(start, free)
+
+    async def _copy_next_run(self) -> int:
+        """Begin copies of the next dirty run; returns for how many nanoseconds to sleep afterwards."""
+        run = self._next_run()
+        if run is None:
+            return 0
+        if not run.length:
+            await self.in_flight.changed()
+            return 0
+        self.bitmap.reset(run.offset, run.length)
+        self._cursor = run.end
+        delay, offset = 0, run.offset
+        while offset < run.end and not self.force_cancelled:
+            length, as_zero = await self._next_request(offset, run.end - offset)
+            while self.in_flight.full or self.in_flight.conflict(offset, length):
+                await self.in_flight.changed()
+            operation = self.in_flight.begin(offset, length)
+            work = self._zero(operation) if as_zero else self._copy(operation)
+            self.spawn(self._watched(operation, work), f"copy at {offset}")
+            delay = self.limit.delay_ns(0 if as_zero and self._zeroes_cheaply else length)
+            offset += length
+        if offset < run.end:
+            self.bitmap.mark(offset, run.end - offset)
+        return delay
+
+    async def _next_request(self, offset: int, length: int) -> tuple[int, bool]:
+        """How many of ``length`` bytes the next request is to take, and whether as zeroes."""
+        assert self._buffers is not None
+        try:
+            extent = await requests.chain_status(self.source, offset, length)
+        except IO_FAILURES:
+            return min(length, self._buffers.piece), False  # reading will tell
+        return (extent.length, True) if extent.zero else (min(extent.length, self._buffers.piece), False)
+
+    async def _watched(self, operation: Operation, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work of an operation; nobody may take a bug in it for success."""
+        try:
+            await work
+        except Exception as bug:
+            self._failure = self._failure or bug
+        finally:
+            self.in_flight.end(operation)
+
+    async def _copy(self, operation: Operation) -> None:
+        assert self._buffers is not None
+        if self._offload and await self._copied_by_offload(operation):
+            self.advance(operation.length)
+            return
+        buffer = self._buffers.take()
+        try:
+            await self._copy_by_buffer(operation, buffer[: operation.length])
+        finally:
+            self._buffers.give(buffer)
+
+    async def _copied_by_offload(self, operation: Operation) -> bool:
+        """Try to copy without a buffer. Whoever fails, a copy by buffer will tell whose fault it was."""
+        try:
+            await requests.copy_range(
+                self.filter.child, operation.offset, self._target_edge, operation.offset, operation.length
+            )
+        except IO_FAILURES as error:
+            self._offload = self._offload and not (isinstance(error, OSError) and error.errno == errno.ENOTSUP)
+            return False
+        return True
+
+    async def _copy_by_buffer(self, operation: Operation, buffer: memoryview) -> None:
+        offset = operation.offset
+        try:
+            await requests.read_into(self.filter.child, offset, buffer)
+        except IO_FAILURES as error:
+            self.bitmap.mark(offset, operation.length)
+            self._source_failed(error)
+            return
+        try:
+            await requests.write_from(self._target_edge, offset, buffer)
+        except IO_FAILURES as error:
+            self.bitmap.mark(offset, operation.length)
+            self._target_failed(error)
+            return
+        self.advance(operation.length)
+
+    async def _zero(self, operation: Operation) -> None:
+        offset, length = operation.offset, operation.length
+        try:
+            await requests.write_zeroes(self._target_edge, offset, length, may_unmap=self.plan.unmap)
+        except IO_FAILURES as error:
+            self.bitmap.mark(offset, length)
+            self._target_failed(error)
+            return
+        self.advance(length)
+
+    def _source_failed(self, error: Exception) -> ErrorAction:
+        return self._failed(error, self.plan.on_source_error, is_read=True)
+
+    def _target_failed(self, error: Exception) -> ErrorAction:
+        return self._failed(error, self.plan.on_target_error, is_read=False)
+
+    def _failed(self, error: Exception, policy: OnError, *, is_read: bool) -> ErrorAction:
+        action = self.failed_request(io_error(error), policy, is_read=is_read)
+        if action is ErrorAction.REPORT:
+            self._failure = self._failure or error
+            self.wake()
+        elif action is ErrorAction.IGNORE:
+            self._retrying = True
+        return action
+
+    # ------------------------------------------------------------------------------------ guest writes, write-blocking
+
+    @property
+    def copies_guest_writes(self) -> bool:
+        """See `MirrorHost`."""
+        return self._mirroring and self._failure is None and not self.force_cancelled
+
+    async def guest_write(self, offset: int, buffer: memoryview, *, fua: bool) -> None:
+        """See `MirrorHost`."""
+        operation = await self._begin_guest(offset, len(buffer))
+        try:
+            await requests.write_from(self.filter.child, offset, buffer, fua=fua)
+            await self._follow(operation, lambda: requests.write_from(self._target_edge, offset, buffer, fua=fua))
+        except BaseException:
+            self.bitmap.mark(operation.offset, operation.length)
+            raise
+        finally:
+            self.in_flight.end(operation)
+
+    async def guest_write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fua: bool) -> None:
+        """See `MirrorHost`."""
+        operation = await self._begin_guest(offset, length)
+        try:
+            await requests.write_zeroes(self.filter.child, offset, length, may_unmap=may_unmap, fua=fua)
+            await self._follow(
+                operation,
+                lambda: requests.write_zeroes(self._target_edge, offset, length, may_unmap=may_unmap, fua=fua),
+            )
+        except BaseException:
+            self.bitmap.mark(operation.offset, operation.length)
+            raise
+        finally:
+            self.in_flight.end(operation)
+
+    async def guest_discard(self, offset: int, length: int) -> None:
+        """See `MirrorHost`: the target gets what the source reads as afterwards, zeroes or not."""
+        operation = await self._begin_guest(offset, length)
+        try:
+            await requests.discard(self.filter.child, offset, length)
+            if await requests.is_zero(self.source, offset, length):
+                await self._follow(
+                    operation, lambda: requests.write_zeroes(self._target_edge, offset, length, may_unmap=True)
+                )
+            else:
+                self.bitmap.mark(offset, length)
+        except BaseException:
+            self.bitmap.mark(operation.offset, operation.length)
+            raise
+        finally:
+            self.in_flight.end(operation)
+
+    async def _begin_guest(self, offset: int, length: int) -> Operation:
+        """Register a guest's request, widened to whole units of the target, once no copy covers it."""
+        unit = self.plan.unit
+        start, end = align_down(offset, unit), min(align_up(offset + length, unit), self.length)
+        await self.in_flight.clear_of(start, end - start)
+        self.progress_remaining += end - start
+        return self.in_flight.begin(start, end - start, foreground=True)
+
+    async def _follow(self, operation: Operation, to_target: Callable[[], Awaitable[None]]) -> None:
+        """After the source has changed, change the target. Its failure is the job's, not the guest's."""
+        if not self.copies_guest_writes:
+            self.bitmap.mark(operation.offset, operation.length)
+            return
+        try:
+            if self.plan.unit == 1:
+                await to_target()
+            else:
+                await self._copy_whole_units(operation)
+        except IO_FAILURES as error:
+            self.bitmap.mark(operation.offset, operation.length)
+            self._target_failed(error)
+            return
+        self.bitmap.reset(operation.offset, operation.length)
+        self.advance(operation.length)
+
+    async def _copy_whole_units(self, operation: Operation) -> None:
+        end = operation.offset + operation.length
+        buffer = memoryview(bytearray(min(operation.length, MAX_REQUEST)))
+        for offset in range(operation.offset, end, MAX_REQUEST):
+            piece = buffer[: min(MAX_REQUEST, end - offset)]
+            await requests.read_into(self.filter.child, offset, piece)
+            await requests.write_from(self._target_edge, offset, piece)
+
+    # ---------------------------------------------------------------------------------------------------------- endings
+
+    async def settle(self) -> None:
+        """See `Job`: both sides at rest; a finished run has the source drained already."""
+        self._mirroring = False
+        missing = [node for node in (self.source, self._target_edge.node) if node not in self.drained_nodes]
+        await self.drain(*missing)
+
+    async def prepare(self) -> None:
+        """See `Job`: the switch, all or nothing."""
+        plan = self.plan
+        node = self._target_edge.node
+        if self._should_complete and plan.backing_at_end is BackingAtEnd.HEADER:
+            await self.runner.opener.open_backing_chain(node)
+            await self.undisturbed()
+        with Transaction() as change, self.runner.graph.deferred_permissions(change):
+            self._dismantle(node, change, switch=self._should_complete)
+
+    def _dismantle(self, target: BlockDriverState, change: Transaction, *, switch: bool) -> None:
+        """Take the job's parts out of the graph, and with ``switch`` put the target in the place of the source."""
+        graph = self.runner.graph
+        self.filter.retired = True
+        change.add(commit=self._forget_bitmap, abort=lambda: setattr(self.filter, "retired", False))
+        self.release(change)
+        self.target.remove(change)
+        if switch:
+            if self.plan.backing_at_end is BackingAtEnd.SOURCE_CHAIN:
+                graph.set_backing(graph.skip_filters(target), self.plan.backing_node, change)
+            replaced = self.source if self.plan.replaces is None else graph.find_node(self.plan.replaces)
+            graph.replace_node(replaced, target, change)
+        graph.drop(self.filter.node, change)
+
+    def _forget_bitmap(self) -> None:
+        self.source.dirty_bitmaps.remove(self.bitmap)
+
+    def abort(self) -> None:
+        """See `Job`: the source keeps its place."""
+        with Transaction() as change, self.runner.graph.deferred_permissions(change):
+            self._dismantle(self._target_edge.node, change, switch=False)
+
+    def clean(self) -> None:
+        """See `Job`."""
+        self.filter.host = None
+        self.end_drain()
+        self.runner.graph.remove_backend(self.target)
