@@ -1,0 +1,92 @@
+"""``null-co`` and ``null-aio``: storage that keeps nothing, for measurements and tests.
+
+Models QEMU's null drivers (semantics.md section 17): a size, an optional latency per request, and reads that leave the buffer
+as it is unless ``read-zeroes`` is on. The two names differ in QEMU by how a request waits; here they are the same.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from attrs import frozen
+
+from qblock.driver import Driver
+from qblock.errors import InvalidParameter
+from qblock.extents import Data, Extent, Zero
+from qblock.options import DriverOptions, option
+from qblock.units import GiB
+from qblock.zeroes import fill_zero
+
+
+@frozen
+class NullOptions(DriverOptions):
+    """``BlockdevOptionsNull``."""
+
+    size: int = option(GiB, doc="size of the disk in bytes")
+    latency_ns: int = option(0, doc="emulated latency of each request in nanoseconds")
+    read_zeroes: bool = option(False, doc="reads fill the buffer with zeroes", since="4.1")
+
+
+class NullDriver(Driver):
+    """What both names do."""
+
+    options_class: ClassVar[type[DriverOptions]] = NullOptions
+    is_protocol: ClassVar[bool] = True
+    supports_write_zeroes: ClassVar[bool] = True
+
+    options: NullOptions
+
+    async def open(self) -> None:
+        """See `Driver`."""
+        if self.options.size < 0:
+            raise InvalidParameter("size", f"cannot be negative ({self.options.size})")
+        if self.options.latency_ns < 0:
+            raise InvalidParameter("latency-ns", f"cannot be negative ({self.options.latency_ns})")
+
+    def length(self) -> int:
+        """See `Driver`."""
+        return self.options.size
+
+    async def _wait(self) -> None:
+        if self.options.latency_ns:
+            await self.env.clock.sleep_ns(self.options.latency_ns)
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """See `Driver`; the buffer keeps its content unless ``read-zeroes`` is on."""
+        if self.options.read_zeroes:
+            fill_zero(buffer)
+        await self._wait()
+
+    async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
+        """See `Driver`; what is written is gone."""
+        await self._wait()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
+    ) -> None:
+        """See `Driver`."""
+        await self._wait()
+
+    async def flush(self) -> None:
+        """See `Driver`."""
+        await self._wait()
+
+    async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
+        """See `Driver`: zero with ``read-zeroes``."""
+        return Zero(length, offset) if self.options.read_zeroes else Data(length, offset)
+
+    def allocated_size(self) -> int | None:
+        """See `Driver`: nothing is kept."""
+        return 0
+
+
+class NullCoDriver(NullDriver):
+    """``null-co``."""
+
+    name: ClassVar[str] = "null-co"
+
+
+class NullAioDriver(NullDriver):
+    """``null-aio``."""
+
+    name: ClassVar[str] = "null-aio"
