@@ -69,7 +69,7 @@ def data_runs(buffer: bytearray, length: int, unit: int) -> Iterator[tuple[int, 
     Data without a unit's worth of zeroes anywhere cost one search; only mixed data are looked at unit by unit.
     """
     zeroes = bytes(unit)
-    if length and buffer.find(zeroes, 0, length) < 0 and length >= unit:
+    if not length % unit and buffer.find(zeroes, 0, length) < 0 and length:
         yield 0, length
         return
     view = memoryview(buffer)[:length]

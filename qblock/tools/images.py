@@ -33,6 +33,7 @@ T = TypeVar("T")
 class ImageArguments:
     """How one image is to be opened: its name or options, its format (None: probe), and the access wanted.
 
+    ``writethrough``: every write is durable when it completes. ``copy_on_read``: what is read from the backing file is copied up.
     ``extra`` are further options of the node, as dotted keys with strings (``cache.direct``). ``backing`` False leaves the
     backing file closed.
     """
@@ -43,6 +44,8 @@ class ImageArguments:
     writable: bool = False
     force_share: bool = False
     backing: bool = True
+    writethrough: bool = False
+    copy_on_read: bool = False
     extra: Mapping[str, str] = attrs.field(factory=dict)
 
 
@@ -104,7 +107,7 @@ class ImageSession:
     async def close(self, backend: BlockBackend) -> None:
         """Flush and close one image before the session ends."""
         self.backends.remove(backend)
-        backend.remove()
+        backend.close()
         await self.opener.close_orphans()
 
     async def __aenter__(self) -> ImageSession:
@@ -114,7 +117,7 @@ class ImageSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for backend in self.backends:
-            backend.remove()
+            backend.close()
         self.backends.clear()
         await self.opener.close_orphans()
         self.environment.executor.shutdown(wait=False)

@@ -1,0 +1,200 @@
+"""``qblock-io``: read, write and inspect one image by small commands, with qemu-io 7.2's command line and output.
+
+The commands are those of `qblock.iocmd`, plus ``open`` and ``close``. Without -c they are read from standard input, each behind
+the prompt ``qemu-io> `` (printed also when input is a file, as QEMU does, so that outputs can be compared). Differs from QEMU:
+``-s``, ``-m``, ``-k``, ``-i`` and ``reopen`` are refused or absent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable
+from typing import Final
+
+from qblock.errors import CommandError, QBlockError
+from qblock.iocmd import COMMANDS, AlreadySaid, CommandFailed, IoCommand, IoShell, command_table
+from qblock.options import parse_keyval
+from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
+from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
+from qblock.tools.images import ImageArguments, ImageSession, run_session
+
+PROMPT: Final = "qemu-io> "
+DISCARD_MODES: Final = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
+REFUSED: Final = {
+    "s": "temporary overlays cannot be made here",
+    "m": "buffers are not misaligned on purpose",
+    "k": "files are read and written by threads",
+    "i": "files are read and written by threads",
+    "T": "there is nothing to trace here; see qblock-storage-daemon --trace",
+}
+
+HELP: Final = """usage: qblock-io [OPTIONS] [-c COMMAND]... [FILE]
+Reads and writes a disk image by commands.
+
+  -c, --cmd COMMAND    run this command (may be given several times); otherwise commands come from standard input
+  -f, --format FMT     format of the image (otherwise it is probed)
+  -r, --read-only      open it read-only
+  -n, --nocache        same as -t none
+  -t, --cache MODE     none, writeback, writethrough, directsync or unsafe
+  -d, --discard MODE   ignore (off) or unmap (on)
+  -C, --copy-on-read   copy what is read from the backing file into the image
+  -U, --force-share    open it although another program writes to it (needs -r)
+  --image-opts         FILE is a list of options: driver=...,file.filename=...
+  --object OBJECT      secret,id=NAME,...
+  -h, --help           show this
+  -V, --version        show the version
+
+'qblock-io -c help' lists the commands."""
+
+_LONG: Final = {
+    "cmd=": "c", "format=": "f", "read-only": "r", "snapshot": "s", "nocache": "n", "copy-on-read": "C", "misalign": "m",
+    "native-aio": "k", "aio=": "i", "cache=": "t", "discard=": "d", "trace=": "T", "force-share": "U", "help": "h",
+    "version": "V", "image-opts": "image-opts", "object=": "object",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program: returns its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    return ending_quietly(lambda: _run(args))
+
+
+def _run(args: list[str]) -> int:
+    try:
+        arguments = Arguments(args, "hVc:d:f:rsnCmki:t:T:U", _LONG)
+        if "h" in arguments:
+            print(HELP)
+            return 0
+        if "V" in arguments:
+            print(f"qblock-io version {PROGRAM_VERSION}")
+            return 0
+        if len(arguments.words) > 1:
+            raise UsageError("expecting at most one image file name")
+        arguments.refuse(REFUSED)
+        check_objects(arguments)
+        wanted = _wanted(arguments, arguments.words[0]) if arguments.words else None
+        return run_session(lambda session: _Program(session).run(arguments, wanted))
+    except UsageError as error:
+        complain("qblock-io", f"{error}\n{HELP}")
+    except QBlockError as error:
+        complain("qblock-io", str(error))
+    return 1
+
+
+def _wanted(arguments: Arguments, name: str, *, image_opts: bool = False) -> ImageArguments:
+    """How to open an image, from the options of the program or of its open command."""
+    cache = "none" if "n" in arguments else arguments.get("t", "writeback")
+    discard = arguments.get("d", "unmap") or ""
+    if discard not in DISCARD_MODES:
+        raise CommandError(f"Invalid discard option: '{discard}' (choose from {', '.join(DISCARD_MODES)})")
+    return ImageArguments(
+        name,
+        fmt=arguments.get("f"),
+        image_opts=image_opts or "image-opts" in arguments,
+        writable="r" not in arguments,
+        force_share="U" in arguments,
+        extra=cache_options(cache) | {"discard": DISCARD_MODES[discard]},
+        writethrough=is_writethrough(cache),
+        copy_on_read="C" in arguments,
+    )
+
+
+class _Program:
+    """One run: the session that opens images, and the shell that works on the one that is open."""
+
+    def __init__(self, session: ImageSession) -> None:
+        self._session = session
+
+    async def run(self, arguments: Arguments, wanted: ImageArguments | None) -> int:
+        async with asyncio.TaskGroup() as tasks:
+            shell = IoShell(
+                backend=None,
+                clock=self._session.environment.clock,
+                out=print,
+                err=_print_error,
+                tasks=tasks,
+                table=COMMANDS | self._commands(),
+            )
+            if wanted is not None and not await self._open_image(shell, wanted):
+                return 1
+            failed = 0
+            lines = _given(arguments.all("c")) if "c" in arguments else _typed()
+            async for line in lines:
+                failed |= await shell.execute(line)
+                if shell.quit:
+                    break
+            await shell.finish()
+        return failed
+
+    async def _open_image(self, shell: IoShell, wanted: ImageArguments) -> bool:
+        try:
+            shell.backend = await self._session.open(wanted)
+        except QBlockError as error:
+            shell.err(f"qblock-io: can't open device {wanted.name}: {error}")
+            return False
+        return True
+
+    def _commands(self) -> dict[str, IoCommand]:
+        usage = "[-rCnU] [-t cache] [-d discard] [-f format | -o options] [path]"
+        return command_table(
+            IoCommand("open", self._open, "opens an image", usage, 1, None, ("o",), needs_image=False),
+            IoCommand("close", self._close, "closes the image", aliases=("c",)),
+        )
+
+    async def _open(self, shell: IoShell, name: str, args: list[str]) -> None:
+        if shell.backend is not None:
+            raise CommandFailed("an image is open already: close it first", to_stderr=True)
+        given = Arguments(args, "rCnUt:d:f:o:")
+        options = given.get("o")
+        if options is None and len(given.words) != 1:
+            raise CommandFailed(shell.table[name].synopsis(name))
+        if options is not None:
+            parse_keyval(options)
+            if given.words:
+                options += ",file.filename=" + given.words[0].replace(",", ",,")
+        wanted = _wanted(given, options if options is not None else given.words[0], image_opts=options is not None)
+        if not await self._open_image(shell, wanted):
+            raise AlreadySaid
+
+    async def _close(self, shell: IoShell, name: str, args: list[str]) -> None:
+        await shell.finish()
+        backend, shell.backend = shell.image, None
+        await self._session.close(backend)
+
+
+def _print_error(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr)
+
+
+async def _given(lines: Iterable[str]) -> AsyncIterator[str]:
+    for line in lines:
+        yield line
+
+
+async def _typed() -> AsyncIterator[str]:
+    """Lines from standard input, read in a thread so that aio requests go on meanwhile."""
+    loop = asyncio.get_running_loop()
+    if os.isatty(0) and os.isatty(1):
+        import readline  # noqa: F401 - line editing for input(), only for a person at a terminal
+    while True:
+        line = await loop.run_in_executor(None, _next_line)
+        if line is None:
+            return
+        yield line
+
+
+def _next_line() -> str | None:
+    try:
+        if os.isatty(0) and os.isatty(1):
+            return input(PROMPT)
+        print(PROMPT, end="", flush=True)
+        return sys.stdin.readline() or None
+    except EOFError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""``qblock-storage-daemon``: block nodes and jobs without a machine, driven over QMP.
+
+Takes the command line of qemu-storage-daemon 7.2: options are carried out in the order given. Differs from QEMU: exports
+(--export, --nbd-server) are refused, monitors speak QMP only (mode=control), and a chardev that no monitor uses is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from qblock.errors import CommandError, InvalidParameter, QBlockError
+from qblock.options import parse_keyval
+from qblock.tools.arguments import Arguments, UsageError
+from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
+from qblock.tools.tracing import Tracer, configure, print_events
+
+if TYPE_CHECKING:
+    from qblock.monitor.chardev import ChardevOptions
+    from qblock.monitor.hub import MonitorHub
+    from qblock.system import BlockSystem
+
+PROGRAM: Final = "qblock-storage-daemon"
+NO_EXPORTS: Final = "exports are not supported by this version; nodes and jobs are reached through --monitor"
+
+HELP: Final = """usage: qblock-storage-daemon [OPTIONS]
+Runs block nodes and jobs, driven over QMP. Options are carried out in the order given.
+
+  --blockdev driver=DRIVER,node-name=NAME,...   add a node (also as JSON)
+  --chardev socket,id=ID,path=PATH[,server=on][,wait=off]
+  --chardev socket,id=ID,host=HOST,port=PORT[,server=on][,wait=off]
+  --chardev stdio,id=ID                         where a monitor listens or connects
+  --monitor chardev=ID[,mode=control][,pretty=on|off]
+                                                serve QMP there
+  --object TYPE,id=ID,...                       add an object (also as JSON)
+  -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE]
+                                                write lines about events ('help' lists them; also as JSON)
+  --pidfile PATH                                write the process id when everything is set up
+  --daemonize                                   go to the background when everything is set up
+  -h, --help                                    show this
+  -V, --version                                 show the version"""
+
+_LONG: Final = {
+    "blockdev=": "blockdev", "chardev=": "chardev", "monitor=": "monitor", "object=": "object", "export=": "export",
+    "nbd-server=": "nbd-server", "pidfile=": "pidfile", "daemonize": "daemonize", "trace=": "T", "help": "h", "version": "V",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program: returns its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    return ending_quietly(lambda: _run(args))
+
+
+def _run(args: list[str]) -> int:
+    tracer = Tracer()
+    try:
+        arguments = Arguments(args, "hVT:", _LONG)
+        if arguments.words:
+            raise UsageError(f"Unexpected argument: {arguments.words[0]}")
+        if _answer_questions(arguments):
+            return 0
+        for text in arguments.all("T"):
+            configure(tracer, text)
+        if "daemonize" in arguments:
+            return _in_background(lambda ready: asyncio.run(_serve(arguments, tracer, ready)))
+        asyncio.run(_serve(arguments, tracer, lambda: None))
+    except UsageError as error:
+        complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
+        return 1
+    except QBlockError as error:
+        complain(PROGRAM, str(error))
+        return 1
+    finally:
+        tracer.close()
+    return 0
+
+
+def _answer_questions(arguments: Arguments) -> bool:
+    """Print what --help, --version and --trace help ask for; True when one of them was there."""
+    if "h" in arguments:
+        print(HELP)
+    elif "V" in arguments:
+        print(f"{PROGRAM} version {PROGRAM_VERSION}")
+    elif "help" in arguments.all("T"):
+        print_events()
+    else:
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------- background
+
+
+def _in_background(serve: Callable[[Callable[[], None]], None]) -> int:
+    """Fork; the parent returns when the child is set up (0) or has failed (1), the child never returns."""
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork():
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            return 0 if pipe.read(1) == b"+" else 1
+    os.close(reading)
+    os.setsid()
+
+    def ready() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(null, stream)
+        os.close(null)
+        os.write(writing, b"+")
+        os.close(writing)
+
+    code = 0
+    try:
+        serve(ready)
+    except QBlockError as error:
+        complain(PROGRAM, str(error))
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+# ------------------------------------------------------------------------------------------------------------ serving
+
+
+async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]) -> None:
+    """Carry out the options in their order, then serve until told to quit; everything is closed on the way out."""
+    from qblock.monitor.command import Dialect
+    from qblock.monitor.hub import MonitorHub
+    from qblock.system import BlockSystem
+
+    async with AsyncExitStack() as stack:
+        system = await stack.enter_async_context(BlockSystem.create())
+        clock = system.env.clock
+        stack.callback(system.events.subscribe(tracer.qmp_event))
+        hub = MonitorHub(system, dialect=Dialect.STORAGE_DAEMON)
+        hub.open()
+        stack.push_async_callback(hub.close)
+        setup = _Setup(system, hub, tracer, stack)
+        for name, text in arguments.given:
+            await setup.carry_out(name, text)
+        setup.check_chardevs()
+        _quit_on_signals(hub)
+        if path := arguments.get("pidfile"):
+            _write_pid(path)
+            stack.callback(_remove, path)
+        ready()
+        tracer.trace("program_ready", clock.wall())
+        await hub.wait_quit()
+        tracer.trace("program_exit", clock.wall())
+
+
+def _quit_on_signals(hub: MonitorHub) -> None:
+    """SIGTERM, SIGINT and SIGHUP quit as the command does: jobs are cancelled, images are closed."""
+    loop = asyncio.get_running_loop()
+    quitting: list[asyncio.Task[None]] = []
+
+    def begin() -> None:
+        if not quitting:
+            quitting.append(loop.create_task(hub.quit(), name="quit on a signal"))
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, begin)
+
+
+def _write_pid(path: str) -> None:
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        raise CommandError(f"cannot write the pid file '{path}': {error.strerror}") from error
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def _mapping(text: str, *, implied_key: str | None = None) -> tuple[dict[str, Any], bool]:
+    """Options in JSON or as key=value; and whether the values are strings (key=value)."""
+    if not text.startswith("{"):
+        return parse_keyval(text, implied_key=implied_key), True
+    try:
+        return dict(json.loads(text)), False
+    except ValueError as error:
+        raise CommandError(f"this is not JSON: {error}: {text}") from error
+
+
+@attrs.define(eq=False)
+class _Setup:
+    """Carries out one option after the other."""
+
+    system: BlockSystem
+    hub: MonitorHub
+    tracer: Tracer
+    stack: AsyncExitStack
+    chardevs: dict[str, ChardevOptions] = attrs.field(factory=dict)
+    used: set[str] = attrs.field(factory=set)
+
+    async def carry_out(self, name: str, text: str) -> None:
+        """One option; those that are not about the order of things were dealt with before."""
+        match name:
+            case "blockdev":
+                await self._blockdev(text)
+            case "chardev":
+                self._chardev(text)
+            case "monitor":
+                await self._monitor(text)
+            case "object":
+                await self._object(text)
+            case "export" | "nbd-server":
+                raise CommandError(f"--{name}: {NO_EXPORTS}")
+
+    async def _blockdev(self, text: str) -> None:
+        options, strings = _mapping(text)
+        if "node-name" not in options:
+            raise InvalidParameter("node-name", "is missing: without a name nobody could use the node")
+        node = await self.system.opener.open_blockdev(options, strings=strings)
+        node.monitor_owned = True
+        self.tracer.trace("blockdev_opened", self.system.env.clock.wall(), node_name=node.node_name)
+
+    def _chardev(self, text: str) -> None:
+        from qblock.monitor.chardev import chardev_from
+
+        options = chardev_from(_mapping(text, implied_key="backend")[0])
+        if options.label in self.chardevs:
+            raise CommandError(f"there are two character devices called '{options.label}'")
+        self.chardevs[options.label] = options
+
+    async def _monitor(self, text: str) -> None:
+        from qblock.monitor.server import MonitorServer
+
+        options, _ = _mapping(text, implied_key="chardev")
+        label = options.pop("chardev", None)
+        mode = options.pop("mode", "control")
+        options.pop("id", None)
+        pretty = options.pop("pretty", "off")
+        for name in options:
+            raise InvalidParameter(name, "is unexpected: --monitor takes chardev, mode and pretty")
+        if mode != "control":
+            raise InvalidParameter("mode", "must be 'control': the daemon has no HMP monitor")
+        if pretty not in ("on", "off", True, False):
+            raise InvalidParameter("pretty", "must be 'on' or 'off'")
+        if label not in self.chardevs:
+            raise CommandError(f"--monitor: there is no character device '{label}'; give its --chardev first")
+        if label in self.used:
+            raise CommandError(f"--monitor: the character device '{label}' has a monitor already")
+        self.used.add(label)
+        server = MonitorServer(self.hub, self.chardevs[label], pretty=pretty in ("on", True))
+        await self.stack.enter_async_context(server)
+        self.tracer.trace("monitor_listening", self.system.env.clock.wall(), chardev=label)
+
+    async def _object(self, text: str) -> None:
+        options, strings = _mapping(text, implied_key="qom-type")
+        await self.system.add_object(options, strings=strings)
+
+    def check_chardevs(self) -> None:
+        """Raise when a character device has no user: nobody would ever answer there."""
+        unused = sorted(self.chardevs.keys() - self.used)
+        if unused:
+            raise CommandError(f"no --monitor uses the character device '{unused[0]}'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
