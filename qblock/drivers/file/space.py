@@ -1,6 +1,6 @@
 """Space in a host file: allocate, punch and zero ranges, and find its holes.
 
-Models no class of QEMU; it is what ``file.py`` needs from Linux beyond the ``os`` module (``fallocate`` with its modes). All
+Models no class of QEMU; it is what driver.py needs from Linux beyond the ``os`` module (``fallocate`` with its modes). All
 functions block, and raise `OSError`; ``EOPNOTSUPP`` where the file system cannot. Offsets and lengths are bytes.
 """
 

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, TypeVa
 from attrs import evolve, frozen
 
 from qblock.driver import CreateContext, Driver, Json, Limits
-from qblock.drivers import file_space
-from qblock.drivers.file_locks import FileLocks
+from qblock.drivers.file import space
+from qblock.drivers.file.locks import FileLocks
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Data, Extent, Zero
 from qblock.options import DriverOptions, option, required
@@ -271,9 +271,9 @@ class FileDriver(Driver):
             if self.node.cache_direct:
                 await self._run(self._write_direct, self._fd, offset, buffer)
             elif len(buffer) > INLINE_WRITE:
-                await self._run(file_space.write_fully, self._fd, offset, buffer)
+                await self._run(space.write_fully, self._fd, offset, buffer)
             elif (done := os.pwrite(self._fd, buffer, offset)) < len(buffer):
-                file_space.write_fully(self._fd, offset + done, buffer[done:])
+                space.write_fully(self._fd, offset + done, buffer[done:])
         except OSError as error:
             self._length = _size_of(self._fd)
             raise _io_error(error, f"Writing '{self.options.filename}' at {offset} failed") from None
@@ -297,7 +297,7 @@ class FileDriver(Driver):
                 count = min(_BOUNCE, len(buffer) - start)
                 with bounce[:count] as piece:
                     piece[:] = buffer[start : start + count]
-                    file_space.write_fully(fd, offset + start, piece)
+                    space.write_fully(fd, offset + start, piece)
 
     async def flush(self) -> None:
         """See `Driver`. After one failure of a buffered file all flushes fail until it is reopened."""
@@ -317,7 +317,7 @@ class FileDriver(Driver):
     # ------------------------------------------------------------------------------------------------ space and status
 
     async def _change_space(self, change: Callable[[int, int, int], None], offset: int, length: int) -> None:
-        """Call a function of `file_space`; what the file system cannot do becomes ``ENOTSUP``."""
+        """Call a function of space.py; what the file system cannot do becomes ``ENOTSUP``."""
         try:
             if length <= _INLINE_SPACE:
                 change(self._fd, offset, length)
@@ -331,7 +331,7 @@ class FileDriver(Driver):
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
         """See `Driver`: a hole with ``may_unmap``, otherwise zeroes with space reserved."""
-        change = file_space.make_hole if may_unmap and not self._is_device else file_space.make_zero
+        change = space.make_hole if may_unmap and not self._is_device else space.make_zero
         try:
             await self._change_space(change, offset, length)
         finally:
@@ -342,7 +342,7 @@ class FileDriver(Driver):
     async def discard(self, offset: int, length: int) -> None:
         """See `Driver`."""
         try:
-            await self._change_space(file_space.punch_hole, offset, length)
+            await self._change_space(space.punch_hole, offset, length)
         except BlockIOError:
             self._discards_failed += 1
             raise
@@ -356,7 +356,7 @@ class FileDriver(Driver):
         if offset >= self._length:
             return Zero(length, offset)
         try:
-            return file_space.find_extent(self._fd, offset, length)
+            return space.find_extent(self._fd, offset, length)
         except OSError as error:
             raise _io_error(error, f"Looking for holes of '{self.options.filename}' at {offset} failed") from None
 
@@ -369,7 +369,7 @@ class FileDriver(Driver):
         try:
             while done < length:
                 count = min(_COPY_PIECE, length - done)
-                await self._run(file_space.copy_fully, self._fd, other._fd, offset + done, target_offset + done, count)
+                await self._run(space.copy_fully, self._fd, other._fd, offset + done, target_offset + done, count)
                 done += count
         except OSError as error:
             code = errno.ENOTSUP if error.errno in _NOT_SUPPORTED else error.errno or errno.EIO
@@ -390,7 +390,7 @@ class FileDriver(Driver):
         if preallocation != "off" and length < self._length:
             raise BlockIOError(errno.ENOTSUP, f"'{filename}' cannot preallocate while it shrinks")
         try:
-            await self._run(file_space.resize, self._fd, self._length, length, preallocation)
+            await self._run(space.resize, self._fd, self._length, length, preallocation)
         except OSError as error:
             raise _io_error(error, f"Could not resize '{filename}' to {length} bytes") from None
         finally:
@@ -514,7 +514,7 @@ def _create_file(options: FileCreateOptions) -> list[str]:
                 locks.take(Perm.WRITE | Perm.RESIZE, Perm.ALL & ~(Perm.WRITE | Perm.RESIZE))
             os.ftruncate(fd, 0)
             warnings = _apply_hints(fd, options)
-            file_space.resize(fd, 0, options.size, options.preallocation)
+            space.resize(fd, 0, options.size, options.preallocation)
         finally:
             locks.close()
     except BaseException as error:
@@ -545,12 +545,12 @@ def _apply_hints(fd: int, options: FileCreateOptions) -> list[str]:
     warnings = []
     if options.nocow:
         try:
-            file_space.avoid_copy_on_write(fd)
+            space.avoid_copy_on_write(fd)
         except OSError as error:
             warnings.append(f"'{options.filename}': its file system does not take nocow ({error.strerror})")
     if options.extent_size_hint is not None:
         try:
-            file_space.set_extent_size_hint(fd, options.extent_size_hint)
+            space.set_extent_size_hint(fd, options.extent_size_hint)
         except OSError as error:
             warnings.append(f"'{options.filename}': its file system takes no extent size hint ({error.strerror})")
     return warnings
