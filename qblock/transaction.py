@@ -40,9 +40,7 @@ class Transaction:
         self._cleans: list[Callback] = []
         self.state = TransactionState.OPEN
 
-    def add(
-        self, commit: Callback | None = None, abort: Callback | None = None, clean: Callback | None = None
-    ) -> None:
+    def add(self, commit: Callback | None = None, abort: Callback | None = None, clean: Callback | None = None) -> None:
         """Register what completes, undoes and tidies up a step that has just been done; none of them may fail."""
         assert self.state is TransactionState.OPEN, f"the transaction is {self.state.value} already"
         if commit is not None:

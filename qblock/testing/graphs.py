@@ -20,6 +20,7 @@ from qblock.node import BdrvChild, BlockDriverState
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, cumulative, find_clash
 
+
 class PassiveDriver(Driver):
     """A protocol without storage. ``held`` is what was made final, ``checked`` what a change in progress asks for."""
 

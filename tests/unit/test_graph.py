@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -47,9 +48,7 @@ def use(
     user = CountingUser(name)
     graph.add_backend(user)  # type: ignore[arg-type]  # the graph looks at its name and root only
     with Transaction() as change:
-        user.root = graph.attach(
-            user, node, name="root", role=ChildRole.ROOT, perm=perm, shared=shared, change=change
-        )
+        user.root = graph.attach(user, node, name="root", role=ChildRole.ROOT, perm=perm, shared=shared, change=change)
     return user
 
 
@@ -58,12 +57,20 @@ def link(graph: Graph, parent: BlockDriverState, child: BlockDriverState, name: 
         return graph.attach(parent, child, name=name, role=role, change=change)
 
 
+def turn(graph: Graph, node: BlockDriverState, *, read_only: bool) -> None:
+    """What reopening does with the flag."""
+    with Transaction() as change:
+        change.add(abort=lambda: setattr(node, "read_only", not read_only))
+        node.read_only = read_only
+        graph.refresh_permissions([node], change)
+
+
 def chain_of(graph: Graph, *names: str) -> list[BlockDriverState]:
     """Images, the first on top, each with a file of its own; those below are read-only."""
     nodes = [passive_node(graph, name, read_only=bool(index)) for index, name in enumerate(names)]
     for node in nodes:
         link(graph, node, passive_node(graph, f"{node.node_name}-f", PassiveDriver), "file", ChildRole.STORAGE)
-    for above, below in zip(nodes, nodes[1:], strict=False):
+    for above, below in pairwise(nodes):
         link(graph, above, below, "backing", ChildRole.BACKING)
     return nodes
 
@@ -261,10 +268,9 @@ def test_turning_read_only_under_a_writer_is_refused(graph: Graph) -> None:
     """Reopening sets the flag and refreshes: the refusal names the writer."""
     (top,) = chain_of(graph, "t")
     use(graph, top, "d0", READ | WRITE)
-    with pytest.raises(ReadOnlyNode, match="d0"), Transaction() as change:
-        change.add(abort=lambda: setattr(top, "read_only", False))
-        top.read_only = True
-        graph.refresh_permissions([top], change)
+    with pytest.raises(ReadOnlyNode, match="d0"):
+        turn(graph, top, read_only=True)
+    assert not top.read_only
     assert_consistent(graph)
 
 
@@ -272,17 +278,13 @@ def test_turning_read_only_gives_back_the_file_for_writing(graph: Graph) -> None
     """And turning writable takes it again; another holder of the file may be in the way then."""
     (top,) = chain_of(graph, "t")
     file = top.children["file"]
-    with Transaction() as change:
-        top.read_only = True
-        graph.refresh_permissions([top], change)
+    turn(graph, top, read_only=True)
     assert file.perm == READ and not file.may_write
     other = passive_node(graph, "other")
     link(graph, other, file.node, "file", ChildRole.PRIMARY_DATA)
     use(graph, other, "w", READ, shared=READ)
-    with pytest.raises(PermissionConflict), Transaction() as change:
-        change.add(abort=lambda: setattr(top, "read_only", True))
-        top.read_only = False
-        graph.refresh_permissions([top], change)
+    with pytest.raises(PermissionConflict):
+        turn(graph, top, read_only=False)
     assert file.perm == READ
     assert_consistent(graph)
 
@@ -295,10 +297,8 @@ def test_a_refusing_driver_undoes_the_change(graph: Graph) -> None:
     assert isinstance(file.driver, PassiveDriver) and isinstance(base.driver, PassiveDriver)
     before, held = describe_graph(graph), base.driver.held
     file.driver.refusal = CommandError("locked elsewhere")
-    with pytest.raises(CommandError, match="locked elsewhere"), Transaction() as change:
-        base.read_only = False
-        change.add(abort=lambda: setattr(base, "read_only", True))
-        graph.refresh_permissions([base], change)
+    with pytest.raises(CommandError, match="locked elsewhere"):
+        turn(graph, base, read_only=False)
     assert describe_graph(graph) == before
     assert base.driver.checked == held == base.driver.held
 
@@ -333,9 +333,7 @@ def test_deferred_permissions_allow_a_conflict_that_ends_in_the_same_change(grap
     assert first.root is not None
     second = CountingUser("d1")
     with Transaction() as change, graph.deferred_permissions(change):
-        graph.attach(
-            second, node, name="root", role=ChildRole.ROOT, perm=READ | WRITE, shared=READ, change=change
-        )
+        graph.attach(second, node, name="root", role=ChildRole.ROOT, perm=READ | WRITE, shared=READ, change=change)
         with graph.deferred_permissions(change):
             graph.detach(first.root, change)
     assert [edge.parent for edge in node.parents] == [second]
@@ -346,9 +344,14 @@ def test_after_a_failed_deferred_block_permissions_are_checked_again(graph: Grap
     """An exception in the block leaves nothing behind that the next change would trip over."""
     (node,) = chain_of(graph, "n")
     before = describe_graph(graph)
-    with pytest.raises(ZeroDivisionError), Transaction() as change, graph.deferred_permissions(change):
-        graph.attach(CountingUser("x"), node, name="root", role=ChildRole.ROOT, perm=READ, change=change)
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with Transaction() as change, graph.deferred_permissions(change):
+            graph.attach(CountingUser("x"), node, name="root", role=ChildRole.ROOT, perm=READ, change=change)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert describe_graph(graph) == before
     use(graph, node, "d0", READ | WRITE, READ)
     with pytest.raises(PermissionConflict):
@@ -404,7 +407,7 @@ def test_very_long_chains_do_not_exhaust_the_stack(graph: Graph) -> None:
     """Some people take a snapshot every minute."""
     nodes = [passive_node(graph, f"n{index}", read_only=True) for index in range(1500)]
     with Transaction() as change:
-        for above, below in zip(nodes, nodes[1:], strict=False):
+        for above, below in pairwise(nodes):
             graph.set_backing(above, below, change)
     user = use(graph, nodes[0])
     assert nodes[-1].perm == READ and graph.base_of(nodes[0]) is nodes[-1]

@@ -152,7 +152,12 @@ def test_names_come_in_the_order_of_the_bits() -> None:
 def test_a_conflict_tells_both_sides() -> None:
     """Who wants what, on which node, and who is in the way: as text and as fields."""
     error = PermissionConflict(
-        node="n", user="block device 'a'", holder="node 'b'", permissions="write", user_child="root", holder_child="file"
+        node="n",
+        user="block device 'a'",
+        holder="node 'b'",
+        permissions="write",
+        user_child="root",
+        holder_child="file",
     )
     for part in ("block device 'a'", "'root'", "write", "node 'n'", "node 'b'", "'file'"):
         assert part in str(error)

@@ -18,6 +18,15 @@ def recorded(change: Transaction, log: list[str], *names: str) -> None:
         )
 
 
+def failing(change: Transaction, log: list[str], error: BaseException, *, commit: bool = False) -> None:
+    """A block of two steps that ends with ``error``, perhaps after an early commit."""
+    with change:
+        recorded(change, log, "a", "b")
+        if commit:
+            change.commit()
+        raise error
+
+
 def test_a_block_that_ends_well_commits_in_order_and_then_cleans() -> None:
     """Later steps rely on earlier ones, so they are finished in the order in which they were made."""
     log: list[str] = []
@@ -31,9 +40,9 @@ def test_a_block_that_ends_well_commits_in_order_and_then_cleans() -> None:
 def test_an_exception_undoes_in_reverse_and_then_cleans() -> None:
     """Each undo finds the state that its step left."""
     log: list[str] = []
-    with pytest.raises(ValueError, match="no"), Transaction() as change:
-        recorded(change, log, "a", "b")
-        raise ValueError("no")
+    change = Transaction()
+    with pytest.raises(ValueError, match="no"):
+        failing(change, log, ValueError("no"))
     assert log == ["abort b", "abort a", "clean a", "clean b"]
     assert change.state is TransactionState.ABORTED
 
@@ -41,10 +50,9 @@ def test_an_exception_undoes_in_reverse_and_then_cleans() -> None:
 def test_a_cancelled_task_undoes_its_change() -> None:
     """Cancellation is not an Exception, but leaves the block all the same."""
     log: list[str] = []
-    with pytest.raises(asyncio.CancelledError), Transaction() as change:
-        recorded(change, log, "a")
-        raise asyncio.CancelledError
-    assert log == ["abort a", "clean a"]
+    with pytest.raises(asyncio.CancelledError):
+        failing(Transaction(), log, asyncio.CancelledError())
+    assert log == ["abort b", "abort a", "clean a", "clean b"]
 
 
 @pytest.mark.parametrize("verb", ["commit", "abort"])
@@ -60,11 +68,9 @@ def test_a_block_may_finish_its_transaction_early(verb: str) -> None:
 def test_an_early_commit_stands_when_the_block_fails_afterwards() -> None:
     """After the commit there is nothing to undo."""
     log: list[str] = []
-    with pytest.raises(ValueError, match="late"), Transaction() as change:
-        recorded(change, log, "a")
-        change.commit()
-        raise ValueError("late")
-    assert log == ["commit a", "clean a"]
+    with pytest.raises(ValueError, match="late"):
+        failing(Transaction(), log, ValueError("late"), commit=True)
+    assert log == ["commit a", "commit b", "clean a", "clean b"]
 
 
 def test_a_finished_transaction_takes_no_more_steps() -> None:
