@@ -277,7 +277,8 @@ class SupportsBacking(Protocol):
 class CreateContext(Protocol):
     """What `SupportsCreate.create` may use: the environment, and a way to open (and afterwards drop) the file to write to."""
 
-    env: Environment
+    @property
+    def env(self) -> Environment: ...
 
     async def open_reference(self, ref: Json) -> CreateTarget: ...
 

@@ -1,0 +1,170 @@
+"""From options to a checked description of a tree of nodes, before any of them is opened.
+
+Models the input side of ``blockdev-add`` (semantics.md section 10.1): the whole tree is checked against the options of its
+drivers first, so that a wrong member opens no file. Differs from QEMU in that inheritance of common options from parent to
+child is resolved here, in one place: a child takes over ``read-only``, ``auto-read-only``, ``cache`` and ``force-share`` of its
+parent unless it sets them itself; the storage of a format takes ``discard`` (the format decides what it passes on); a
+backing child is read-only unless its own options say otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import attrs
+
+from qblock.driver import Driver, Json
+from qblock.errors import CommandError, InvalidParameter
+from qblock.node import BlockDriverState
+from qblock.options import ABSENT, Field, fields, option, required, visit
+from qblock.permissions import ChildRole
+from qblock.registry import DriverRegistry
+
+MAX_NESTING: Final = 200
+"""How deep options may be nested; longer chains are opened from headers or built by reference."""
+
+
+@attrs.frozen
+class CacheOptions:
+    """``BlockdevCacheOptions``."""
+
+    direct: bool | None = option(None, doc="bypass the host's page cache (O_DIRECT)", since="2.9")
+    no_flush: bool | None = option(None, doc="ignore flush requests: data are lost in a crash", since="2.9")
+
+
+@attrs.frozen
+class CommonOptions:
+    """The members that the options of every driver have (``BlockdevOptions``)."""
+
+    driver: str = required(doc="name of the driver", since="2.9")
+    node_name: str | None = option(None, doc="name of the node", since="2.0")
+    discard: Literal["ignore", "unmap"] | None = option(None, doc="whether discard requests are passed on", since="2.9")
+    cache: CacheOptions | None = option(None, doc="cache-related options", since="2.9")
+    read_only: bool | None = option(None, doc="whether the node is read-only", since="2.9")
+    auto_read_only: bool | None = option(None, doc="fall back to read-only when writing is not possible", since="3.1")
+    force_share: bool | None = option(None, doc="read an image that others may be writing to", since="2.10")
+    detect_zeroes: Literal["off", "on", "unmap"] = option(
+        "off", doc="turn writes of zeroes into zero writes", since="2.1"
+    )
+
+
+@attrs.frozen
+class NodeFlags:
+    """The common options in force on a node, inheritance resolved."""
+
+    read_only: bool = False
+    auto_read_only: bool = False
+    cache_direct: bool = False
+    cache_no_flush: bool = False
+    force_share: bool = False
+    discard_unmap: bool = False
+
+    def for_child(self, role: ChildRole) -> NodeFlags:
+        """What a child in ``role`` inherits when its own options are silent."""
+        if role is ChildRole.BACKING:
+            return attrs.evolve(self, read_only=True, auto_read_only=False, discard_unmap=False)
+        passes_discard = role in (ChildRole.STORAGE, ChildRole.METADATA, ChildRole.DATA)
+        return attrs.evolve(self, discard_unmap=passes_discard or self.discard_unmap)
+
+    def apply(self, common: CommonOptions) -> NodeFlags:
+        """These flags where ``common`` is silent, its own otherwise."""
+        cache = common.cache or CacheOptions()
+        return NodeFlags(
+            read_only=_either(common.read_only, self.read_only),
+            auto_read_only=_either(common.auto_read_only, self.auto_read_only),
+            cache_direct=_either(cache.direct, self.cache_direct),
+            cache_no_flush=_either(cache.no_flush, self.cache_no_flush),
+            force_share=_either(common.force_share, self.force_share),
+            discard_unmap=self.discard_unmap if common.discard is None else common.discard == "unmap",
+        )
+
+    def set_on(self, node: BlockDriverState) -> None:
+        """Store the flags in the node's fields of the same names."""
+        for name, value in attrs.asdict(self).items():
+            setattr(node, name, value)
+
+    @classmethod
+    def of(cls, node: BlockDriverState) -> NodeFlags:
+        """The flags that a node has."""
+        return cls(**{field.name: getattr(node, field.name) for field in attrs.fields(cls)})
+
+
+def _either(own: bool | None, inherited: bool) -> bool:
+    return inherited if own is None else own
+
+
+@attrs.frozen
+class NodeReference:
+    """A child given by the name of a device or node that exists already."""
+
+    name: str
+    path: str
+
+
+@attrs.frozen(eq=False)
+class NodeSpec:
+    """One node to be opened. ``children`` holds the inline and referenced ones; ``backing`` is absent from it when it is to
+    be taken from the header, and None when there shall be none.
+    """
+
+    driver: type[Driver]
+    common: CommonOptions
+    options: Any
+    flags: NodeFlags
+    children: Mapping[str, NodeSpec | NodeReference | None]
+    given: Mapping[str, Json]
+
+
+def child_fields(driver: type[Driver]) -> list[Field]:
+    """The options of a driver that name children."""
+    return [field for field in fields(driver.options_class) if field.role is not None]
+
+
+_COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
+
+
+@attrs.frozen
+class SpecReader:
+    """Checks options against the drivers of a registry. ``strings``: leaves may be text, as on a command line."""
+
+    registry: DriverRegistry
+    strings: bool = False
+
+    def read(self, given: Mapping[str, Json], inherited: NodeFlags, *, path: str = "", depth: int = 0) -> NodeSpec:
+        """The checked description of a node and its inline children; raises `InvalidParameter` and `UnknownDriver`."""
+        if depth > MAX_NESTING:
+            raise CommandError(f"The options are nested more than {MAX_NESTING} deep at '{path}'")
+        prefix = f"{path}." if path else ""
+        if not isinstance(given.get("driver"), str):
+            raise InvalidParameter(f"{prefix}driver", "must be a string" if "driver" in given else "is missing")
+        driver = self.registry.get(given["driver"])
+        own = {key: value for key, value in given.items() if key not in _COMMON}
+        shared = {key: value for key, value in given.items() if key in _COMMON}
+        common: CommonOptions = visit(CommonOptions, shared, path=path, strings=self.strings)
+        options = visit(driver.options_class, own, path=path, strings=self.strings)
+        flags = inherited.apply(common)
+        _check_combination(common, flags, prefix)
+        children = {
+            field.wire: self._child(field, getattr(options, field.attribute), flags, f"{prefix}{field.wire}", depth)
+            for field in child_fields(driver)
+            if getattr(options, field.attribute) is not ABSENT
+        }
+        return NodeSpec(driver, common, options, flags, children, dict(given))
+
+    def _child(
+        self, field: Field, ref: Any, flags: NodeFlags, path: str, depth: int
+    ) -> NodeSpec | NodeReference | None:
+        assert field.role is not None
+        if ref is None:
+            return None
+        if isinstance(ref, str):
+            return NodeReference(ref, path)
+        return self.read(ref, flags.for_child(field.role), path=path, depth=depth + 1)
+
+
+def _check_combination(common: CommonOptions, flags: NodeFlags, prefix: str) -> None:
+    if common.detect_zeroes == "unmap" and not flags.discard_unmap:
+        raise InvalidParameter(f"{prefix}detect-zeroes", "can be 'unmap' only together with discard=unmap")
+    if flags.force_share and not flags.read_only:
+        raise InvalidParameter(f"{prefix}force-share", "can be on only for a node that is read-only")

@@ -1,0 +1,374 @@
+"""From options or a file name to open nodes, and from unused nodes back to closed files.
+
+Models ``bdrv_open`` and ``blockdev-add`` (semantics.md section 10.1). A tree is checked whole (`nodespec.py`), then opened
+from the storage upwards; a failure closes what was opened. What an image's header names is opened only when the `OpenPolicy`
+says so. Backing chains are walked in a loop, not by recursion, so their length is bounded by memory and descriptors only; a
+chain that leads back to itself is refused. Differs from QEMU in that a node without users is closed by `close_orphans`, an
+explicit step of whoever took the last user away, since closing has to wait for writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os.path
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+
+from qblock.backend import BlockBackend
+from qblock.creating import create_image
+from qblock.driver import BackingLink, Driver, Environment, Json, SupportsBacking
+from qblock.errors import CommandError, CorruptImage, InvalidParameter, QBlockError
+from qblock.filenames import combine_filename, has_protocol
+from qblock.graph import Graph
+from qblock.node import BlockDriverState
+from qblock.nodespec import NodeFlags, NodeReference, NodeSpec, SpecReader, child_fields
+from qblock.options import parse_json_filename, unflatten_dotted
+from qblock.permissions import ChildRole, Perm
+from qblock.policy import Mention, OpenPolicy
+from qblock.registry import DriverRegistry
+from qblock.reopening import reopen
+from qblock.requests import flush, refresh_length
+from qblock.transaction import Transaction
+
+__all__ = ["OpenPolicy", "Opener", "combine_filename"]
+
+PROBE_SIZE: Final = 2048
+"""How many bytes of a file a driver's ``probe`` is shown."""
+PROBED_FIRST: Final = ("qcow2", "raw")
+"""Our own formats; drivers of other packages are loaded for probing only when none but raw fits."""
+
+
+@attrs.frozen(eq=False)
+class _Layer:
+    """An open node whose backing is still to be seen to, with the options it was opened by."""
+
+    node: BlockDriverState
+    spec: NodeSpec
+
+
+class Opener:
+    """Opens and closes nodes of one graph. ``policy`` decides on files that an image only mentions."""
+
+    def __init__(self, graph: Graph, registry: DriverRegistry, env: Environment, policy: OpenPolicy) -> None:
+        self.graph = graph
+        self.registry = registry
+        self.env = env
+        self.policy = policy
+        self._pinned: set[BlockDriverState] = set()
+        self._closing: asyncio.Lock | None = None
+
+    # ------------------------------------------------------------------------------------------------------- opening
+
+    async def open_blockdev(
+        self, options: Mapping[str, Json], *, strings: bool = False, root: bool = True
+    ) -> BlockDriverState:
+        """Open the tree that ``options`` (nested JSON; with ``strings`` leaves may be text) describe; gives its root.
+
+        ``root``: the node is to be the monitor's, so it needs a ``node-name``. Raises `CommandError` (options,
+        names, permissions), `ImageError` and `BlockIOError`; nothing stays open then. The caller gives the node its first
+        user, or sets ``monitor_owned``, before it awaits again.
+        """
+        spec = SpecReader(self.registry, strings).read(options, NodeFlags())
+        if root and not spec.common.node_name:
+            raise InvalidParameter("node-name", "is missing: the root of a tree of nodes needs a name")
+        return await self._open_tree(spec)
+
+    async def open_image(
+        self,
+        filename: str,
+        *,
+        fmt: str | None = None,
+        read_only: bool = True,
+        backing: bool = True,
+        options: Mapping[str, Json] | None = None,
+        force_share: bool = False,
+        node_name: str | None = None,
+    ) -> BlockDriverState:
+        """Open an image by file name (or ``json:{…}``), probing the format when ``fmt`` is None.
+
+        ``options`` are more options of the format node (dotted keys and text leaves are allowed). ``backing=False`` leaves
+        the backing file of the header closed. Raises and returns as `open_blockdev`.
+        """
+        flags = NodeFlags(read_only=read_only, force_share=force_share)
+        extra = unflatten_dotted(options or {})
+        if node_name:
+            extra["node-name"] = node_name
+        layer = await self._open_named(filename, fmt, flags, extra)
+        if not backing:
+            return self._hand_over(layer.node)
+        return await self._with_backing(layer, {_identity(layer.node)})
+
+    async def open_backing_chain(self, node: BlockDriverState) -> None:
+        """Open what the header of ``node`` names as its backing file, and the chain below; no link, nothing to do."""
+        flags = NodeFlags.of(node)
+        await self._open_chain(node, None, flags, {_identity(node)})
+
+    async def _open_tree(self, spec: NodeSpec) -> BlockDriverState:
+        node = await self._open_layer(spec)
+        return await self._with_backing(_Layer(node, spec), {_identity(node)})
+
+    async def _with_backing(self, layer: _Layer, seen: set[str]) -> BlockDriverState:
+        try:
+            await self._open_chain(layer.node, layer.spec, layer.spec.flags, seen)
+        except BaseException:
+            await self._close_tree(layer.node)
+            raise
+        return self._hand_over(layer.node)
+
+    def _hand_over(self, node: BlockDriverState) -> BlockDriverState:
+        self._pinned.discard(node)
+        return node
+
+    async def _open_layer(self, spec: NodeSpec, storage: BlockDriverState | None = None) -> BlockDriverState:
+        """Open one node with all its children but the backing; ``storage`` is its storage child if that is open already."""
+        node = self._make_node(spec)
+        self._pinned.add(node)
+        try:
+            for field in child_fields(spec.driver):
+                assert field.role is not None
+                ref = spec.children.get(field.wire)
+                if field.role is ChildRole.BACKING or (ref is None and storage is None):
+                    continue
+                is_storage = storage is not None and field.role in (ChildRole.STORAGE, ChildRole.PRIMARY_DATA)
+                child = storage if is_storage and storage is not None else await self._open_child(ref)
+                self._attach(node, child, field.wire, field.role)
+            await node.driver.open()
+        except BaseException:
+            await self._close_tree(node, opened=False)
+            raise
+        refresh_length(node)
+        return node
+
+    def _make_node(self, spec: NodeSpec) -> BlockDriverState:
+        node = BlockDriverState(spec.common.node_name or "", options_given=spec.given)
+        spec.flags.set_on(node)
+        node.detect_zeroes = spec.common.detect_zeroes
+        node.driver = spec.driver(node, spec.options, self.env)
+        self.graph.add_node(node)
+        return node
+
+    async def _open_child(self, ref: NodeSpec | NodeReference | None) -> BlockDriverState:
+        assert ref is not None
+        if isinstance(ref, NodeReference):
+            return self.graph.lookup(ref.name)
+        return await self._open_tree(ref)
+
+    def _attach(self, parent: BlockDriverState, child: BlockDriverState, name: str, role: ChildRole) -> None:
+        if child.read_only and not parent.read_only and parent.auto_read_only and role is not ChildRole.BACKING:
+            parent.read_only = True
+        try:
+            with Transaction() as change:
+                self.graph.attach(parent, child, name=name, role=role, change=change)
+        finally:
+            self._pinned.discard(child)
+
+    # --------------------------------------------------------------------------------------------------- backing chain
+
+    async def _open_chain(
+        self, node: BlockDriverState, spec: NodeSpec | None, flags: NodeFlags, seen: set[str]
+    ) -> None:
+        """Open the backing of ``node``, the backing of that, and so on; ``seen`` are the files opened so far."""
+        while node.driver.supports_backing and node.backing is None:
+            flags = flags.for_child(ChildRole.BACKING)
+            if spec is not None and "backing" in spec.children:
+                ref = spec.children["backing"]
+                if ref is None:
+                    return
+                if isinstance(ref, NodeReference):
+                    self._attach(node, self.graph.lookup(ref.name), "backing", ChildRole.BACKING)
+                    return
+                below = _Layer(await self._open_layer(ref), ref)
+            else:
+                mentioned = await self._open_mentioned(node, flags, seen)
+                if mentioned is None:
+                    return
+                below = mentioned
+            try:
+                self._attach(node, below.node, "backing", ChildRole.BACKING)
+            except BaseException:
+                await self._close_tree(below.node)
+                raise
+            seen.add(_identity(below.node))
+            node, spec, flags = below.node, below.spec, below.spec.flags
+
+    async def _open_mentioned(self, node: BlockDriverState, flags: NodeFlags, seen: set[str]) -> _Layer | None:
+        """What the header of ``node`` names as its backing file, opened; None when it names none."""
+        link = _link_of(node)
+        if link is None:
+            return None
+        image = node.driver.filename() or node.node_name
+        filename = combine_filename(image, link.filename)
+        self.policy.check(Mention(image, filename, "backing file", link.format))
+        if os.path.realpath(filename) in seen:
+            raise CorruptImage(
+                image, f"its backing file '{filename}' is above it in the same chain: the chain is a loop"
+            )
+        try:
+            return await self._open_named(filename, link.format, flags, {})
+        except QBlockError as error:
+            error.add_note(f"'{filename}' is the backing file of '{image}'")
+            raise
+
+    # ------------------------------------------------------------------------------------------------ names and probing
+
+    async def _open_named(self, filename: str, fmt: str | None, flags: NodeFlags, extra: Mapping[str, Json]) -> _Layer:
+        """The node of an image file, without its backing."""
+        given = merge(self._options_of(filename, fmt), extra)
+        reader = SpecReader(self.registry, strings=True)
+        if "driver" in given:
+            spec = reader.read(given, flags)
+            return _Layer(await self._open_layer(spec), spec)
+        if not isinstance(given.get("file"), Mapping):
+            raise CommandError(f"'{filename}' tells neither a driver nor a file to probe for one")
+        below = reader.read(given["file"], flags.for_child(ChildRole.STORAGE), path="file")
+        storage = await self._open_tree(below)
+        self._pinned.add(storage)
+        try:
+            driver = await self.probe(storage, filename)
+            spec = reader.read({**given, "driver": driver}, flags)
+            node = await self._open_layer(spec, storage)
+        except BaseException:
+            if not storage.parents and not storage.closed:
+                await self._close_tree(storage)
+            raise
+        node.probed = driver == "raw"
+        return _Layer(node, spec)
+
+    def _options_of(self, filename: str, fmt: str | None) -> dict[str, Json]:
+        """Options for a file name: those in a ``json:`` name, or a plain file below ``fmt``."""
+        parsed = parse_json_filename(filename)
+        if parsed is not None:
+            return parsed if fmt is None or "driver" in parsed else {**parsed, "driver": fmt}
+        path = filename.removeprefix("file:")
+        if path == filename and has_protocol(filename):
+            raise CommandError(
+                f"'{filename}' begins with a protocol that there is no driver for; write './…' for a file"
+            )
+        file = {"driver": "file", "filename": path}
+        if fmt is None:
+            return {"file": file}
+        if self.registry.get(fmt).is_protocol:
+            return {**file, "driver": fmt}
+        return {"driver": fmt, "file": file}
+
+    async def probe(self, storage: BlockDriverState, filename: str) -> str:
+        """The name of the format that the content of ``storage`` looks most like; ``raw`` when nothing else fits."""
+        backend = BlockBackend(self.graph, perm=Perm.CONSISTENT_READ, shared=Perm.ALL, description="format probing")
+        backend.insert(storage)
+        try:
+            head = await backend.read(0, min(PROBE_SIZE, storage.length))
+        finally:
+            backend.close()
+        best = _most_likely([self.registry.get(name) for name in PROBED_FIRST], head, filename)
+        if best == "raw":
+            best = _most_likely(self.registry.formats(), head, filename)
+        return best
+
+    # ---------------------------------------------------------------------------------------------- nodes made by others
+
+    def make_node(
+        self,
+        driver: type[Driver],
+        options: Any,
+        *,
+        node_name: str | None,
+        like: BlockDriverState,
+        implicit: bool,
+        change: Transaction,
+    ) -> BlockDriverState:
+        """A filter node of a job, entered into the graph without edges; flags are those of ``like``, above which it goes.
+
+        The driver needs no opening. Raises `InvalidParameter` and `DuplicateName`.
+        """
+        node = BlockDriverState(node_name or "", implicit=implicit)
+        NodeFlags.of(like).set_on(node)
+        node.driver = driver(node, options, self.env)
+        self.graph.add_node(node, change)
+        return node
+
+    # ------------------------------------------------------------------------------------------------------- closing
+
+    async def close_orphans(self) -> None:
+        """Flush and close every node that has no user any more, and those below that lose their last user by it.
+
+        A node that cannot be flushed or closed cleanly is closed all the same; what went wrong goes to ``env.warn``.
+        """
+        if self._closing is None:
+            self._closing = asyncio.Lock()
+        async with self._closing:
+            while orphans := [node for node in self.graph.orphans() if node not in self._pinned]:
+                for node in orphans:
+                    if not node.parents:
+                        await self.close_node(node)
+
+    async def close_node(self, node: BlockDriverState, *, opened: bool = True) -> None:
+        """Flush and close one node that has no parents, and take it out of the graph; its children stay."""
+        assert not node.parents, f"{node!r} is still in use"
+        self._pinned.add(node)
+        if opened:
+            await self._shut(node)
+        with Transaction() as change:
+            for edge in list(node.children.values()):
+                self.graph.detach(edge, change)
+        self.graph.remove_node(node)
+        self._pinned.discard(node)
+        node.closed = True
+
+    async def _shut(self, node: BlockDriverState) -> None:
+        try:
+            if not node.read_only and node.poisoned is None:
+                await flush(node)
+        except QBlockError as error:
+            self.env.warn(f"Node '{node.node_name}' could not be flushed when it was closed: {error}")
+        try:
+            await node.driver.close()
+        except QBlockError as error:
+            self.env.warn(f"Node '{node.node_name}' could not be closed cleanly: {error}")
+
+    async def _close_tree(self, root: BlockDriverState, *, opened: bool = True) -> None:
+        """Close a node whose opening failed, and everything below it that nobody else uses."""
+        pending = [edge.node for edge in root.children.values()]
+        await self.close_node(root, opened=opened)
+        while pending:
+            node = pending.pop()
+            if node.parents or node.monitor_owned or node.closed:
+                continue
+            pending += [edge.node for edge in node.children.values()]
+            await self.close_node(node)
+
+    # ------------------------------------------------------------------------------------------- creating and reopening
+
+    async def create_image(self, driver: str, options: Mapping[str, Json], *, strings: bool = False) -> None:
+        """Make a new image as ``blockdev-create`` does; ``options`` without ``driver``. See `creating.create_image`."""
+        await create_image(self, driver, options, strings=strings)
+
+    async def reopen(
+        self, node: BlockDriverState, *, read_only: bool | None = None, options: Mapping[str, Json] | None = None
+    ) -> None:
+        """Change a node's options in place; see `reopening.reopen`."""
+        await reopen(self, node, read_only=read_only, options=options)
+
+
+def merge(base: Mapping[str, Json], extra: Mapping[str, Json]) -> dict[str, Json]:
+    """``base`` with the members of ``extra`` added, objects member by member; ``extra`` wins."""
+    result = dict(base)
+    for key, value in extra.items():
+        below = result.get(key)
+        result[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _link_of(node: BlockDriverState) -> BackingLink | None:
+    return node.driver.backing_link() if isinstance(node.driver, SupportsBacking) else None
+
+
+def _identity(node: BlockDriverState) -> str:
+    filename = node.driver.filename()
+    return os.path.realpath(filename) if filename is not None else f"node {node.node_name}"
+
+
+def _most_likely(drivers: list[type[Driver]], head: bytes, filename: str) -> str:
+    scores = [(driver.probe(head, filename), driver.name) for driver in drivers]
+    return max(scores, key=lambda score: score[0])[1]
