@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qblock.image import Image, ImageFile, MapExtent, create
     from qblock.image import open_image as open
     from qblock.monitor.client import QmpClient
-    from qblock.opening import OpenPolicy
+    from qblock.policy import OpenPolicy
     from qblock.system import BlockSystem
 
 __version__: Final = "0.1.0"
@@ -51,7 +51,7 @@ _HOMES: Final[Mapping[str, str]] = {
     "ImageFile": "qblock.image:ImageFile",
     "MapExtent": "qblock.image:MapExtent",
     "OpenDenied": "qblock.errors:OpenDenied",
-    "OpenPolicy": "qblock.opening:OpenPolicy",
+    "OpenPolicy": "qblock.policy:OpenPolicy",
     "QBlockError": "qblock.errors:QBlockError",
     "QmpClient": "qblock.monitor.client:QmpClient",
     "create": "qblock.image:create",

@@ -28,9 +28,11 @@ from qblock.clock import RealClock
 from qblock.driver import Environment, SupportsBacking
 from qblock.errors import BlockIOError
 from qblock.graph import Graph
-from qblock.opening import Opener, OpenPolicy
+from qblock.opening import Opener
 from qblock.permissions import Perm
+from qblock.policy import OpenPolicy
 from qblock.registry import DriverRegistry
+from qblock.units import align_up, parse_size
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # known to type checkers; collections.abc has it from 3.12 on
@@ -329,3 +331,42 @@ def open_image(
     `OpenDenied`. Raises `ImageError`, `CommandError` or `BlockIOError` (an `OSError`).
     """
     return Image(path, writable=writable, fmt=fmt, backing=backing)
+
+
+def create(
+    path: str | os.PathLike[str],
+    size: int | str,
+    *,
+    fmt: str = "qcow2",
+    backing: str | os.PathLike[str] | None = None,
+    backing_fmt: str | None = None,
+    **options: Any,
+) -> None:
+    """Make a new image of ``size`` bytes (or text such as ``"64M"``), in place of whatever is at ``path``.
+
+    ``options`` are the format's creation options as QMP names them, with ``_`` for ``-`` (``cluster_size=65536``). An overlay
+    over ``backing`` needs ``backing_fmt`` too; a relative name is meant from the directory of ``path``. Raises `CommandError`
+    for options that make no sense, `BlockIOError` when the file cannot be written.
+    """
+    wire = {name.replace("_", "-"): value for name, value in options.items()}
+    if backing is not None:
+        wire |= {"backing-file": os.fspath(backing), "backing-fmt": backing_fmt}
+    length = parse_size(size) if isinstance(size, str) else size
+    env = _environment()
+    opener = Opener(Graph(random=env.random), DriverRegistry(), env, OpenPolicy.deny())
+    try:
+        asyncio.run(_create(opener, os.fspath(path), fmt, {**wire, "size": align_up(length, 512)}))
+    finally:
+        env.executor.shutdown(wait=True)
+
+
+async def _create(opener: Opener, path: str, fmt: str, options: dict[str, Any]) -> None:
+    if fmt == "raw":
+        await opener.create_image("file", {"filename": path, **options})
+        return
+    await opener.create_image("file", {"filename": path, "size": 0})
+    try:
+        await opener.create_image(fmt, {"file": {"driver": "file", "filename": path}, **options})
+    except BaseException:
+        os.unlink(path)
+        raise
