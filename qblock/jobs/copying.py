@@ -107,10 +107,10 @@ class InFlight:
 
 
 class BufferPool:
-    """Page-aligned buffers of equal size, ``size`` bytes in all, taken and given back."""
+    """Page-aligned buffers of at most ``piece`` bytes each, ``size`` bytes in all, taken and given back."""
 
-    def __init__(self, size: int) -> None:
-        self.piece = min(size, MAX_REQUEST)
+    def __init__(self, size: int, *, piece: int = MAX_REQUEST) -> None:
+        self.piece = min(size, piece)
         self.count = min(MAX_IN_FLIGHT, max(1, size // self.piece))
         self._memory = mmap.mmap(-1, self.piece * self.count)
         self._view = memoryview(self._memory)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qblock import drain
@@ -91,6 +92,9 @@ class Job(abc.ABC):
 
     def clean(self) -> None:
         """Let go of everything, after `commit` or `abort`."""
+
+    async def afterwards(self) -> None:
+        """What takes waiting, after `clean`; must not raise."""
 
     async def before_pause(self) -> None:
         """Bring the job to rest: no request of its own may be under way on return."""
@@ -264,7 +268,12 @@ class BlockJob(Job):
         token = block_all(node, f"block device is in use by block job: {self.type}")
         self.edges.append(edge)
         self._blocks.append(token)
-        change.add(abort=lambda: (self.edges.remove(edge), self._blocks.remove(token), unblock(token)))
+        change.add(abort=partial(self._let_go, edge, token))
+
+    def _let_go(self, edge: BdrvChild, token: OpBlocker) -> None:
+        self.edges.remove(edge)
+        self._blocks.remove(token)
+        unblock(token)
 
     async def drain(self, *nodes: BlockDriverState) -> None:
         """Begin the job's own drained sections: returns when no request of anybody is under way in ``nodes``."""

@@ -167,6 +167,12 @@ class _Setup:
     zero_target: bool
     backing_at_end: BackingAtEnd = BackingAtEnd.KEEP
     backing_node: BlockDriverState | None = None
+    job_id: str = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # Asked for now: once the filter is in, the source has no device any more.
+        given = self.request.job_id
+        self.job_id = self.system.graph.device_name(self.source) if given is None else given
 
     async def start(self, target: BlockDriverState) -> MirrorJob:
         """Check, set up, run; the backend is closed when that fails."""
@@ -195,12 +201,7 @@ class _Setup:
             raise InvalidParameter("buf-size", f"cannot be negative ({request.buf_size})")
         if graph.skip_filters(self.source) is graph.skip_filters(target):
             raise CommandError(f"Node '{self.source.node_name}' cannot be mirrored into itself")
-        self.system.jobs.check_id(self._job_id)
-
-    @property
-    def _job_id(self) -> str:
-        job_id = self.request.job_id
-        return self.system.graph.device_name(self.source) if job_id is None else job_id
+        self.system.jobs.check_id(self.job_id)
 
     def _plan(self, target: BlockDriverState) -> MirrorPlan:
         graph, request = self.system.graph, self.request
@@ -233,7 +234,7 @@ class _Setup:
         with Transaction() as change:
             driver = self._insert_filter(change)
             job = MirrorJob(
-                jobs, self._job_id, self._plan(target), filter_driver=driver, target=self.backend,
+                jobs, self.job_id, self._plan(target), filter_driver=driver, target=self.backend,
                 auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss,
             )  # fmt: skip
             jobs.create(job)
@@ -251,13 +252,13 @@ class _Setup:
 
     def _insert_filter(self, change: Transaction) -> MirrorTop:
         name = self.request.filter_node_name
-        node = BlockDriverState(name or "", implicit=name is None, read_only=self.source.read_only)
-        driver = MirrorTop(node, DriverOptions(), self.system.env)
-        node.driver = driver
+        node = self.system.opener.make_node(
+            MirrorTop, DriverOptions(), node_name=name, like=self.source, implicit=name is None, change=change
+        )
         node.length = self.source.length
-        self.system.graph.add_node(node, change)
         self.system.graph.append(node, onto=self.source, change=change, name="backing")
-        return driver
+        assert isinstance(node.driver, MirrorTop)
+        return node.driver
 
 
 def _check_sizes(request: MirrorRequest) -> None:

@@ -128,6 +128,10 @@ class MirrorJob(BlockJob):
         return edge
 
     @property
+    def _failed_for_good(self) -> bool:
+        return self._failure is not None
+
+    @property
     def _zeroes_cheaply(self) -> bool:
         """Whether zero writes to the target give space back instead of writing."""
         node = self._target_edge.node
@@ -220,7 +224,7 @@ class MirrorJob(BlockJob):
             elif await self._nothing_dirty():
                 return
             else:
-                delay = SLICE_NS if self._failure is None and not self.bitmap.count else delay
+                delay = 0 if self.bitmap.count else SLICE_NS
             if delay:
                 await self.sleep_ns(delay)
 
@@ -235,8 +239,8 @@ class MirrorJob(BlockJob):
             self.ready()
         if not (self._should_complete or self.cancel_requested) or self.force_cancelled:
             return False
-        await self.drain(self.source)
-        if self.bitmap.count or self._failure is not None or not await self._flush_target():
+        await self.drain(self.source, self._target_edge.node)
+        if self.bitmap.count or self._failed_for_good or not await self._flush_target():
             self.end_drain()
             return False
         self.progress_remaining = 0

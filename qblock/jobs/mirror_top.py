@@ -7,10 +7,11 @@ guest is answered. Not opened by users: `mirror.py` inserts it.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from qblock import requests
-from qblock.driver import Driver, NodeInfo
+from qblock.errors import BlockIOError
+from qblock.filtering import FilterDriver
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair
 
@@ -35,73 +36,57 @@ class MirrorHost(Protocol):
         """Discard on both sides."""
 
 
-class MirrorTop(Driver):
-    """See the module. ``host`` is set once the job exists; after `retire` the filter needs nothing from its child."""
+class MirrorTop(FilterDriver):
+    """See the module. ``host`` is set while the job follows the source; a ``retired`` filter needs nothing from its child."""
 
     name: ClassVar[str] = "mirror_top"
     options_class: ClassVar[type[DriverOptions]] = DriverOptions
-    is_filter: ClassVar[bool] = True
-    supports_write_zeroes: ClassVar[bool] = True
-    supports_discard: ClassVar[bool] = True
-    supports_copy_range: ClassVar[bool] = True
 
     host: MirrorHost | None = None
     retired: bool = False
 
     @property
-    def child(self) -> BdrvChild:
-        """The edge to the source."""
-        edge = self.node.filtered
-        assert edge is not None
-        return edge
-
-    async def open(self) -> None:
-        """See `Driver`: there is nothing to read."""
+    def _host(self) -> MirrorHost | None:
+        """The job, if guest writes go through it now."""
+        return self.host if self.host is not None and self.host.copies_guest_writes else None
 
     def length(self) -> int:
-        """See `Driver`: the source's."""
-        return self.child.node.driver.length()
+        """See `Driver`: the source's; what it was last, once the filter is taken out."""
+        return self.node.length if self.node.filtered is None else super().length()
 
-    async def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `Driver`."""
-        await requests.read_into(self.child, offset, buffer)
+    async def flush(self) -> None:
+        """See `Driver`: nothing to do once the filter is taken out."""
+        if self.node.filtered is not None:
+            await super().flush()
 
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
         """See `Driver`."""
-        if self.host is not None and self.host.copies_guest_writes:
-            await self.host.guest_write(offset, buffer, fua=fua)
+        if (host := self._host) is not None:
+            await host.guest_write(offset, buffer, fua=fua)
         else:
-            await requests.write_from(self.child, offset, buffer, fua=fua)
+            await super().write_from(offset, buffer, fua=fua)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
         """See `Driver`."""
-        if self.host is not None and self.host.copies_guest_writes:
-            await self.host.guest_write_zeroes(offset, length, may_unmap=may_unmap, fua=fua)
+        if (host := self._host) is not None:
+            await host.guest_write_zeroes(offset, length, may_unmap=may_unmap, fua=fua)
         else:
-            await requests.write_zeroes(
-                self.child, offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua
-            )
+            await super().write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
 
     async def discard(self, offset: int, length: int) -> None:
         """See `Driver`."""
-        if self.host is not None and self.host.copies_guest_writes:
-            await self.host.guest_discard(offset, length)
+        if (host := self._host) is not None:
+            await host.guest_discard(offset, length)
         else:
-            await requests.discard(self.child, offset, length)
+            await super().discard(offset, length)
 
-    async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
-        """See `Driver`."""
-        await requests.copy_range(self.child, offset, target, target_offset, length)
-
-    async def flush(self) -> None:
-        """See `Driver`."""
-        await requests.flush(self.child.node)
-
-    def info(self) -> NodeInfo:
-        """See `Driver`."""
-        return self.child.node.driver.info()
+    async def receive_range(self, offset: int, source: BdrvChild, source_offset: int, length: int) -> None:
+        """See `Driver`: what must reach both sides is written by buffer."""
+        if self._host is not None:
+            raise BlockIOError(errno.ENOTSUP)
+        await super().receive_range(offset, source, source_offset, length)
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
         """Passes the needs of its parents on; once retired it must not stand in the way of the switch."""

@@ -338,6 +338,7 @@ class JobRunner:
     async def _conclude(self, job: Job, event: str) -> None:
         """Clean up, drop the nodes that nobody holds any more, then the final events."""
         job.clean()
+        await job.afterwards()
         await self.opener.close_orphans()
         failed = job.error is not None and event == "BLOCK_JOB_COMPLETED"
         if job.was_started:
