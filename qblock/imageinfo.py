@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qblock.chain import skip_filters
 from qblock.driver import BackingLink, SupportsBacking
-from qblock.opening import combine_filename
+from qblock.filenames import combine_filename
 from qblock.units import format_size
 
 if TYPE_CHECKING:

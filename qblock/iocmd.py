@@ -19,7 +19,7 @@ from qblock.errors import BlockIOError, CommandError, QBlockError
 from qblock.extents import Unallocated
 from qblock.imageinfo import in_order, specific_lines
 from qblock.permissions import Perm
-from qblock.requests import block_status
+from qblock.status import block_status
 from qblock.units import MILLISECOND_NS, SECOND_NS, KiB, parse_size
 
 if TYPE_CHECKING:

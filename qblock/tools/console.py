@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NoReturn
 
 PROGRAM_VERSION: Final = "0.1.0 (speaks as QEMU 7.2)"
 
@@ -27,6 +27,13 @@ def ending_quietly(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: everything is flushed and closed, and taking the interpreter apart costs milliseconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Progress:

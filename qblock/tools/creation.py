@@ -14,7 +14,7 @@ import attrs
 
 from qblock.driver import Json
 from qblock.errors import CommandError, QBlockError
-from qblock.opening import combine_filename
+from qblock.filenames import combine_filename
 from qblock.options import parse_keyval
 from qblock.tools.arguments import size_of
 from qblock.tools.images import ImageArguments, ImageSession

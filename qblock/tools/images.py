@@ -7,6 +7,7 @@ names; backing files that an image mentions are followed. No jobs, devices or mo
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.clock import RealClock
-from qblock.driver import Environment, Json
+from qblock.driver import Environment
+from qblock.errors import CommandError, QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
 from qblock.opening import Opener, OpenPolicy
@@ -49,6 +51,15 @@ class ImageArguments:
     extra: Mapping[str, str] = attrs.field(factory=dict)
 
 
+class ImageNotOpened(CommandError):
+    """An image of the command line could not be opened; ``cause`` says why."""
+
+    def __init__(self, name: str, cause: QBlockError) -> None:
+        notes = "".join(f" ({note})" for note in getattr(cause, "__notes__", ()))
+        super().__init__(f"Could not open '{name}': {cause}{notes}")
+        self.cause = cause
+
+
 @attrs.define(eq=False)
 class ImageSession:
     """All images that one run has open. An async context manager: leaving it flushes and closes them."""
@@ -73,35 +84,32 @@ class ImageSession:
         return cls(graph, opener, environment)
 
     async def open_node(self, wanted: ImageArguments) -> BlockDriverState:
-        """The top node of an image; raises a QBlockError that names the image."""
-        read_only = not wanted.writable
-        if not wanted.image_opts:
-            return await self.opener.open_image(
-                wanted.name,
-                fmt=wanted.fmt,
-                read_only=read_only,
-                backing=wanted.backing,
-                options=dict(wanted.extra),
-                force_share=wanted.force_share,
-            )
-        options: dict[str, Json] = parse_keyval(wanted.name)
-        options.setdefault("read-only", "on" if read_only else "off")
-        if wanted.force_share:
-            options["force-share"] = "on"
-        for key, value in wanted.extra.items():
-            group, _, member = key.partition(".")
-            target = options.setdefault(group, {}) if member else options
-            target.setdefault(member or key, value)
-        return await self.opener.open_blockdev(options, strings=True)
+        """The top node of an image; raises a QBlockError. The caller gives it a user before awaiting anything else."""
+        name = wanted.name
+        if wanted.image_opts:
+            name = "json:" + json.dumps(parse_keyval(wanted.name))
+        return await self.opener.open_image(
+            name,
+            fmt=wanted.fmt,
+            read_only=not wanted.writable,
+            backing=wanted.backing,
+            options=dict(wanted.extra),
+            force_share=wanted.force_share,
+        )
 
     async def open(self, wanted: ImageArguments) -> BlockBackend:
-        """A backend on an image that was opened as `open_node` does."""
-        node = await self.open_node(wanted)
-        perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if wanted.writable else Perm.NONE)
-        shared = Perm.ALL if not wanted.writable else Perm.ALL & ~Perm.RESIZE
-        backend = BlockBackend(self.graph, perm=perm, shared=shared, description=f"the image '{wanted.name}'")
-        backend.insert(node)
-        self.backends.append(backend)
+        """A backend on an image that was opened as `open_node` does; errors name the image."""
+        try:
+            node = await self.open_node(wanted)
+            perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if wanted.writable else Perm.NONE)
+            backend = BlockBackend(self.graph, perm=perm, shared=Perm.ALL, description=f"the image '{wanted.name}'")
+            self.backends.append(backend)
+            backend.insert(node)
+        except QBlockError as error:
+            raise ImageNotOpened(wanted.name, error) from error
+        backend.writethrough = wanted.writethrough
+        if wanted.copy_on_read:
+            node.copy_on_read += 1
         return backend
 
     async def close(self, backend: BlockBackend) -> None:

@@ -7,14 +7,16 @@ by name, and error texts are our own.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import Final
+from types import ModuleType
+from typing import Final, NoReturn
 
 from qblock.errors import QBlockError
 from qblock.tools.arguments import UsageError
-from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
+from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
 
 SUBCOMMANDS: Final[Mapping[str, str]] = {
     "check": "check [-q] [-f FMT | --image-opts] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE",
@@ -44,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     return ending_quietly(lambda: _run(args))
 
 
+def program() -> NoReturn:
+    """The entry point of the installed program."""
+    leave(main())
+
+
 def _run(args: list[str]) -> int:
     if args and args[0] in ("-V", "--version"):
         print(f"qblock-img version {PROGRAM_VERSION}")
@@ -55,7 +62,7 @@ def _run(args: list[str]) -> int:
     if name not in SUBCOMMANDS:
         what = "is not supported yet" if name in NOT_YET else "is not a command"
         return _usage_failure(f"'{name}' {what}")
-    module = importlib.import_module(f"qblock.tools.img_{name}")
+    module = _load(f"qblock.tools.img_{name}")
     try:
         code: int = module.run(rest)
     except UsageError as error:
@@ -64,6 +71,15 @@ def _run(args: list[str]) -> int:
         complain("qblock-img", str(error))
         return 1
     return code
+
+
+def _load(name: str) -> ModuleType:
+    """Import a sub-command; the collector pauses meanwhile, since what is imported stays."""
+    gc.disable()
+    module = importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+    return module
 
 
 def _print_help() -> None:
@@ -77,4 +93,4 @@ def _usage_failure(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -14,8 +14,8 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.chain import chain_next, find_backing_image, skip_filters
 from qblock.errors import CommandError
+from qblock.filenames import combine_filename
 from qblock.node import BlockDriverState
-from qblock.opening import combine_filename
 from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
 from qblock.tools.console import Progress
 from qblock.tools.converting import Converter, ConvertSettings

@@ -38,8 +38,7 @@ Runs block nodes and jobs, driven over QMP. Options are carried out in the order
   --chardev socket,id=ID,path=PATH[,server=on][,wait=off]
   --chardev socket,id=ID,host=HOST,port=PORT[,server=on][,wait=off]
   --chardev stdio,id=ID                         where a monitor listens or connects
-  --monitor chardev=ID[,mode=control][,pretty=on|off]
-                                                serve QMP there
+  --monitor chardev=ID[,mode=control]   serve QMP there
   --object TYPE,id=ID,...                       add an object (also as JSON)
   -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE]
                                                 write lines about events ('help' lists them; also as JSON)
@@ -251,14 +250,14 @@ class _Setup:
             raise InvalidParameter(name, "is unexpected: --monitor takes chardev, mode and pretty")
         if mode != "control":
             raise InvalidParameter("mode", "must be 'control': the daemon has no HMP monitor")
-        if pretty not in ("on", "off", True, False):
-            raise InvalidParameter("pretty", "must be 'on' or 'off'")
+        if pretty not in ("off", False):
+            raise InvalidParameter("pretty", "must be 'off': replies are one line each here")
         if label not in self.chardevs:
             raise CommandError(f"--monitor: there is no character device '{label}'; give its --chardev first")
         if label in self.used:
             raise CommandError(f"--monitor: the character device '{label}' has a monitor already")
         self.used.add(label)
-        server = MonitorServer(self.hub, self.chardevs[label], pretty=pretty in ("on", True))
+        server = MonitorServer(self.hub, self.chardevs[label])
         await self.stack.enter_async_context(server)
         self.tracer.trace("monitor_listening", self.system.env.clock.wall(), chardev=label)
 
