@@ -131,9 +131,9 @@ def _held(extent: Data | Zero | Compressed, layer: BlockDriverState, depth: int,
 
 async def _refined_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool) -> tuple[Extent, bool]:
     """The status of ``node``, no filter, and whether a zero extent is a data area of a format over a hole of its storage."""
+    if offset >= node.length:
+        return Zero(length), False
     length = min(length, node.length - offset)
-    if length <= 0:
-        return Zero(max(length, 1)), False
     enter(node)
     try:
         extent = await _driver_status(node, offset, length, want_zero=want_zero)

@@ -234,8 +234,18 @@ class FileDriver(Driver):
     # ------------------------------------------------------------------------------------------------------- requests
 
     async def _run(self, function: Callable[[Unpack[_Args]], _Result], *args: *_Args) -> _Result:
-        """Run a blocking function in the executor."""
-        return await asyncio.get_running_loop().run_in_executor(self.env.executor, function, *args)
+        """Run a blocking function in the executor.
+
+        A cancelled caller goes on only when the thread has let go of the descriptor and the buffer.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self.env.executor, function, *args)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            raise
 
     def length(self) -> int:
         """See `Driver`."""
