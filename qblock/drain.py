@@ -7,7 +7,8 @@ are under way go on meanwhile, down through the nodes; only their sources have d
 Waiting is without polling. Who waits puts one future into ``idle_waiters`` of the drained node *and of every node above
 it*; whoever becomes idle says so with `kick` on its own node (requests do it in line: ``if not node.in_flight and
 node.idle_waiters``), which wakes the waiters, and these look again. So the news reaches drained nodes below without a walk
-on the request path. Changes of edges wake the waiters too (`graph.py`): what is above the node may then be different.
+on the request path. An edge that leaves a node wakes its waiters too (`graph.py`), for the busy one may be gone with it; one
+that comes need not: the waiter looks again, and finds it, when what it waits for now has ended.
 
 Differs from QEMU in that a section does not make the nodes *below* quiesce: these have no requests of their own.
 """

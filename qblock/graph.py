@@ -379,7 +379,6 @@ def _link(edge: BdrvChild, *, index: int | None = None, position: int | None = N
     if isinstance(parent, BlockDriverState):
         _insert(parent.children, edge.name, edge, position=len(parent.children) if position is None else position)
     _quiesce_parent(edge, times=node.quiesce_counter)
-    node.wake_idle_waiters()
 
 
 def _unlink(edge: BdrvChild) -> tuple[int, int]:
@@ -413,7 +412,6 @@ def _repoint(edge: BdrvChild, node: BlockDriverState, *, index: int | None = Non
     _quiesce_parent(edge, times=node.quiesce_counter)
     _resume_parent(edge, times=old.quiesce_counter)
     old.wake_idle_waiters()
-    node.wake_idle_waiters()
 
 
 def _quiesce_parent(edge: BdrvChild, *, times: int) -> None:

@@ -181,7 +181,7 @@ class BlockDriverState:
         return False
 
     def wake_idle_waiters(self) -> None:
-        """Let all who wait in `idle_waiters` look again: something here became idle, or an edge to here has changed."""
+        """Let all who wait in `idle_waiters` look again: something here became idle, or an edge to here is gone."""
         waiters, self.idle_waiters = self.idle_waiters, []
         for waiter in waiters:
             if not waiter.done():

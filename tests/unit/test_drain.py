@@ -323,8 +323,9 @@ def test_a_filter_inserted_in_a_section_joins_it() -> None:
     all_orders(main)
 
 
-def test_a_wait_notices_that_its_busy_user_was_moved_away() -> None:
-    """The node is idle as soon as the busy one is no longer above it."""
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_wait_notices_that_its_busy_user_went_away(moved: bool) -> None:
+    """The node is idle as soon as the busy one is no longer above it, be it moved or detached."""
 
     async def main() -> None:
         graph = Graph()
@@ -337,7 +338,10 @@ def test_a_wait_notices_that_its_busy_user_was_moved_away() -> None:
         await let_others_run()
         assert not waiting.done()
         with Transaction() as change:
-            graph.replace_child(edge, other, change)
+            if moved:
+                graph.replace_child(edge, other, change)
+            else:
+                graph.detach(edge, change)
         await waiting
         assert job.sections == 0
         drained_end([bottom])

@@ -267,10 +267,12 @@ def test_read_only_nodes_give_no_write_permission(graph: Graph) -> None:
 def test_turning_read_only_under_a_writer_is_refused(graph: Graph) -> None:
     """Reopening sets the flag and refreshes: the refusal names the writer."""
     (top,) = chain_of(graph, "t")
-    use(graph, top, "d0", READ | WRITE)
-    with pytest.raises(ReadOnlyNode, match="d0"):
-        turn(graph, top, read_only=True)
-    assert not top.read_only
+    alone = passive_node(graph, "p", PassiveDriver)
+    for node in (top, alone):
+        use(graph, node, f"on-{node.node_name}", READ | WRITE)
+        with pytest.raises(ReadOnlyNode, match=f"on-{node.node_name}"):
+            turn(graph, node, read_only=True)
+        assert not node.read_only
     assert_consistent(graph)
 
 
@@ -301,6 +303,22 @@ def test_a_refusing_driver_undoes_the_change(graph: Graph) -> None:
         turn(graph, base, read_only=False)
     assert describe_graph(graph) == before
     assert base.driver.checked == held == base.driver.held
+
+
+def test_drivers_above_a_refusing_one_are_told_that_the_change_is_off(graph: Graph) -> None:
+    """They have taken their locks already and must give them back."""
+    top, _ = chain_of(graph, "t", "b")
+    lower = passive_node(graph, "p", PassiveDriver)
+    over = passive_node(graph, "F", PassiveFilter)
+    link(graph, over, lower, "file", ChildRole.FILTERED)
+    assert isinstance(over.driver, PassiveDriver) and isinstance(lower.driver, PassiveDriver)
+    lower.driver.refusal = CommandError("locked elsewhere")
+    before = describe_graph(graph)
+    with pytest.raises(CommandError, match="locked elsewhere"):
+        use(graph, over, "d0", READ | WRITE)
+    assert over.driver.checked == over.driver.held == (Perm.NONE, Perm.ALL)
+    assert describe_graph(graph) == before
+    use(graph, top, "d1", READ | WRITE)
 
 
 def test_force_share_lets_others_do_anything(graph: Graph) -> None:
