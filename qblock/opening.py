@@ -100,6 +100,14 @@ class Opener:
             return self._hand_over(layer.node)
         return await self._with_backing(layer, {_identity(layer.node)})
 
+    async def open_described(self, options: Mapping[str, Json]) -> BlockDriverState:
+        """Open an image by options of its nodes, dotted keys and text leaves allowed; without a ``driver`` it is probed.
+
+        Raises and returns as `open_blockdev`.
+        """
+        layer = await self._open_given(unflatten_dotted(options), NodeFlags(), shown="the drive")
+        return await self._with_backing(layer, {_identity(layer.node)})
+
     async def open_backing_chain(self, node: BlockDriverState) -> None:
         """Open what the header of ``node`` names as its backing file, and the chain below; no link, nothing to do."""
         flags = NodeFlags.of(node)
@@ -215,18 +223,20 @@ class Opener:
 
     async def _open_named(self, filename: str, fmt: str | None, flags: NodeFlags, extra: Mapping[str, Json]) -> _Layer:
         """The node of an image file, without its backing."""
-        given = merge(self._options_of(filename, fmt), extra)
+        return await self._open_given(merge(self._options_of(filename, fmt), extra), flags, shown=filename)
+
+    async def _open_given(self, given: Mapping[str, Json], flags: NodeFlags, *, shown: str) -> _Layer:
         reader = SpecReader(self.registry, strings=True)
         if "driver" in given:
             spec = reader.read(given, flags)
             return _Layer(await self._open_layer(spec), spec)
         if not isinstance(given.get("file"), Mapping):
-            raise CommandError(f"'{filename}' tells neither a driver nor a file to probe for one")
+            raise CommandError(f"'{shown}' tells neither a driver nor a file to probe for one")
         below = reader.read(given["file"], flags.for_child(ChildRole.STORAGE), path="file")
         storage = await self._open_tree(below)
         self._pinned.add(storage)
         try:
-            driver = await self.probe(storage, filename)
+            driver = await self.probe(storage, shown)
             spec = reader.read({**given, "driver": driver}, flags)
             node = await self._open_layer(spec, storage)
         except BaseException:

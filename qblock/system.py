@@ -1,0 +1,158 @@
+"""The BlockSystem: one block layer, which owns everything that lives in it.
+
+It stands where QEMU has process-wide variables: the graph, the drivers, the jobs, the event bus, the clock, the threads. Two
+systems in one process do not know each other. Closing one cancels its jobs, flushes and closes its nodes and ends its
+threads.
+"""
+
+from __future__ import annotations
+
+import random as random_module
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import attrs
+
+from qblock.blockers import OpType
+from qblock.clock import Clock, RealClock
+from qblock.devices import DriveOptions, GuestDevice, attach_drive, parse_drive
+from qblock.driver import Environment, Json
+from qblock.graph import Graph
+from qblock.jobs.runner import JobRunner
+from qblock.objects import ObjectTable
+from qblock.opening import Opener, OpenPolicy
+from qblock.registry import DriverRegistry
+
+if TYPE_CHECKING:
+    from qblock.backend import BlockBackend
+
+IO_THREADS: Final = 8
+"""Threads for work that the loop's thread must not wait for."""
+
+EventListener: TypeAlias = Callable[[str, Mapping[str, Json], tuple[int, int]], None]
+"""Gets an event's name, its data and its wall-clock time in seconds and microseconds."""
+
+
+@attrs.define(eq=False)
+class EventBus:
+    """Passes events to all who listen, in the order in which they began to."""
+
+    _clock: Clock
+    _listeners: list[EventListener] = attrs.field(factory=list, init=False)
+
+    def subscribe(self, listener: EventListener) -> Callable[[], None]:
+        """Call ``listener`` for every event from now on; call the result to end that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def emit(self, name: str, data: Mapping[str, Json]) -> None:
+        """Tell everybody now; listeners must not raise."""
+        when = self._clock.wall()
+        for listener in tuple(self._listeners):
+            listener(name, data, when)
+
+
+def _warn_on_stderr(text: str) -> None:
+    print(f"qblock: warning: {text}", file=sys.stderr)  # noqa: T201 - the default for programs; libraries pass their own
+
+
+@attrs.define(eq=False)
+class BlockSystem:
+    """See the module. Make one with `create`; use it as an async context manager, or call `close` at the end."""
+
+    env: Environment
+    events: EventBus
+    graph: Graph
+    registry: DriverRegistry
+    opener: Opener
+    jobs: JobRunner
+    objects: ObjectTable
+    devices: dict[str, GuestDevice] = attrs.field(factory=dict)
+    _owns_executor: bool = False
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        clock: Clock | None = None,
+        policy: OpenPolicy | None = None,
+        random: random_module.Random | None = None,
+        executor: Executor | None = None,
+        warn: Callable[[str], None] = _warn_on_stderr,
+    ) -> BlockSystem:
+        """A new, empty system: by default on real time, with threads of its own, opening nothing that images only mention."""
+        clock = clock if clock is not None else RealClock()
+        events = EventBus(clock)
+        threads = executor or ThreadPoolExecutor(max_workers=IO_THREADS, thread_name_prefix="qblock-io")
+        random = random or random_module.Random()
+        env = Environment(clock=clock, executor=threads, random=random, emit=events.emit, warn=warn)
+        graph = Graph(random=random)
+        registry = DriverRegistry()
+        opener = Opener(graph, registry, env, policy or OpenPolicy.deny())
+        jobs = JobRunner(graph, clock, events.emit, opener)
+        return cls(env, events, graph, registry, opener, jobs, ObjectTable(), owns_executor=executor is None)
+
+    @property
+    def clock(self) -> Clock:
+        """The clock that everything in the system goes by."""
+        return self.env.clock
+
+    def emit(self, name: str, data: Mapping[str, Json]) -> None:
+        """Send an event to all listeners."""
+        self.events.emit(name, data)
+
+    # -------------------------------------------------------------------------------------------------------- devices
+
+    async def drive_add(self, options: str | Mapping[str, Json], *, default_interface: str = "none") -> BlockBackend:
+        """Add a drive as ``-drive`` does; ``options`` is its ``key=value`` text or the same as a nested object.
+
+        Gives the drive's backend. Raises `CommandError` and whatever opening its file raises; nothing stays then.
+        """
+        drive: DriveOptions = parse_drive(options, default_interface=default_interface)
+        return await attach_drive(self, drive)
+
+    async def drive_del(self, name: str) -> None:
+        """Remove a drive: the medium goes away; a device that had it stays behind, empty. Raises `DeviceNotFound`
+        and `NodeBusy`."""
+        backend = self.graph.find_backend(name)
+        if backend.root is not None:
+            self.graph.check_op(backend.root.node, OpType.DRIVE_DEL)
+        backend.remove()
+        if backend.device is None:
+            backend.close()
+        else:
+            backend.name = ""
+        await self.opener.close_orphans()
+
+    # -------------------------------------------------------------------------------------------------------- objects
+
+    async def add_object(self, options: Mapping[str, Json], *, strings: bool = False) -> None:
+        """Make an object as ``object-add`` and ``--object`` do; see `objects.ObjectTable.add`."""
+        self.objects.add(options, strings=strings)
+
+    # ----------------------------------------------------------------------------------------------------------- the end
+
+    async def close(self) -> None:
+        """Cancel all jobs, flush and close all nodes, end the threads. May be called again."""
+        await self.jobs.cancel_all()
+        for backend in list(self.graph.backends):
+            backend.close()
+        for node in self.graph.nodes.values():
+            node.monitor_owned = False
+        await self.opener.close_orphans()
+        if self._owns_executor:
+            self.env.executor.shutdown(wait=True)
+
+    async def __aenter__(self) -> BlockSystem:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<BlockSystem {len(self.graph.nodes)} nodes, {len(self.jobs.jobs)} jobs, {self.clock.kind} time>"
