@@ -133,12 +133,11 @@ class JobRunner:
         self._check(job, JobVerb.CANCEL)
         if job.finalizing:
             return  # too late: it ends with the outcome it has
-        if job.status is JobStatus.CREATED:
+        if job.status in (JobStatus.CREATED, JobStatus.WAITING, JobStatus.PENDING):
             self._intend_cancel(job, force=True)
             job.run_ended = True
-            await self._in_own_task(self._abort_group(job))
-        elif job.status in (JobStatus.WAITING, JobStatus.PENDING):
-            self._intend_cancel(job, force=True)
+            assert job.txn is not None
+            self._claim(job.txn)
             await self._in_own_task(self._abort_group(job))
         else:
             self._intend_cancel(job, force=force)
@@ -263,7 +262,7 @@ class JobRunner:
         except JobCancelled:
             assert job.force_cancelled
         except (QBlockError, OSError) as error:
-            job.error = error
+            job.error = error.with_traceback(None)  # its frames hold buffers
         except Exception as bug:  # reported by re-raising; but the job must end, or its nodes stay busy for ever
             job.error = bug
             raise
