@@ -65,7 +65,8 @@ async def zero_aligned(driver: Driver, offset: int, length: int, *, may_unmap: b
     stop = max(align_down(end, alignment), start)
     if start > offset:
         await write_aligned(driver, offset, zero_view(start - offset))
-    for at, count in pieces(start, stop - start, unit=limits.zero_alignment, maximum=limits.max_write_zeroes):
+    unit, maximum = max(limits.zero_alignment, alignment), _whole_blocks(driver, limits.max_write_zeroes)
+    for at, count in pieces(start, stop - start, unit=unit, maximum=maximum):
         await _zero_piece(driver, at, count, may_unmap=may_unmap, no_fallback=no_fallback)
     if end > stop:
         await write_aligned(driver, stop, zero_view(end - stop))
@@ -119,7 +120,7 @@ async def _zero_piece(driver: Driver, offset: int, length: int, *, may_unmap: bo
 
 
 async def _read_split(driver: Driver, offset: int, buffer: memoryview) -> None:
-    step = _transfer_step(driver)
+    step = _whole_blocks(driver, driver.limits.max_transfer)
     if not step or len(buffer) <= step:
         await driver.read_into(offset, buffer)
         return
@@ -128,7 +129,7 @@ async def _read_split(driver: Driver, offset: int, buffer: memoryview) -> None:
 
 
 async def _write_split(driver: Driver, offset: int, buffer: memoryview) -> None:
-    step = _transfer_step(driver)
+    step = _whole_blocks(driver, driver.limits.max_transfer)
     if not step or len(buffer) <= step:
         await driver.write_from(offset, buffer)
         return
@@ -136,9 +137,7 @@ async def _write_split(driver: Driver, offset: int, buffer: memoryview) -> None:
         await driver.write_from(offset + start, buffer[start : start + step])
 
 
-def _transfer_step(driver: Driver) -> int:
-    """The longest single transfer in bytes, a multiple of the request alignment; 0: no limit."""
-    limits = driver.limits
-    if not limits.max_transfer:
-        return 0
-    return max(align_down(limits.max_transfer, limits.request_alignment), limits.request_alignment)
+def _whole_blocks(driver: Driver, limit: int) -> int:
+    """A limit of the driver in whole blocks of its request alignment, at least one; 0 stays: no limit."""
+    alignment = driver.limits.request_alignment
+    return max(align_down(limit, alignment), alignment) if limit else 0
