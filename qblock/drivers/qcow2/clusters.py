@@ -1,0 +1,322 @@
+"""Where guest clusters lie: the L1 table, cached slices of L2 tables, and reading through them.
+
+Models image-formats.md sections 1.5 and 1.6. The L1 table is held in memory whole (at most 32 MiB); L2 tables are cached in
+slices. A slice's key is the guest offset shifted right by ``geometry.slice_shift``, so that the hot path is one dict look-up and
+one array index.
+
+Theory of concurrency. Everything may change at every ``await``: slices are evicted, tables are moved, clusters get mapped,
+zeroed and dropped. Therefore a mapping is looked up and used (an epoch entered, a run registered as being allocated, entries
+changed) in one step without ``await``; after a wait it is looked up again. Three things make later use of a mapping safe:
+
+- `writeback.Epochs`: a host cluster is not given to anybody else while a request that looked it up is under way.
+- `ClusterMap.allocations` (see `allocation.py`): the guest clusters that are being given a new place. Other changes of their
+  entries wait.
+- `writable_slice`: slices are changed only where the L2 table belongs to the active L1 table alone (COPIED); tables shared with
+  snapshots are copied first, and the copy is linked in memory only after it was written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from typing import TYPE_CHECKING, Final
+
+from qblock import requests
+from qblock.drivers.qcow2.cache import SECTOR, CachedTable, TableCache
+from qblock.drivers.qcow2.compression import decompress
+from qblock.drivers.qcow2.header import encode_size_and_l1
+from qblock.drivers.qcow2.layout import (
+    COPIED,
+    L1_RESERVED,
+    OFFSET_MASK,
+    Geometry,
+    Kind,
+    Run,
+    compressed_location,
+    constant_run,
+    decode_u64,
+    encode_u64,
+    find_run,
+    zeroes_u64,
+)
+from qblock.drivers.qcow2.refcounts import Freed, Refcounts
+from qblock.drivers.qcow2.storage import Area, ImageFile
+from qblock.drivers.qcow2.writeback import Epochs
+from qblock.errors import BlockIOError
+from qblock.zeroes import fill_zero, zero_view
+
+if TYPE_CHECKING:
+    from qblock.drivers.qcow2.allocation import Allocation
+
+_ENTRIES_PER_SECTOR: Final = SECTOR // 8
+_STATUS_SLICES: Final = 64
+"""Slices that one status question looks at before it answers."""
+
+
+class ClusterMap:
+    """The mapping of one open image. ``length`` is the disk's size in bytes."""
+
+    def __init__(self, file: ImageFile, geometry: Geometry, l1: array[int], cache_bytes: int, clean_interval: int) -> None:
+        self.file = file
+        self.geometry = geometry
+        self.length = file.header.size
+        self.l1 = l1
+        self.l1_host = file.header.l1_offset
+        self.dirty_l1: set[int] = set()
+        self.moved_l1 = False
+        self.changed_header = False
+        """Size or L1 location differ from the header on disk."""
+        slice_bytes = 8 << geometry.slice_bits
+        self.cache = TableCache(cache_bytes // slice_bytes, entries_per_sector=_ENTRIES_PER_SECTOR, encode=encode_u64)
+        self.tables = self.cache.tables
+        self.epochs = Epochs()
+        self.allocations: list[Allocation] = []
+        self.refcounts: Refcounts | None = None
+        """Set while the image is open for writing."""
+        self._building: dict[int, asyncio.Future[None]] = {}
+        self._slice_bytes = slice_bytes
+        self._slice_mask = (1 << geometry.slice_bits) - 1
+        self._slices_shift = geometry.l2_bits - geometry.slice_bits
+        self._clean_interval = clean_interval * 1_000_000_000
+        self._cleaned_at = file.env.clock.now_ns()
+
+    # ------------------------------------------------------------------------------------------------------- slices
+
+    def index(self, guest: int) -> int:
+        """Position of a guest offset's entry in its slice."""
+        return guest >> self.geometry.cluster_bits & self._slice_mask
+
+    async def slice_at(self, guest: int) -> CachedTable | None:
+        """The L2 slice for a guest offset, None when there is no L2 table. Valid until the caller's next ``await``."""
+        key = guest >> self.geometry.slice_shift
+        while (table := self.cache.get(key)) is None:
+            index = guest >> self.geometry.l1_shift
+            if index >= len(self.l1) or not self.l1[index] & OFFSET_MASK:
+                return None
+            await self._load(key, self._l2_offset(index))
+        return table
+
+    def _l2_offset(self, index: int) -> int:
+        """File offset of an L2 table that exists; `BlockIOError` when the entry is damaged."""
+        entry = self.l1[index]
+        offset = entry & OFFSET_MASK
+        size = self.geometry.cluster_size
+        if entry & L1_RESERVED or offset & (size - 1) or offset + size > self.file.length():
+            raise self.file.bad_entry(f"entry {index} of the L1 table is {entry:#x}", self.l1_host + 8 * index)
+        return offset
+
+    def _slice_host(self, key: int, l2_offset: int) -> int:
+        return l2_offset + (key & ((1 << self._slices_shift) - 1)) * self._slice_bytes
+
+    async def _load(self, key: int, l2_offset: int) -> None:
+        now = self.file.env.clock.now_ns()
+        if self._clean_interval and now - self._cleaned_at > self._clean_interval:
+            self._cleaned_at = now
+            self.cache.discard_clean(unused_only=True)
+        owned = self.l1[key >> self._slices_shift] & COPIED
+        await self.cache.load(
+            key, self._slice_host(key, l2_offset), self._read_slice if owned else self._read_shared_slice
+        )
+
+    async def _read_slice(self, host: int) -> array[int]:
+        return decode_u64(await self.file.read(host, self._slice_bytes))
+
+    async def _read_shared_slice(self, host: int) -> array[int]:
+        """A slice of a table that a snapshot shares: nothing it points to may be written in place, whatever it says."""
+        raw = await self.file.read(host, self._slice_bytes)
+        entries = decode_u64(raw)
+        if not raw[::8].isascii():
+            entries = array("Q", [entry & ~COPIED for entry in entries])
+        return entries
+
+    async def writable_slice(self, guest: int) -> CachedTable:
+        """The L2 slice for a guest offset, in a table of the active L1's own. Valid until the caller's next ``await``."""
+        key = guest >> self.geometry.slice_shift
+        index = guest >> self.geometry.l1_shift
+        while True:
+            entry = self.l1[index]
+            if not (entry & COPIED and entry & OFFSET_MASK):
+                await self._own_table(index, key)
+                continue
+            table = self.cache.get(key)
+            if table is None:
+                await self._load(key, await self._trusted_l2_offset(index))
+            elif table.host != self._slice_host(key, entry & OFFSET_MASK):
+                # Its load had begun before the table was copied.
+                del self.tables[key]
+            else:
+                return table
+
+    async def _trusted_l2_offset(self, index: int) -> int:
+        """As `_l2_offset` for a table that will be written: damage is fatal."""
+        try:
+            offset = self._l2_offset(index)
+        except BlockIOError as error:
+            await self.file.fatal(error.strerror or "the L1 table is damaged", self.l1_host + 8 * index)
+        await self.file.check_overlap(offset, self.geometry.cluster_size, ignore=Area.ACTIVE_L2)
+        return offset
+
+    async def _own_table(self, index: int, key: int) -> None:
+        """Give the active L1 entry an L2 table of its own: an empty one, or a copy of the one shared with snapshots."""
+        if (building := self._building.get(index)) is not None:
+            await asyncio.shield(building)
+            return
+        future = self._building[index] = asyncio.get_running_loop().create_future()
+        try:
+            old = await self._trusted_l2_offset(index) if self.l1[index] & OFFSET_MASK else 0
+            host = await self._write_table(old)
+            self.file.check_writable()
+            # From here on nothing waits.
+            self._link_table(index, host, old)
+            if not old:
+                self.cache.insert(key, zeroes_u64(self._slice_mask + 1), self._slice_host(key, host))
+        finally:
+            del self._building[index]
+            future.set_result(None)
+
+    async def _write_table(self, old: int) -> int:
+        size, refcounts = self.geometry.cluster_size, self.refcounts
+        assert refcounts is not None
+        claim = await refcounts.allocate(1)
+        try:
+            content = memoryview(await self.file.read(old, size)) if old else zero_view(size)
+            await self.file.write_fresh_table(claim.host, content)
+        except BlockIOError:
+            await refcounts.release([Freed(claim.host >> self.geometry.cluster_bits, 1, False)])
+            raise
+        return claim.host
+
+    def _link_table(self, index: int, host: int, old: int) -> None:
+        refcounts, bits = self.refcounts, self.geometry.cluster_bits
+        assert refcounts is not None
+        self.l1[index] = host | COPIED
+        self.dirty_l1.add(index // _ENTRIES_PER_SECTOR)
+        first_key = index << self._slices_shift
+        if old:
+            refcounts.pending.append(Freed(old >> bits, 1, refcounts.discard_other))
+            for key in range(first_key, first_key + (1 << self._slices_shift)):
+                if (table := self.tables.get(key)) is not None:
+                    table.host = self._slice_host(key, host)
+        if self.file.metadata is not None:
+            self.file.metadata.add_one(Area.ACTIVE_L2, host >> bits)
+            if old:
+                self.file.metadata.remove(Area.ACTIVE_L2, [old >> bits])
+
+    def change(self, table: CachedTable, index: int, entries: array[int]) -> None:
+        """Replace entries of a slice that `writable_slice` has just returned."""
+        table.entries[index : index + len(entries)] = entries
+        self.cache.mark_dirty(table, index, index + len(entries))
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view``, which lies inside the disk, run by run."""
+        geometry, done, wanted = self.geometry, 0, len(view)
+        within_table = (1 << geometry.l1_shift) - 1
+        while done < wanted:
+            guest = offset + done
+            table = await self.slice_at(guest)
+            if table is None:
+                count = min(wanted - done, within_table + 1 - (guest & within_table))
+                await self.read_below(guest, view[done : done + count])
+            else:
+                start = guest & (geometry.cluster_size - 1)
+                index = self.index(guest)
+                limit = min(geometry.clusters(start + wanted - done), len(table.entries) - index)
+                run = find_run(table.entries, index, limit, geometry)
+                count = min(run.count * geometry.cluster_size - start, wanted - done)
+                await self.read_run(run, guest, view[done : done + count])
+            done += count
+
+    async def read_run(self, run: Run, guest: int, view: memoryview) -> None:
+        """Read from a run that was looked up in this same step; ``guest`` may lie inside its first cluster."""
+        kind = run.kind
+        if kind is Kind.ZERO or kind is Kind.ZERO_ALLOCATED:
+            fill_zero(view)
+        elif kind is Kind.UNALLOCATED:
+            await self.read_below(guest, view)
+        elif kind is Kind.CORRUPT:
+            raise self.file.bad_entry(f"the L2 entry for guest offset {guest:#x} is {run.entry:#x}", guest)
+        else:
+            epoch = self.epochs.current
+            epoch.count += 1
+            try:
+                start = guest & (self.geometry.cluster_size - 1)
+                if kind is Kind.DATA:
+                    await requests.read_into(self.file.edge, (run.entry & OFFSET_MASK) + start, view)
+                else:
+                    view[:] = (await self._unpack(run.entry))[start : start + len(view)]
+            finally:
+                self.epochs.leave(epoch)
+
+    async def read_below(self, guest: int, view: memoryview) -> None:
+        """Read what an unallocated area shows: the backing node, or zeroes."""
+        backing = self.file.node.backing
+        if backing is None:
+            fill_zero(view)
+        else:
+            await requests.read_into(backing, guest, view)
+
+    async def _unpack(self, entry: int) -> bytes:
+        offset, length = compressed_location(entry, self.geometry.cluster_bits)
+        packed = await self.file.read(offset, length)
+        return decompress(self.file.header.compression_type, packed, self.geometry.cluster_size)
+
+    # ------------------------------------------------------------------------------------------------------- status
+
+    async def status(self, offset: int, length: int) -> tuple[Kind, int, int | None]:
+        """What is at ``offset``: kind, how many bytes (at most ``length``) alike, and the file offset of a contiguous run."""
+        geometry = self.geometry
+        start = offset & (geometry.cluster_size - 1)
+        kind, clusters, entry = await self._run_at(offset, geometry.clusters(start + length))
+        got = clusters * geometry.cluster_size - start
+        allocated = kind is Kind.DATA or kind is Kind.ZERO_ALLOCATED
+        host = (entry & OFFSET_MASK) + start if allocated else None
+        looked = 1
+        while got < length and looked < _STATUS_SLICES:
+            more, clusters, entry = await self._run_at(offset + got, geometry.clusters(length - got))
+            if more is not kind or (host is not None and entry & OFFSET_MASK != host + got):
+                break
+            got += clusters * geometry.cluster_size
+            looked += 1
+        if kind is Kind.CORRUPT:
+            raise self.file.bad_entry(f"the L2 entry for guest offset {offset:#x} is damaged", offset)
+        return kind, min(got, length), host
+
+    async def _run_at(self, guest: int, limit: int) -> Run:
+        geometry = self.geometry
+        table = await self.slice_at(guest)
+        if table is not None:
+            index = self.index(guest)
+            return find_run(table.entries, index, min(limit, len(table.entries) - index), geometry)
+        index = guest >> geometry.l1_shift
+        empty = constant_run(self.l1, index, len(self.l1) - index) if index < len(self.l1) and not self.l1[index] else 1
+        end = (index + empty) << geometry.l1_shift
+        return Run(Kind.UNALLOCATED, min(limit, (end >> geometry.cluster_bits) - (guest >> geometry.cluster_bits)), 0)
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def take_l1(self) -> list[tuple[int, memoryview]]:
+        """See `writeback.TableSnapshot`."""
+        dirty, self.dirty_l1 = sorted(self.dirty_l1), set()
+        if self.moved_l1:
+            self.moved_l1 = False
+            return [(self.l1_host, encode_u64(self.l1[:]))]
+        parts = []
+        for sector in dirty:
+            first = sector * _ENTRIES_PER_SECTOR
+            parts.append((self.l1_host + first * 8, encode_u64(self.l1[first : first + _ENTRIES_PER_SECTOR])))
+        return parts
+
+    def take_header(self) -> tuple[int, memoryview] | None:
+        """See `writeback.TableSnapshot`."""
+        if not self.changed_header:
+            return None
+        self.changed_header = False
+        at, data = encode_size_and_l1(self.length, len(self.l1), self.l1_host)
+        return at, memoryview(data)
+
+    @property
+    def is_dirty(self) -> bool:
+        """See `writeback.TableSnapshot`."""
+        return bool(self.cache.dirty or self.dirty_l1 or self.moved_l1 or self.changed_header)

@@ -1,0 +1,458 @@
+"""The ``qcow2`` driver: opening, requests, size and links of an image. The theory is in the modules it puts together.
+
+Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. Refused by feature name: external data files, extended L2
+entries, encryption, and writing to an image with persistent bitmaps (whose promise to be consistent qblock could neither keep
+nor break without losing them). ``lazy-refcounts`` is accepted and allows to postpone refcount updates; this driver keeps them in
+order all the same, so that it never sets the dirty bit. An image with the dirty bit is repaired when it is opened for writing.
+
+`read_into` and `write_from` contain the fast path: one cluster whose L2 slice is cached. It does not suspend unless the file
+does; everything else goes to `clusters.py` and `allocation.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final, assert_never
+
+import attrs
+
+from qblock import requests
+from qblock.driver import BackingLink, CheckFix, CheckResult, Driver, Json, Limits, NodeInfo
+from qblock.drivers.qcow2 import header as head
+from qblock.drivers.qcow2.allocation import Allocator, Payload
+from qblock.drivers.qcow2.check import check_image
+from qblock.drivers.qcow2.clusters import ClusterMap
+from qblock.drivers.qcow2.create import create_image
+from qblock.drivers.qcow2.header import Header, encode_header
+from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
+from qblock.drivers.qcow2.options import (
+    CacheSizes,
+    Qcow2CreateOptions,
+    Qcow2Options,
+    cache_sizes,
+    protected_areas,
+    refuse_lazy_refcounts_of_v2,
+    refuse_unsupported,
+)
+from qblock.drivers.qcow2.refcounts import Freed, Refcounts, block_clusters, read_refcount_table
+from qblock.drivers.qcow2.resize import resize
+from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
+from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
+from qblock.drivers.qcow2.writeback import WriteBack
+from qblock.errors import BlockIOError, CorruptImage, ImageError, ImagePoisoned, NotThisFormat, UnsupportedFeature
+from qblock.extents import Compressed, Data, Extent, Unallocated, Zero
+from qblock.options import DriverOptions
+from qblock.units import align_up
+from qblock.zeroes import fill_zero
+
+if TYPE_CHECKING:
+    from qblock.driver import CreateContext, Environment
+    from qblock.node import BdrvChild, BlockDriverState
+
+_SECTOR: Final = 512
+_IN_PLACE: Final = COPIED
+"""An L2 entry without its offset bits is this, and has an offset, when the cluster may be overwritten in place."""
+
+
+class Qcow2Driver(Driver):
+    """One open image."""
+
+    name: ClassVar[str] = "qcow2"
+    options_class: ClassVar[type[DriverOptions]] = Qcow2Options
+    create_options_class: ClassVar[type[DriverOptions]] = Qcow2CreateOptions
+    supports_backing: ClassVar[bool] = True
+    zero_initialised: ClassVar[bool] = True
+    supports_write_zeroes: ClassVar[bool] = True
+    supports_discard: ClassVar[bool] = True
+    supports_copy_range: ClassVar[bool] = True
+
+    options: Qcow2Options
+
+    def __init__(self, node: BlockDriverState, options: Any, env: Environment) -> None:
+        super().__init__(node, options, env)
+        self._file: ImageFile
+        self._map: ClusterMap
+        self._snapshots = SnapshotTable((), 0)
+        self._writer: Allocator | None = None
+        self._writeback: WriteBack | None = None
+        self._size = 0
+
+    # ------------------------------------------------------------------------------------------------- open and close
+
+    async def open(self) -> None:
+        """See `Driver`. Raises `ImageError`, `BlockIOError` or `InvalidParameter`; reads at most header, L1 and snapshot table."""
+        refuse_unsupported(self.options)
+        header = await self._read_header()
+        sizes = cache_sizes(self.options, header)
+        refuse_lazy_refcounts_of_v2(self.options, header, self._image)
+        if header.autoclear & head.BITMAPS.mask == 0 and header.extension(head.EXT_BITMAPS) is not None:
+            self.env.warn(f"'{self._image}' has persistent bitmaps that are not consistent any more; they are ignored")
+        await self._build(header, sizes)
+        if not self.node.read_only:
+            self._check_may_write(header)
+            if header.has(head.DIRTY):
+                await self._repair()
+            await self._start_writing()
+
+    @property
+    def _edge(self) -> BdrvChild:
+        return self.node.children["file"]
+
+    @property
+    def _image(self) -> str:
+        return self._edge.node.driver.filename() or self.node.node_name
+
+    async def _read_header(self) -> Header:
+        raw = bytearray(head.V2_LENGTH)
+        length = self._edge.node.driver.length()
+        if length < head.V2_LENGTH:
+            raise NotThisFormat(self._image, "qcow2", "the file is too short")
+        await requests.read_into(self._edge, 0, memoryview(raw))
+        cluster = 1 << head.cluster_bits_of(raw, self._image)
+        raw = bytearray(min(cluster, length))
+        await requests.read_into(self._edge, 0, memoryview(raw))
+        header = head.parse_header(bytes(raw), self._image)
+        head.validate(header, length, self._image)
+        return header
+
+    async def _build(self, header: Header, sizes: CacheSizes) -> None:
+        file = self._file = ImageFile(self.node, self.env, self._edge, header)
+        geometry = Geometry.of(header, sizes.l2_entry)
+        l1 = decode_u64(await file.read(header.l1_offset, header.l1_size * 8))
+        self._map = ClusterMap(file, geometry, l1, sizes.l2, sizes.clean_interval)
+        self._snapshots = await read_snapshot_table(file)
+        self._writer = self._writeback = None
+        self._adopt_size(header.size)
+        cluster = geometry.cluster_size
+        self.limits = Limits(zero_alignment=cluster, discard_alignment=cluster)
+        # Hot paths use these; they are the same objects for the life of the image.
+        self._storage = self._edge
+        self._tables = self._map.tables
+        self._epochs = self._map.epochs
+        self._slice_shift, self._cluster_bits = geometry.slice_shift, geometry.cluster_bits
+        self._slice_mask, self._cluster_mask = (1 << geometry.slice_bits) - 1, cluster - 1
+        self._offset_mask = OFFSET_MASK & ~(cluster - 1)
+        self._flags_mask = ~(self._offset_mask | COPIED)
+        self._metadata: Any = ()
+
+    def _adopt_size(self, size: int) -> None:
+        self._size = size
+        self._map.length = size
+
+    def _check_may_write(self, header: Header) -> None:
+        if header.has(head.CORRUPT):
+            raise CorruptImage(self._image, "it is marked corrupt, and can be opened for writing only after a repair")
+        if header.has(head.BITMAPS) and header.extension(head.EXT_BITMAPS) is not None:
+            raise UnsupportedFeature(self._image, f"{head.BITMAPS.name} (open it read-only)")
+
+    async def _repair(self) -> None:
+        """The image was not shut down cleanly: its refcounts may be too low."""
+        self._file.writable = True
+        result = await check_image(self._file, self._map.l1, self._snapshots, CheckFix.LEAKS | CheckFix.ERRORS)
+        if result.corruptions > result.corruptions_fixed or result.check_errors:
+            raise CorruptImage(self._image, "it was not shut down cleanly, and could not be repaired")
+        self.env.warn(f"'{self._image}' was not shut down cleanly; its refcounts have been repaired")
+        header = await self._read_header()
+        await self._build(header, cache_sizes(self.options, header))
+
+    async def _start_writing(self) -> None:
+        file, header = self._file, self._file.header
+        table = await read_refcount_table(file)
+        file.virgin = align_up(file.length(), header.cluster_size)
+        file.metadata = await self._protect(table)
+        sizes = cache_sizes(self.options, header)
+        refcounts = Refcounts(
+            file, self._map.geometry, table, sizes.refcount, discard_other=self.options.pass_discard_other
+        )
+        self._map.refcounts = refcounts
+        self._writeback = WriteBack(file, refcounts, self._map)
+        pass_discard = self.options.pass_discard_request
+        self._writer = Allocator(
+            self._map,
+            refcounts,
+            self._writeback,
+            pass_discard=self.node.discard_unmap if pass_discard is None else pass_discard,
+        )
+        file.writable = True
+        await self._clear_autoclear()
+        self._metadata = file.metadata.all
+
+    async def _protect(self, table: Any) -> MetadataMap:
+        """Collect where metadata lie, for overlap protection."""
+        header, bits = self._file.header, self._file.header.cluster_bits
+        protected = protected_areas(self.options.overlap_check)
+        areas = MetadataMap(protected, bits)
+        areas.add_bytes(Area.HEADER, 0, header.cluster_size)
+        areas.add_bytes(Area.ACTIVE_L1, header.l1_offset, header.l1_size * 8)
+        areas.add_bytes(Area.REFCOUNT_TABLE, header.refcount_table_offset, len(table) * 8)
+        if self._snapshots.length:
+            areas.add_bytes(Area.SNAPSHOT_TABLE, header.snapshots_offset, self._snapshots.length)
+        areas.add(Area.REFCOUNT_BLOCK, block_clusters(table, bits))
+        areas.add(Area.ACTIVE_L2, (entry >> bits for entry in map(OFFSET_MASK.__and__, self._map.l1) if entry))
+        for snapshot in self._snapshots.snapshots:
+            areas.add_bytes(Area.INACTIVE_L1, snapshot.l1_offset, snapshot.l1_size * 8)
+            if Area.INACTIVE_L2 in protected:
+                l1 = decode_u64(await self._file.read(snapshot.l1_offset, snapshot.l1_size * 8))
+                areas.add(Area.INACTIVE_L2, (entry >> bits for entry in map(OFFSET_MASK.__and__, l1) if entry))
+        return areas
+
+    async def _clear_autoclear(self) -> None:
+        """Features that qblock does not know of may become untrue by writing: their autoclear bits go, before any write."""
+        header = self._file.header
+        keep = header.autoclear & head.MAINTAINED_AUTOCLEAR
+        if header.extension(head.EXT_BITMAPS) is None:
+            keep = 0
+        if header.version >= 3 and keep != header.autoclear:
+            self._file.header = attrs.evolve(header, autoclear=keep)
+            await self._write_features()
+
+    async def _write_features(self) -> None:
+        header = self._file.header
+        at, data = head.encode_features(header.incompatible, header.compatible, header.autoclear)
+        await self._file.write_metadata(at, memoryview(data))
+        await self._file.barrier()
+
+    async def close(self) -> None:
+        """See `Driver`: everything is written back, unless the node is poisoned."""
+        writeback, self._writer = self._writeback, None
+        self._writeback = None
+        if writeback is not None and self._file.writable:
+            await writeback.finish()
+            self._file.writable = False
+
+    # ------------------------------------------------------------------------------------------------------- requests
+
+    def length(self) -> int:
+        """See `Driver`."""
+        return self._size
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """See `Driver`."""
+        table = self._tables.get(offset >> self._slice_shift)
+        if table is not None:
+            entry = table.entries[offset >> self._cluster_bits & self._slice_mask]
+            start = offset & self._cluster_mask
+            host = entry & self._offset_mask
+            if (
+                host
+                and not entry & self._flags_mask
+                and start + len(buffer) <= self._cluster_mask + 1
+                and offset + len(buffer) <= self._size
+            ):
+                table.used = True
+                epoch = self._epochs.current
+                epoch.count += 1
+                try:
+                    await requests.read_into(self._storage, host + start, buffer)
+                finally:
+                    epoch.count -= 1
+                    if epoch.freed is not None:
+                        self._epochs.advance()
+                return
+        inside = max(0, min(len(buffer), self._size - offset))
+        if inside < len(buffer):
+            fill_zero(buffer[inside:])
+        await self._map.read(offset, buffer[:inside])
+
+    async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
+        """See `Driver`."""
+        if fua:
+            await self.write_from(offset, buffer)
+            await self.flush()
+            return
+        table = self._tables.get(offset >> self._slice_shift)
+        if table is not None and self._file.writable:
+            entry = table.entries[offset >> self._cluster_bits & self._slice_mask]
+            start = offset & self._cluster_mask
+            host = entry & self._offset_mask
+            if (
+                host
+                and entry & ~self._offset_mask == COPIED
+                and start + len(buffer) <= self._cluster_mask + 1
+                and host >> self._cluster_bits not in self._metadata
+            ):
+                table.used = True
+                epoch = self._epochs.current
+                epoch.count += 1
+                try:
+                    await requests.write_from(self._storage, host + start, buffer)
+                finally:
+                    epoch.count -= 1
+                    if epoch.freed is not None:
+                        self._epochs.advance()
+                return
+        await self._check_range(offset, len(buffer)).write(offset, Payload(buffer))
+
+    def _check_range(self, offset: int, length: int) -> Allocator:
+        """What changes the mapping; raises when the node cannot be written or the range is no part of the disk."""
+        self._file.check_writable()
+        if offset + length > align_up(self._size, _SECTOR):
+            raise BlockIOError(errno.EIO, f"a request ends behind the end of '{self._image}'")
+        assert self._writer is not None
+        return self._writer
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
+    ) -> None:
+        """See `Driver`; version 2 has no zero clusters."""
+        writer = self._check_range(offset, length)
+        if self._map.geometry.version < 3:
+            raise BlockIOError(errno.ENOTSUP)
+        await writer.zero(offset, length, unmap=may_unmap)
+        if fua:
+            await self.flush()
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See `Driver`."""
+        await self._check_range(offset, length).discard(offset, length)
+
+    async def flush(self) -> None:
+        """See `Driver`."""
+        if self._writeback is None:
+            return
+        if self.node.poisoned is not None:
+            raise ImagePoisoned(self.node.node_name, self.node.poisoned)
+        await self._writeback.flush()
+
+    async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
+        """See `Driver`: runs over any number of L2 tables."""
+        if offset >= self._size:
+            return Zero(length)
+        kind, length, host = await self._map.status(offset, min(length, self._size - offset))
+        match kind:
+            case Kind.DATA:
+                return Data(length, host)
+            case Kind.ZERO | Kind.ZERO_ALLOCATED:
+                return Zero(length, host)
+            case Kind.UNALLOCATED:
+                return Unallocated(length)
+            case Kind.COMPRESSED:
+                return Compressed(length)
+            case Kind.CORRUPT:
+                raise AssertionError("the map has reported it")
+            case _:
+                assert_never(kind)
+
+    async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
+        """See `Driver`: plain data are copied in the file, zeroes are written as such, the rest is the backing node's."""
+        done = 0
+        while done < length:
+            kind, count, host = await self._map.status(offset + done, length - done)
+            # No wait since the answer but in the map: an epoch entered now covers it.
+            epoch = self._epochs.current
+            epoch.count += 1
+            try:
+                await self._copy_run(kind, offset + done, host, target, target_offset + done, count)
+            finally:
+                self._epochs.leave(epoch)
+            done += count
+
+    async def _copy_run(  # noqa: PLR0913
+        self, kind: Kind, offset: int, host: int | None, target: BdrvChild, target_offset: int, length: int
+    ) -> None:
+        backing = self.node.backing
+        if kind is Kind.COMPRESSED:
+            raise BlockIOError(errno.ENOTSUP)
+        if kind is Kind.DATA and host is not None:
+            await requests.copy_range(self._edge, host, target, target_offset, length)
+        elif kind is Kind.UNALLOCATED and backing is not None and offset + length <= backing.node.length:
+            await requests.copy_range(backing, offset, target, target_offset, length)
+        elif kind is Kind.UNALLOCATED and backing is not None and offset < backing.node.length:
+            raise BlockIOError(errno.ENOTSUP)
+        else:
+            await requests.write_zeroes(target, target_offset, length)
+
+    async def receive_range(self, offset: int, source: BdrvChild, source_offset: int, length: int) -> None:
+        """See `Driver`: space is allocated as for a write, and filled by the file."""
+        await self._check_range(offset, length).write(offset, Payload(None, source, source_offset, length))
+
+    async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        """See `Driver`. Shrinking gives up what lies behind; the size changes last, and durably."""
+        writer = self._check_range(0, 0)
+        if preallocation != "off":
+            raise BlockIOError(errno.ENOTSUP, f"preallocation={preallocation} when resizing is not supported")
+        await resize(writer, length, has_snapshots=bool(self._snapshots.snapshots), adopt=self._adopt_size)
+
+    # ------------------------------------------------------------------------------------------------------ questions
+
+    def info(self) -> NodeInfo:
+        """See `Driver`."""
+        return NodeInfo(cluster_size=self._cluster_mask + 1, dirty=self._file.header.has(head.DIRTY))
+
+    def specific_info(self) -> Mapping[str, Json]:
+        """``ImageInfoSpecificQCow2``."""
+        header = self._file.header
+        data: dict[str, Json] = {"compat": "0.10" if header.version == 2 else "1.1"}
+        data["compression-type"] = head.COMPRESSION_NAMES[header.compression_type]
+        if header.version >= 3:
+            data["lazy-refcounts"] = header.has(head.LAZY_REFCOUNTS)
+        data["refcount-bits"] = self._map.geometry.refcount_bits
+        if header.version >= 3:
+            data["corrupt"] = header.has(head.CORRUPT)
+            data["extended-l2"] = False
+        return {"type": "qcow2", "data": data}
+
+    @classmethod
+    def probe(cls, head_bytes: bytes, filename: str) -> int:
+        """See `Driver`."""
+        return head.probe(head_bytes)
+
+    async def check(self, fix: CheckFix) -> CheckResult:
+        """See `SupportsCheck`. What is cached is written back first; no request may be in flight when something is fixed."""
+        if self._writeback is not None and self._file.writable:
+            await self._writeback.finish()
+        result = await check_image(self._file, self._map.l1, self._snapshots, fix)
+        if result.corruptions_fixed or result.leaks_fixed:
+            header = await self._read_header()
+            await self._build(header, cache_sizes(self.options, header))
+            if not self.node.read_only:
+                await self._start_writing()
+        return result
+
+    # ---------------------------------------------------------------------------------------------------- backing link
+
+    def backing_link(self) -> BackingLink | None:
+        """See `SupportsBacking`."""
+        header = self._file.header
+        return BackingLink(header.backing_file, header.backing_format) if header.backing_file is not None else None
+
+    async def change_backing_link(self, link: BackingLink | None) -> None:
+        """See `SupportsBacking`. ENOSPC when the name does not fit in the header's cluster; durable on return."""
+        self._file.check_writable()
+        new = self._file.header.with_backing(link.filename if link else None, link.format if link else None)
+        new = attrs.evolve(new, size=self._size, l1_size=len(self._map.l1), l1_offset=self._map.l1_host)
+        data = encode_header(new)
+        await self._file.barrier()
+        await self._file.write_metadata(0, memoryview(data + bytes(-len(data) % _SECTOR)))
+        await self._file.barrier()
+        self._file.header = new
+
+    # --------------------------------------------------------------------------------------------------------- reopen
+
+    def check_reopen(self, options: Any, *, read_only: bool) -> None:
+        """See `Driver`: cache and discard options take effect at once, children are the opener's."""
+        refuse_unsupported(options)
+        cache_sizes(options, self._file.header)
+        refuse_lazy_refcounts_of_v2(options, self._file.header, self._image)
+        if not read_only:
+            self._check_may_write(self._file.header)
+
+    async def prepare_reopen(self, options: Any, *, read_only: bool) -> None:
+        """See `Driver`."""
+        if self._writeback is not None and self._file.writable:
+            await self._writeback.finish()
+
+    def commit_reopen(self, options: Any, *, read_only: bool) -> None:
+        """See `Driver`."""
+        self.options = options
+        if read_only:
+            self._file.writable = False
+
+    @classmethod
+    async def create(cls, options: Qcow2CreateOptions, context: CreateContext) -> None:
+        """See `SupportsCreate`."""
+        await create_image(options, context)
+
+
+__all__ = ["Freed", "ImageError", "Qcow2Driver"]

@@ -1,0 +1,217 @@
+"""How a qcow2 image maps offsets: its geometry, the forms of table entries, and runs of equal or consecutive entries.
+
+Models image-formats.md section 1.5. Pure functions over tables held as ``array('Q')`` in native byte order. A question about
+a range is answered in runs: the functions compare whole slices of a table with the slice that a run would have, doubling
+the step, so that a table of 8192 consecutive clusters costs a handful of comparisons and no loop over entries.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from array import array
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import attrs
+
+from qblock.drivers.qcow2.header import MAX_L1_BYTES, Header
+
+COPIED: Final = 1 << 63
+"""In L1 and L2 entries: the refcount of what the entry points to is exactly 1, so it may be written in place."""
+COMPRESSED: Final = 1 << 62
+ZERO: Final = 1
+OFFSET_MASK: Final = ((1 << 56) - 1) & ~511
+"""Bits 9 to 55: the host offset in an L1 or L2 entry."""
+L2_RESERVED: Final = ((1 << 63) - 1) & ~(OFFSET_MASK | ZERO | COMPRESSED)
+"""Bits 1 to 8 and 56 to 61 of an L2 entry."""
+L1_RESERVED: Final = ((1 << 63) - 1) & ~OFFSET_MASK
+REFCOUNT_TABLE_OFFSET_MASK: Final = ((1 << 64) - 1) & ~511
+REFCOUNT_TABLE_RESERVED: Final = 511
+DEFAULT_SLICE_BYTES: Final = 64 * 1024
+
+U64: Final = "Q"
+_SWAP: Final = sys.byteorder == "little"
+
+
+class Kind(enum.Enum):
+    """What an L2 entry says of a cluster."""
+
+    UNALLOCATED = "unallocated"
+    ZERO = "zero"
+    ZERO_ALLOCATED = "zero, space allocated"
+    DATA = "data"
+    COMPRESSED = "compressed"
+    CORRUPT = "corrupt"
+
+
+class Run(NamedTuple):
+    """``count`` clusters of one kind; ``entry`` is the first one's entry, those of DATA and ZERO_ALLOCATED are consecutive."""
+
+    kind: Kind
+    count: int
+    entry: int
+
+
+@attrs.frozen
+class Geometry:
+    """The sizes that follow from a header. ``slice_bits``: an L2 table is cached in slices of 2^slice_bits entries."""
+
+    cluster_bits: int
+    refcount_order: int
+    version: int
+    slice_bits: int
+
+    @classmethod
+    def of(cls, header: Header, slice_bytes: int | None = None) -> Geometry:
+        """Geometry of an image; ``slice_bytes`` overrides the cached part of an L2 table (at most a cluster)."""
+        slice_bytes = min(slice_bytes or DEFAULT_SLICE_BYTES, header.cluster_size)
+        return cls(header.cluster_bits, header.refcount_order, header.version, slice_bytes.bit_length() - 4)
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes per cluster."""
+        return 1 << self.cluster_bits
+
+    @property
+    def l2_bits(self) -> int:
+        """log2 of the entries of an L2 table."""
+        return self.cluster_bits - 3
+
+    @property
+    def l1_shift(self) -> int:
+        """A guest offset shifted right by this is an L1 index."""
+        return self.cluster_bits + self.l2_bits
+
+    @property
+    def slice_shift(self) -> int:
+        """A guest offset shifted right by this is the key of an L2 slice."""
+        return self.cluster_bits + self.slice_bits
+
+    @property
+    def refcount_bits(self) -> int:
+        """Width of a refcount in bits."""
+        return 1 << self.refcount_order
+
+    @property
+    def max_refcount(self) -> int:
+        """The largest value that a refcount can have."""
+        return (1 << self.refcount_bits) - 1
+
+    @property
+    def block_bits(self) -> int:
+        """log2 of the refcounts in one refcount block."""
+        return self.cluster_bits + 3 - self.refcount_order
+
+    @property
+    def max_size(self) -> int:
+        """The largest disk in bytes that an L1 table of the allowed size can map."""
+        return (MAX_L1_BYTES // 8) << self.l1_shift
+
+    def l1_entries(self, size: int) -> int:
+        """L1 entries that a disk of ``size`` bytes needs."""
+        return -(-size >> self.l1_shift) if size else 0
+
+    def clusters(self, length: int) -> int:
+        """Clusters that ``length`` bytes take."""
+        return -(-length >> self.cluster_bits)
+
+
+def decode_u64(raw: bytes | bytearray | memoryview) -> array[int]:
+    """Big-endian 64-bit words as a native array."""
+    words = array(U64)
+    words.frombytes(raw)
+    if _SWAP:
+        words.byteswap()
+    return words
+
+
+def encode_u64(words: array[int]) -> memoryview:
+    """A native array (or a slice of one, which is a copy already) as big-endian bytes; ``words`` is consumed."""
+    if _SWAP:
+        words.byteswap()
+    return memoryview(words).cast("B")
+
+
+def zeroes_u64(count: int) -> array[int]:
+    """``count`` words of zero."""
+    return array(U64, bytes(8 * count))
+
+
+# -------------------------------------------------------------------------------------------------------- single entries
+
+
+def classify(entry: int, geometry: Geometry) -> Kind:
+    """What one L2 entry means in an image of this geometry."""
+    if entry & COMPRESSED:
+        return Kind.COMPRESSED
+    if entry & L2_RESERVED:
+        return Kind.CORRUPT
+    offset = entry & OFFSET_MASK
+    if offset & ((1 << geometry.cluster_bits) - 1) or (entry & ZERO and geometry.version < 3):
+        return Kind.CORRUPT
+    if entry & ZERO:
+        return Kind.ZERO_ALLOCATED if offset else Kind.ZERO
+    return Kind.DATA if offset else Kind.UNALLOCATED
+
+
+def compressed_location(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """Byte offset in the file, and readable length in bytes, of a compressed cluster."""
+    x = 62 - (cluster_bits - 8)
+    offset = entry & ((1 << x) - 1)
+    sectors = (entry & (COMPRESSED - 1)) >> x
+    return offset, (sectors + 1) * 512 - (offset & 511)
+
+
+def compressed_clusters(entry: int, cluster_bits: int) -> range:
+    """Indices of the host clusters that a compressed cluster touches, each of which counts it as a user."""
+    offset, length = compressed_location(entry, cluster_bits)
+    return range(offset >> cluster_bits, ((offset + length - 1) >> cluster_bits) + 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+
+
+def constant_run(entries: array[int], start: int, limit: int) -> int:
+    """How many entries from ``start`` (at most ``limit``) equal the first one."""
+    pattern = array(entries.typecode, [entries[start]])
+    return _gallop(entries, start, limit, lambda _, count: pattern * count)
+
+
+def ramp_run(entries: array[int], start: int, limit: int, step: int) -> int:
+    """How many entries from ``start`` (at most ``limit``) are each ``step`` more than the one before."""
+    first = entries[start]
+    if limit > 1 and entries[start + 1] != first + step:
+        return 1
+    return _gallop(
+        entries, start, limit, lambda at, count: array(U64, range(first + at * step, first + (at + count) * step, step))
+    )
+
+
+def _gallop(entries: array[int], start: int, limit: int, expected: Callable[[int, int], array[int]]) -> int:
+    # `expected(at, count)` gives the entries that members `at` to `at + count` of the run would have.
+    done, step = 1, min(limit - 1, 32)
+    if not step:
+        return done
+    while done < limit:
+        step = min(step, limit - done)
+        if entries[start + done : start + done + step] == expected(done, step):
+            done += step
+            step *= 4
+        elif step == 1:
+            break
+        else:
+            limit = done + step
+            step >>= 1
+    return done
+
+
+def find_run(entries: array[int], start: int, limit: int, geometry: Geometry) -> Run:
+    """The run of clusters of one kind that begins at ``start``, at most ``limit`` entries."""
+    entry = entries[start]
+    kind = classify(entry, geometry)
+    if kind is Kind.DATA or kind is Kind.ZERO_ALLOCATED:
+        return Run(kind, ramp_run(entries, start, limit, 1 << geometry.cluster_bits) if limit > 1 else 1, entry)
+    if kind is Kind.UNALLOCATED or kind is Kind.ZERO:
+        return Run(kind, constant_run(entries, start, limit) if limit > 1 else 1, entry)
+    return Run(kind, 1, entry)

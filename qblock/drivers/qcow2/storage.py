@@ -1,0 +1,235 @@
+"""The file under a qcow2 node as its metadata code sees it: reads, ordered writes, overlap protection, poison.
+
+Models image-formats.md section 1.7 (overlap protection) and semantics.md section 14.4 (BLOCK_IMAGE_CORRUPTED). All writes of
+metadata pass through `ImageFile`, so that the first one that fails poisons the node: what is on disk is then not known, and
+only reopening (which reads it again) makes the node writable. A write that would hit the image's own metadata is a fatal
+corruption: the corrupt bit is set, the event sent, the node poisoned.
+
+Differs from QEMU in where the areas are looked up: clusters of tables that are spread over the file are kept in a compressed
+bitmap, so that the question costs the same for every write and every size of image.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import attrs
+
+from qblock import requests
+from qblock.drivers.qcow2.header import CORRUPT, MAX_OFFSET, Header, encode_features
+from qblock.errors import BlockIOError, ImagePoisoned
+
+if TYPE_CHECKING:
+    from pyroaring import BitMap64
+
+    from qblock.driver import Environment
+    from qblock.node import BdrvChild, BlockDriverState
+
+
+class Area(enum.Enum):
+    """Kinds of metadata that overlap protection knows; the values are QEMU's option names."""
+
+    HEADER = "main-header"
+    ACTIVE_L1 = "active-l1"
+    ACTIVE_L2 = "active-l2"
+    REFCOUNT_TABLE = "refcount-table"
+    REFCOUNT_BLOCK = "refcount-block"
+    SNAPSHOT_TABLE = "snapshot-table"
+    INACTIVE_L1 = "inactive-l1"
+    INACTIVE_L2 = "inactive-l2"
+    BITMAP_DIRECTORY = "bitmap-directory"
+
+
+CONSTANT_AREAS: Final = frozenset(
+    {Area.HEADER, Area.ACTIVE_L1, Area.REFCOUNT_TABLE, Area.SNAPSHOT_TABLE, Area.BITMAP_DIRECTORY}
+)
+CACHED_AREAS: Final = CONSTANT_AREAS | {Area.ACTIVE_L2, Area.REFCOUNT_BLOCK, Area.INACTIVE_L1}
+TEMPLATES: Final = {
+    "none": frozenset[Area](),
+    "constant": CONSTANT_AREAS,
+    "cached": CACHED_AREAS,
+    "all": frozenset(Area),
+}
+
+
+class MetadataMap:
+    """Which clusters of the file hold metadata of the protected kinds; cluster numbers throughout."""
+
+    def __init__(self, protected: frozenset[Area], cluster_bits: int) -> None:
+        from pyroaring import BitMap64  # noqa: PLC0415 - 20 ms, and images that are only read do not need it
+
+        self.protected = protected
+        self._cluster_bits = cluster_bits
+        self._clusters: dict[Area, BitMap64] = {}
+        self.all: BitMap64 = BitMap64()
+        """The union of all areas: one look-up answers nearly every question."""
+        self._new = BitMap64
+
+    def add(self, area: Area, clusters: Iterable[int]) -> None:
+        """These clusters hold ``area`` from now on."""
+        if area in self.protected:
+            added = self._new(clusters)
+            self._clusters[area] = self._clusters.get(area, self._new()) | added
+            self.all |= added
+
+    def add_bytes(self, area: Area, offset: int, length: int) -> None:
+        """As `add`, for the clusters that a byte range touches."""
+        self.add(area, range(offset >> self._cluster_bits, -(-(offset + length) >> self._cluster_bits)))
+
+    def add_one(self, area: Area, cluster: int) -> None:
+        """As `add`, for one cluster, cheaply."""
+        if area in self.protected:
+            self._clusters.setdefault(area, self._new()).add(cluster)
+            self.all.add(cluster)
+
+    def remove(self, area: Area, clusters: Iterable[int]) -> None:
+        """These clusters do not hold ``area`` any more."""
+        if area in self._clusters:
+            gone = self._new(clusters)
+            self._clusters[area] -= gone
+            for other, members in self._clusters.items():
+                if other is not area:
+                    gone -= members
+            self.all -= gone
+
+    def touches(self, first: int, end: int) -> bool:
+        """Is any of clusters ``first`` to ``end`` (exclusive) metadata?"""
+        if end - first == 1:
+            return first in self.all
+        return self.all.range_cardinality(first, end) > 0
+
+    def hit(self, first: int, end: int, *, ignore: Area | None = None) -> Area | None:
+        """The area that clusters ``first`` to ``end`` (exclusive) overlap, if any."""
+        if not self.touches(first, end):
+            return None
+        wanted = self._new(range(first, end))
+        return next((area for area, members in self._clusters.items() if area is not ignore and members.intersect(wanted)), None)
+
+
+@attrs.define(eq=False)
+class ImageFile:
+    """Access to the file of one open image. ``virgin`` is the host offset from which on nothing was ever written: it reads as zeroes.
+
+    ``writable`` is False for read-only nodes and for poisoned ones. ``metadata`` is None while the node is read-only.
+    """
+
+    node: BlockDriverState
+    env: Environment
+    edge: BdrvChild
+    header: Header
+    writable: bool = False
+    metadata: MetadataMap | None = None
+    virgin: int = 0
+    _reported: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call the image: its file name, or else the node's name."""
+        return self.edge.node.driver.filename() or self.node.node_name
+
+    def length(self) -> int:
+        """The present length of the file in bytes."""
+        return self.edge.node.driver.length()
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Bytes of the file; behind its end they are zero."""
+        raw = bytearray(length)
+        await requests.read_into(self.edge, offset, memoryview(raw))
+        return raw
+
+    async def write_metadata(self, offset: int, data: memoryview) -> None:
+        """Write metadata that the image refers to, or is about to; a failure poisons the node."""
+        try:
+            await requests.write_from(self.edge, offset, data)
+        except BlockIOError as error:
+            self.poison(error)
+            raise
+
+    async def write_fresh_table(self, offset: int, content: memoryview) -> None:
+        """Fill a newly allocated table that nothing refers to yet: failing does no harm, and poisons nothing."""
+        await requests.write_from(self.edge, offset, content)
+
+    async def barrier(self) -> None:
+        """Everything written so far is durable before anything written later. A failure poisons the node."""
+        try:
+            await requests.flush(self.edge.node)
+        except BlockIOError as error:
+            self.poison(error)
+            raise
+
+    # ------------------------------------------------------------------------------------------------------ refusal
+
+    def poison(self, cause: BaseException) -> None:
+        """Refuse writes from now on; the first cause is kept."""
+        self.writable = False
+        if self.node.poisoned is None:
+            self.node.poisoned = cause
+
+    def check_writable(self) -> None:
+        """Raise when writes must be refused."""
+        if not self.writable:
+            if self.node.poisoned is not None:
+                raise ImagePoisoned(self.node.node_name, self.node.poisoned)
+            raise BlockIOError(errno.EPERM, f"Node '{self.node.node_name}' is read-only")
+
+    def overlaps(self, offset: int, length: int) -> bool:
+        """Would a write to this part of the file perhaps hit metadata? Then `check_overlap` decides."""
+        metadata = self.metadata
+        bits = self.header.cluster_bits
+        return metadata is not None and metadata.touches(offset >> bits, ((offset + length - 1) >> bits) + 1)
+
+    async def check_overlap(self, offset: int, length: int, *, ignore: Area | None = None) -> None:
+        """Raise (after marking the image corrupt) when a write to this part of the file would hit metadata."""
+        metadata = self.metadata
+        if metadata is None or not metadata.protected:
+            return
+        bits = self.header.cluster_bits
+        area = metadata.hit(offset >> bits, ((offset + length - 1) >> bits) + 1, ignore=ignore)
+        if area is not None:
+            await self.fatal(f"a write was stopped that would have hit metadata ({area.value})", offset, length)
+        if offset + length > MAX_OFFSET:
+            await self.fatal("a write was stopped that lies behind what the format can address", offset, length)
+
+    # --------------------------------------------------------------------------------------------------- corruption
+
+    def report(self, detail: str, offset: int | None = None, size: int | None = None, *, fatal: bool = False) -> None:
+        """Send BLOCK_IMAGE_CORRUPTED: once per open node for what reads find, and for the fatal one."""
+        if self._reported and not fatal:
+            return
+        self._reported = True
+        device = next((name for edge in self.node.parents if (name := getattr(edge.parent, "name", ""))), "")
+        data: dict[str, object] = {"device": device, "node-name": self.node.node_name, "msg": detail, "fatal": fatal}
+        if offset is not None:
+            data["offset"] = offset
+        if size is not None:
+            data["size"] = size
+        self.env.emit("BLOCK_IMAGE_CORRUPTED", data)
+
+    def bad_entry(self, detail: str, offset: int | None = None) -> BlockIOError:
+        """Report damage that a read met, and make the error that the read fails with."""
+        self.report(detail, offset)
+        return BlockIOError(errno.EIO, f"'{self.name}' is damaged: {detail}")
+
+    async def fatal(self, detail: str, offset: int | None = None, size: int | None = None) -> NoReturn:
+        """Damage that writing would make worse: set the corrupt bit (version 3), poison the node, raise EIO."""
+        error = BlockIOError(errno.EIO, f"'{self.name}' is damaged: {detail}")
+        if self.writable:
+            self.poison(error)
+            self.report(detail, offset, size, fatal=True)
+            await self._mark_corrupt()
+        raise error
+
+    async def _mark_corrupt(self) -> None:
+        header = self.header
+        if header.version < 3:
+            return
+        self.header = attrs.evolve(header, incompatible=header.incompatible | CORRUPT.mask)
+        at, data = encode_features(self.header.incompatible, header.compatible, header.autoclear)
+        try:
+            await requests.write_from(self.edge, at, memoryview(data))
+            await requests.flush(self.edge.node)
+        except BlockIOError as error:
+            self.env.warn(f"the corrupt bit of '{self.name}' could not be written: {error}")

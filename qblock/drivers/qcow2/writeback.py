@@ -1,0 +1,193 @@
+"""Writing metadata back in a crash-safe order, and the release of clusters that nothing refers to any more.
+
+Models the ordering rules of image-formats.md section 1.7. Where QEMU tracks dependencies between cached tables, qblock works in
+rounds. A round takes a snapshot of everything dirty at *one instant* and writes it in this order:
+
+    1. refcounts
+       (flush; refcount table; flush; header, if the table moved)
+    2. flush: data clusters, new tables and refcounts are durable before anything refers to them
+    3. L2 slices and L1 sectors
+       (flush; header, if disk size or L1 table changed)
+    4. flush, when somebody waits for durability or clusters are to be released
+    5. clusters whose last reference was dropped before the snapshot may be released
+
+Why it is safe. A process killed between two writes, and a power cut that keeps any subset of the writes since the last flush
+(in whole 512-byte sectors), leave on disk a state in which every reference points to a cluster whose count and content were
+written before: new tables are written before they are linked in memory (`clusters.py`), data before its entry is changed in
+memory, counts are raised before that as well. Dropped references lower a count only after step 4 of the round that wrote their
+absence. What may be left are clusters counted and not referenced: leaks. Rounds never overlap; what changes during a round
+belongs to the next one.
+
+Step 5 waits for one more thing: requests that looked up a mapping before it was dropped may still be reading or writing the
+cluster. `Epochs` counts them; a batch of freed clusters is released when all requests that began before it have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from qblock.drivers.qcow2.cache import DirtyPart, TableCache
+from qblock.drivers.qcow2.header import encode_refcount_location
+from qblock.drivers.qcow2.refcounts import Freed, Refcounts
+
+if TYPE_CHECKING:
+    from qblock.drivers.qcow2.storage import ImageFile
+
+
+class Epoch:
+    """Requests that use looked-up mappings and began in one period; ``freed`` waits for them and all before them."""
+
+    __slots__ = ("count", "freed")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.freed: list[Freed] | None = None
+
+
+class Epochs:
+    """Which requests may still use clusters that were dropped. Users do ``epoch = epochs.current; epoch.count += 1``."""
+
+    def __init__(self) -> None:
+        self.current = Epoch()
+        self._closed: deque[Epoch] = deque()
+        self.ready: list[Freed] = []
+        """Clusters that no request can be using any more."""
+
+    def defer(self, freed: list[Freed]) -> None:
+        """These clusters are to become ``ready`` when all present users are gone."""
+        closed = self.current
+        closed.freed = freed
+        self._closed.append(closed)
+        self.current = Epoch()
+        self.advance()
+
+    def leave(self, epoch: Epoch) -> None:
+        """A user is done."""
+        epoch.count -= 1
+        if not epoch.count and epoch.freed is not None:
+            self.advance()
+
+    def advance(self) -> None:
+        """Move batches to ``ready`` whose users are all gone, oldest first."""
+        while self._closed and not self._closed[0].count:
+            self.ready += self._closed.popleft().freed or ()
+
+
+class TableSnapshot(Protocol):
+    """What the write-back needs of the L1 and L2 tables (`clusters.ClusterMap`)."""
+
+    cache: TableCache
+    epochs: Epochs
+
+    def take_l1(self) -> list[tuple[int, memoryview]]:
+        """Dirty sectors of the L1 table as (file offset, bytes); they count as clean then."""
+
+    def take_header(self) -> tuple[int, memoryview] | None:
+        """The header part for size and L1 location, if they changed."""
+
+    @property
+    def is_dirty(self) -> bool:
+        """Something is not written yet."""
+
+
+class WriteBack:
+    """Runs the rounds for one image."""
+
+    def __init__(self, file: ImageFile, refcounts: Refcounts, tables: TableSnapshot) -> None:
+        self.file = file
+        self.refcounts = refcounts
+        self.tables = tables
+        self.epochs = tables.epochs
+        self._running: asyncio.Future[None] | None = None
+        self._started = 0
+        self._finished = 0
+        self._want_durable = False
+
+    @property
+    def is_dirty(self) -> bool:
+        """There is metadata that is not written yet."""
+        return self.tables.is_dirty or self.refcounts.is_dirty or bool(self.refcounts.pending)
+
+    async def flush(self) -> None:
+        """All metadata changes made so far, and all data written so far, are durable on return."""
+        if self._running is None and not self.is_dirty:
+            await self.file.barrier()
+        else:
+            await self.commit(durable=True)
+
+    async def commit(self, *, durable: bool) -> None:
+        """Have a round that covers all changes made so far; callers at the same time share one."""
+        if durable:
+            self._want_durable = True
+        target = self._started + 1
+        while self._finished < target:
+            self.file.check_writable()
+            if self._running is not None:
+                await asyncio.shield(self._running)
+                continue
+            done = self._running = asyncio.get_running_loop().create_future()
+            self._started += 1
+            durable, self._want_durable = self._want_durable, False
+            try:
+                await self._round(durable=durable)
+                self._finished = self._started
+            except BaseException as error:
+                # Also when cancelled: which of the snapshots reached the file is not known any more.
+                self.file.poison(error)
+                raise
+            finally:
+                self._running = None
+                done.set_result(None)
+
+    async def _round(self, *, durable: bool) -> None:
+        file, refcounts, tables = self.file, self.refcounts, self.tables
+        # One instant: no await between these.
+        counts = refcounts.cache.take_dirty()
+        table_parts, table_moved = refcounts.take_table()
+        table_at, table_length = refcounts.table_host, len(refcounts.table) * 8
+        slices = tables.cache.take_dirty()
+        l1_parts, header_part = tables.take_l1(), tables.take_header()
+        freed, refcounts.pending = refcounts.pending, []
+
+        await self._write(counts)
+        if table_parts:
+            await file.barrier()
+            for offset, data in table_parts:
+                await file.write_metadata(offset, data)
+            if table_moved:
+                await file.barrier()
+                offset, location = encode_refcount_location(table_at, table_length >> file.header.cluster_bits)
+                await file.write_metadata(offset, memoryview(location))
+        refcounts.cache.settle(counts)
+        if slices or l1_parts or header_part:
+            await file.barrier()
+            await self._write(slices)
+            for offset, data in l1_parts:
+                await file.write_metadata(offset, data)
+            if header_part:
+                await file.barrier()
+                await file.write_metadata(*header_part)
+            tables.cache.settle(slices)
+        if durable or freed or header_part:
+            await file.barrier()
+        if freed:
+            self.epochs.defer(freed)
+        await self.release_ready()
+
+    async def _write(self, parts: list[DirtyPart]) -> None:
+        for part in parts:
+            await self.file.write_metadata(part.offset, part.data)
+
+    async def release_ready(self) -> None:
+        """Release clusters that nothing refers to and nobody uses."""
+        ready, self.epochs.ready = self.epochs.ready, []
+        if ready:
+            await self.refcounts.release(ready)
+
+    async def finish(self) -> None:
+        """Write everything, including the counts of clusters that get released on the way. No request is in flight."""
+        while self.is_dirty or self.epochs.ready:
+            await self.commit(durable=True)
+        await self.file.barrier()
