@@ -9,7 +9,9 @@ unless it carries no buffer.
 from __future__ import annotations
 
 import asyncio
+import errno
 import getopt
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -256,10 +258,18 @@ def _report(shell: IoShell, verb: str, options: Mapping[str, str], offset: int, 
     shell.out(f"{format_bytes(length)}, 1 ops; {_clock_text(elapsed, fixed=False)} ({rate})")
 
 
+def _failed(shell: IoShell, verb: str, error: BlockIOError) -> CommandFailed:
+    """The line that scripts look for has the errno's text only; what qblock knows beyond it goes to the error stream."""
+    reason = os.strerror(error.errno or errno.EIO)
+    if str(error) != reason:
+        shell.err(f"{shell.program}: {error}")
+    return CommandFailed(f"{verb} failed: {reason}")
+
+
 def _dump(shell: IoShell, offset: int, data: memoryview) -> None:
     for at in range(0, len(data), 16):
         row = bytes(data[at : at + 16])
-        text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in row)
+        text = "".join(chr(byte) if byte < 0x80 and chr(byte).isalnum() else "." for byte in row)
         shell.out(f"{offset + at:08x}:  {' '.join(f'{byte:02x}' for byte in row)}  {text}")
 
 
@@ -305,7 +315,7 @@ async def _read_request(
     try:
         await shell.image.read_into(offset, buffer)
     except BlockIOError as error:
-        raise CommandFailed(f"{verb} failed: {error}") from None
+        raise _failed(shell, verb, error) from None
     matches = True
     if check is not None:
         matches = _all_bytes(buffer[check.start : check.start + check.length], check.pattern)
@@ -346,7 +356,7 @@ async def _aio_read(shell: IoShell, name: str, args: list[str]) -> None:
     check = _check_of(shell, name, options, length)
 
     async def request() -> None:
-        await _read_request(shell, "aio_read", options, offset, length, check=check)
+        await _read_request(shell, "readv", options, offset, length, check=check)
 
     shell.spawn(request())
 
@@ -369,7 +379,7 @@ async def _write_request(
         else:
             await shell.image.write_from(offset, data, fua=fua)
     except BlockIOError as error:
-        raise CommandFailed(f"{verb} failed: {error}") from None
+        raise _failed(shell, verb, error) from None
     _report(shell, "wrote", options, offset, length, started)
 
 
@@ -438,7 +448,7 @@ async def _discard(shell: IoShell, name: str, args: list[str]) -> None:
     try:
         await shell.image.discard(offset, length)
     except BlockIOError as error:
-        raise CommandFailed(f"discard failed: {error}") from None
+        raise _failed(shell, "discard", error) from None
     _report(shell, "discard", options, offset, length, started)
 
 

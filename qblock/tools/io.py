@@ -11,13 +11,13 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Iterable
-from typing import Final
+from typing import Final, NoReturn
 
 from qblock.errors import CommandError, QBlockError
 from qblock.iocmd import COMMANDS, AlreadySaid, CommandFailed, IoCommand, IoShell, command_table
 from qblock.options import parse_keyval
 from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
-from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
+from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
 from qblock.tools.images import ImageArguments, ImageSession, run_session
 
 PROMPT: Final = "qemu-io> "
@@ -196,5 +196,10 @@ def _next_line() -> str | None:
         return None
 
 
+def program() -> NoReturn:
+    """The entry point of the installed program."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -136,10 +136,11 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
     """Carry out the options in their order, then serve until told to quit; everything is closed on the way out."""
     from qblock.monitor.command import Dialect
     from qblock.monitor.hub import MonitorHub
+    from qblock.policy import OpenPolicy
     from qblock.system import BlockSystem
 
     async with AsyncExitStack() as stack:
-        system = await stack.enter_async_context(BlockSystem.create())
+        system = await stack.enter_async_context(BlockSystem.create(policy=OpenPolicy.follow()))
         clock = system.env.clock
         stack.callback(system.events.subscribe(tracer.qmp_event))
         hub = MonitorHub(system, dialect=Dialect.STORAGE_DAEMON)

@@ -1,0 +1,139 @@
+"""``qblock replay``: the command line around `qblock.monitor.replay`. See docs/replay.md."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from qblock.clock import RealClock
+from qblock.errors import QBlockError
+from qblock.monitor.machine import MachineOptions
+from qblock.monitor.replay import (
+    JsonTranscript,
+    MonitorGuest,
+    Replay,
+    StreamWire,
+    TextTranscript,
+    Transcript,
+)
+from qblock.monitor.script import ScriptError, Step, parse_script
+from qblock.tools.arguments import UsageError
+from qblock.tools.console import complain, ending_quietly
+from qblock.tools.machine_line import (
+    MACHINE_OPTIONS,
+    CommandLine,
+    loop_factory,
+    machine_options,
+    parse_command_line,
+    start_machine,
+)
+
+PROGRAM: Final = "qblock replay"
+OK, UNMET, UNUSABLE = 0, 1, 2
+
+HELP: Final = """usage: qblock replay [OPTIONS] SCRIPT
+Performs a script of QMP commands and expectations (see docs/replay.md); '-' reads it from standard input.
+
+  --socket PATH         run it against the QMP server there (PATH, unix:PATH or tcp:HOST:PORT)
+  --define NAME=VALUE   what ${NAME} in the script stands for
+  --output text|json    how the transcript is printed
+  --clock virtual|real  the clock of the machine that is made for the run (default: virtual)
+  --seed N              the seed of its chances
+  -drive OPTIONS        a disk of that machine
+  -blockdev OPTIONS     a node of that machine
+  -h, --help            show this
+
+Exit code: 0 everything was as expected, 1 something was not, 2 the script or the command line is wrong."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The sub-command; returns the exit code."""
+    return ending_quietly(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        valued = (MACHINE_OPTIONS - {"qmp"}) | {"socket", "define", "output"}
+        line = parse_command_line(argv, valued=valued, flags=frozenset({"h", "help"}))
+        if line.has("h") or line.has("help"):
+            print(HELP)
+            return OK
+        steps = parse_script(_script_text(line), _variables(line))
+        transcript = _transcript(line)
+        if line.has("socket"):
+            _check_no_machine(line)
+            asyncio.run(_run_on_socket(line.last("socket", ""), steps, transcript))
+        else:
+            clock = line.choice("clock", ("virtual", "real"))
+            with asyncio.Runner(loop_factory=loop_factory(clock, manual=False)) as runner:
+                runner.run(_run_on_machine(machine_options(line), steps, transcript))
+    except (UsageError, ScriptError) as error:
+        complain(PROGRAM, str(error))
+        return UNUSABLE
+    except (QBlockError, OSError) as error:
+        complain(PROGRAM, str(error))
+        return UNMET
+    return OK
+
+
+def _script_text(line: CommandLine) -> str:
+    if len(line.words) != 1:
+        raise UsageError("give one script, or '-' for standard input")
+    (name,) = line.words
+    if name == "-":
+        return sys.stdin.read()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the script '{name}' cannot be read: {error}") from None
+
+
+def _variables(line: CommandLine) -> dict[str, str]:
+    variables: dict[str, str] = {}
+    for text in line.values.get("define", ()):
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--define takes NAME=VALUE, not '{text}'")
+        variables[name] = value
+    return variables
+
+
+def _transcript(line: CommandLine) -> Transcript:
+    if line.choice("output", ("text", "json")) == "json":
+        return JsonTranscript(sys.stdout.write)
+    return TextTranscript(sys.stdout.write)
+
+
+def _check_no_machine(line: CommandLine) -> None:
+    for name in ("drive", "blockdev", "clock", "seed"):
+        if line.has(name):
+            raise UsageError(f"--{name} describes a machine of its own, and --socket means another one")
+
+
+async def _run_on_socket(address: str, steps: Sequence[Step], transcript: Transcript) -> None:
+    wire = await StreamWire.connect(address)
+    try:
+        await Replay(wire, RealClock(), transcript, MonitorGuest()).run(steps)
+    finally:
+        await wire.close()
+
+
+async def _run_on_machine(options: MachineOptions, steps: Sequence[Step], transcript: Transcript) -> None:
+    with tempfile.TemporaryDirectory(prefix="qblock-replay-") as directory:
+        path = os.path.join(directory, "qmp")
+        machine = await start_machine(attrs.evolve(options, qmp=(f"unix:{path},server=on,wait=off",)))
+        try:
+            wire = await StreamWire.connect(path)
+            try:
+                await Replay(wire, machine.clock, transcript, machine).run(steps)
+            finally:
+                await wire.close()
+        finally:
+            await machine.close()
