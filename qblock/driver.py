@@ -180,6 +180,17 @@ class Driver(abc.ABC):
         child = self.node.storage
         return child.node.driver.filename() if child is not None else None
 
+    # --------------------------------------------------------------------------------------------------- fault injection
+
+    wants_debug_events: ClassVar[bool] = False
+    """True when `debug_event` does something. A parent looks at it once, when it opens, and raises no events otherwise."""
+
+    def debug_event(self, event: str) -> None:
+        """A parent of this node has come to the step of its work called ``event`` (names: `drivers.blkdebug.BlkdebugEvent`).
+
+        Raised on the storage child right before the requests of that step.
+        """
+
     # ----------------------------------------------------------------------------------- permissions (never blocking)
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
