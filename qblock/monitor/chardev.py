@@ -58,7 +58,7 @@ _SOCKET: Final = frozenset({"path", "host", "port", "server", "wait"})
 
 def parse_chardev(text: str) -> ChardevOptions:
     """``socket,id=c,path=P,server=on,wait=off`` or ``stdio,id=c``, as --chardev takes it; raises `CommandError`."""
-    return chardev_from(parse_keyval(text, implied="backend"))
+    return chardev_from(parse_keyval(text, implied_key="backend"))
 
 
 def chardev_from(options: Mapping[str, object]) -> ChardevOptions:

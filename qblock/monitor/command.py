@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import inspect
-import typing
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -73,16 +72,20 @@ Handler = Callable[[CommandContext, Any], Awaitable[Any]]
 class Command:
     """One command. ``since`` is the QEMU version that brought it, ``features`` its QAPI feature flags.
 
-    ``open_arguments`` commands take an object whose members depend on a member of it (blockdev-add): their handler gets
-    the JSON object itself and has it checked by the schema of the driver that it names; ``arguments`` is then `NoArguments`.
+    ``returns`` is the shape of the reply: an attrs class, a list of one, ``str``, or None for the empty object.
+
+    Some commands take an object whose members depend on a member of it (blockdev-add on ``driver``): their handler gets the
+    JSON object itself and has it checked by whoever knows. Such a command is `checks_itself`, and ``arguments`` is the class
+    of the members that there are always.
     """
 
     name: str
     handler: Handler
     arguments: type[Any]
     since: str
+    returns: Any = None
     oob: bool = False
-    open_arguments: bool = False
+    checks_itself: bool = False
     features: tuple[str, ...] = ()
     dialects: frozenset[Dialect] = BOTH
 
@@ -91,40 +94,40 @@ class Command:
         """The first paragraph of the handler's docstring."""
         return (inspect.getdoc(self.handler) or "").split("\n\n")[0].replace("\n", " ")
 
-    def returns(self) -> Any:
-        """The handler's annotated result: an attrs class, a list of one, ``str``, ``None`` or ``Json``."""
-        return typing.get_type_hints(self.handler)["return"]
-
     async def run(self, ctx: CommandContext, arguments: Mapping[str, Json]) -> Json:
         """Check the arguments, execute, and give the result as JSON; raises `QBlockError`."""
-        given = arguments if self.open_arguments else visitor.arguments(self.arguments, arguments)
+        given = arguments if self.checks_itself else visitor.arguments(self.arguments, arguments)
         return visitor.reply(await self.handler(ctx, given))
 
 
-_Function = TypeVar("_Function", bound=Handler)
+_Function = TypeVar("_Function", bound=Callable[..., Awaitable[Any]])
 
 
 def command(
     name: str,
     *,
     since: str,
+    returns: Any = None,
     oob: bool = False,
-    open_arguments: bool = False,
+    open_arguments: type[Any] | None = None,
     features: tuple[str, ...] = (),
     dialects: frozenset[Dialect] = BOTH,
 ) -> Callable[[_Function], Command]:
-    """Make a `Command` of an async function ``(ctx, args)``; the annotation of ``args`` is its argument class."""
+    """Make a `Command` of an async function ``(ctx, args)``; the annotation of ``args`` is its argument class.
+
+    ``open_arguments`` makes a command that checks its arguments itself, see `Command`.
+    """
 
     def decorate(function: _Function) -> Command:
-        args = list(inspect.signature(function).parameters.values())[1].annotation
-        hinted = args if isinstance(args, type) else function.__globals__[args] if not open_arguments else NoArguments
+        hint = list(inspect.signature(function).parameters.values())[1].annotation
         return Command(
             name,
             function,
-            NoArguments if open_arguments else hinted,
+            open_arguments or (hint if isinstance(hint, type) else function.__globals__[hint]),
             since,
+            returns=returns,
             oob=oob,
-            open_arguments=open_arguments,
+            checks_itself=open_arguments is not None,
             features=features,
             dialects=dialects,
         )

@@ -75,12 +75,10 @@ class ReceivedFds:
             raise CommandError(f"There is no file descriptor named '{name}'")
         os.close(fd)
 
-    def take_named(self, name: str) -> int:
-        """Hand the descriptor ``name`` over to the caller; raises `CommandError` when there is none."""
-        fd = self._named.pop(name, None)
-        if fd is None:
-            raise CommandError(f"There is no file descriptor named '{name}'")
-        return fd
+    @staticmethod
+    def discard(fd: int) -> None:
+        """Close a descriptor that was claimed and is not wanted after all."""
+        os.close(fd)
 
     def close(self) -> None:
         """The session ends."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 
 from qblock.monitor.command import CommandTable, Dialect
+from qblock.monitor.commands import table
+from qblock.monitor.hmp import HmpMonitor
 from qblock.monitor.throttle import EventThrottle
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ class RunState(enum.Enum):
 class Chardev(Protocol):
     """A character device as query-chardev shows it."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """Its id."""
 
     @property
     def filename(self) -> str:
@@ -46,15 +50,20 @@ class Chardev(Protocol):
 
 
 def _to_stderr(text: str) -> None:
-    print(text.rstrip("\n"), file=sys.stderr)
+    print(text.rstrip("\n"), file=sys.stderr)  # noqa: T201 - the default for programs
+
+
+def _to_stdout(text: str) -> None:
+    print(text.rstrip("\n"), flush=True)  # noqa: T201 - the default for programs
 
 
 @attrs.define(eq=False)
 class MonitorHub:
     """The monitor side of a running program.
 
-    ``name`` is the machine's name if it has one, ``package`` names the program in the greeting, ``report`` tells the person at
-    the console (also what HMP's qemu-io prints). Call `open` before use and `close` at the end.
+    ``name`` is the machine's name if it has one, ``package`` names the program in the greeting. ``report`` tells the person at
+    the console what went wrong, ``output`` is the program's standard output (HMP's qemu-io prints there). ``on_run_state``
+    are told when the guest stops (False) or goes on (True). Call `open` before use and `close` at the end.
     """
 
     system: BlockSystem
@@ -62,8 +71,11 @@ class MonitorHub:
     name: str | None = None
     run_state: RunState = RunState.RUNNING
     report: Callable[[str], None] = _to_stderr
+    output: Callable[[str], None] = _to_stdout
     package: str = "qblock"
+    on_run_state: list[Callable[[bool], None]] = attrs.field(factory=list, init=False, repr=False)
     commands: CommandTable = attrs.field(init=False, repr=False)
+    hmp: HmpMonitor = attrs.field(init=False, repr=False)
     sessions: list[MonitorSession] = attrs.field(factory=list, init=False)
     chardevs: list[Chardev] = attrs.field(factory=list, init=False)
     quitting: bool = attrs.field(default=False, init=False)
@@ -72,9 +84,8 @@ class MonitorHub:
     _unsubscribe: Callable[[], None] | None = attrs.field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        from qblock.monitor.commands import table  # noqa: PLC0415 - the commands are written against this module
-
         self.commands = table(self.dialect)
+        self.hmp = HmpMonitor(self.commands)
         self._throttle = EventThrottle(self.system.env.clock, self._tell)
 
     def open(self) -> None:
@@ -99,6 +110,15 @@ class MonitorHub:
         """Whether the guest runs."""
         return self.run_state is RunState.RUNNING
 
+    def set_running(self, running: bool) -> None:
+        """Stop the guest or let it go on, with the event STOP or RESUME; nothing happens when that is so already."""
+        if running is self.running:
+            return
+        self.run_state = RunState.RUNNING if running else RunState.PAUSED
+        for listener in self.on_run_state:
+            listener(running)
+        self.system.emit("RESUME" if running else "STOP", {})
+
     async def quit(self) -> None:
         """Cancel all jobs, then let `wait_quit` return; the events of the jobs precede the reply."""
         if self.dialect is Dialect.SYSTEM:
@@ -112,5 +132,3 @@ class MonitorHub:
     async def wait_quit(self) -> None:
         """Return when somebody told the program to quit."""
         await self._quit.wait()
-
-

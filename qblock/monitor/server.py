@@ -163,7 +163,9 @@ class MonitorServer:
         self._begin(session := MonitorSession(self.hub), SocketLink(sock, session))
 
     def _serve_stdio(self) -> None:
-        self._begin(session := MonitorSession(self.hub), DescriptorLink(sys.stdin.fileno(), sys.stdout.fileno(), session))
+        self._begin(
+            session := MonitorSession(self.hub), DescriptorLink(sys.stdin.fileno(), sys.stdout.fileno(), session)
+        )
 
     def _begin(self, session: MonitorSession, link: DescriptorLink) -> None:
         session.link = link

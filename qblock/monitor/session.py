@@ -108,7 +108,9 @@ class MonitorSession:
             self._send(self.qmp.failure(item, error))
         except RecursionError:
             self._send(self.qmp.failure(item, CommandError("The arguments are nested too deeply")))
-        except Exception as error:  # a bug: the client must not wait for ever, and the person at the console must see it
+        except (
+            Exception
+        ) as error:  # a bug: the client must not wait for ever, and the person at the console must see it
             self.hub.report(traceback.format_exc())
             self._send(self.qmp.failure(item, CommandError(f"Internal error: {error!r}; this is a bug in qblock")))
         finally:
@@ -127,7 +129,9 @@ class MonitorSession:
             return
         self.link.send(data)
         if self.link.backlog > MAX_BACKLOG:
-            self.hub.report(f"A monitor client does not read: {self.link.backlog} bytes wait for it; it is disconnected")
+            self.hub.report(
+                f"A monitor client does not read: {self.link.backlog} bytes wait for it; it is disconnected"
+            )
             self.link.close()
 
     def _close(self) -> None:

@@ -5,11 +5,8 @@ Models QAPI's input and output visitors; the checking itself is `qblock.options.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import attrs
 
 from qblock import options
 
@@ -24,16 +21,4 @@ def arguments(cls: type[Any], given: Mapping[str, Json]) -> Any:
 
 def reply(value: Any) -> Json:
     """``value`` as JSON: None (a command without result) is ``{}``, attrs objects lose their absent members."""
-    return {} if value is None else _dump(value)
-
-
-def _dump(value: Any) -> Json:
-    if attrs.has(type(value)):
-        return options.dump(value)
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: _dump(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_dump(item) for item in value]
-    return value
+    return {} if value is None else options.dump(value)

@@ -1,1 +1,13 @@
-"""To be described."""
+"""The commands of the monitor, one module per subject; `table` collects those that a dialect has."""
+
+from __future__ import annotations
+
+from qblock.monitor.command import CommandTable, Dialect
+from qblock.monitor.commands import bitmaps, blockdev, control, hmp, jobs, machine, mirror, query, snapshots, stream
+
+MODULES = (bitmaps, blockdev, control, hmp, jobs, machine, mirror, query, snapshots, stream)
+
+
+def table(dialect: Dialect) -> CommandTable:
+    """All commands of ``dialect``."""
+    return CommandTable.of_modules(dialect, MODULES)

@@ -1,0 +1,135 @@
+"""Commands that add, remove, create and resize nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+from qblock.backend import BlockBackend
+from qblock.blockers import OpType
+from qblock.chain import whole_chain
+from qblock.creating import check_create_options
+from qblock.drain import drained
+from qblock.driver import BackingLink, Json, SupportsBacking
+from qblock.errors import CommandError, InvalidParameter, NodeBusy
+from qblock.jobs.create import start_create
+from qblock.jobs.mirror import root_node
+from qblock.monitor.command import CommandContext, command
+from qblock.monitor.lookup import device_or_node
+from qblock.nodespec import CommonOptions
+from qblock.options import option, required
+from qblock.permissions import Perm
+
+
+@attrs.frozen
+class NodeNameArguments:
+    """Names a node."""
+
+    node_name: str = required(doc="name of the node")
+
+
+@attrs.frozen
+class BlockdevCreateArguments:
+    """Arguments of blockdev-create."""
+
+    job_id: str = required(doc="id of the job")
+    options: Mapping[str, Json] = required(doc="the driver, and what it wants to know of the new image")
+
+
+@attrs.frozen
+class BlockResizeArguments:
+    """Arguments of block_resize."""
+
+    device: str | None = option(None, doc="device to resize")
+    node_name: str | None = option(None, doc="node to resize")
+    size: int = required(doc="new size in bytes")
+
+
+@attrs.frozen
+class ChangeBackingFileArguments:
+    """Arguments of change-backing-file."""
+
+    device: str = required(doc="device or root node whose chain holds the image")
+    image_node_name: str = required(doc="node of the image to be changed")
+    backing_file: str = required(doc="text for the header")
+
+
+@command("blockdev-add", since="2.9", open_arguments=CommonOptions)
+async def blockdev_add(ctx: CommandContext, args: Mapping[str, Json]) -> None:
+    """Open a node, with the nodes below it that are described along with it."""
+    node = await ctx.system.opener.open_blockdev(args)
+    node.monitor_owned = True
+
+
+@command("blockdev-del", since="2.9")
+async def blockdev_del(ctx: CommandContext, args: NodeNameArguments) -> None:
+    """Close a node that blockdev-add has opened and that nothing uses."""
+    await delete_node(ctx, args)
+
+
+async def delete_node(ctx: CommandContext, args: NodeNameArguments) -> None:
+    """What blockdev-del does; HMP's drive_del does it as well."""
+    graph = ctx.system.graph
+    node = graph.find_node(args.node_name)
+    for edge in node.parents:
+        if isinstance(edge.parent, BlockBackend):
+            raise NodeBusy(node.node_name, f"{edge.parent.describe_user()} uses it")
+    graph.check_op(node, OpType.DRIVE_DEL)
+    if not node.monitor_owned:
+        raise CommandError(f"Node '{node.node_name}' is not the monitor's: it goes when its last user does")
+    if node.parents:
+        raise NodeBusy(node.node_name, f"{node.parents[0].parent.describe_user()} uses it")
+    node.monitor_owned = False
+    await ctx.system.opener.close_orphans()
+
+
+@command("blockdev-create", since="3.0")
+async def blockdev_create(ctx: CommandContext, args: BlockdevCreateArguments) -> None:
+    """Start a job that makes a new image."""
+    options = dict(args.options)
+    driver = options.pop("driver", None)
+    if not isinstance(driver, str):
+        raise InvalidParameter("options.driver", "is missing" if driver is None else "must be a string")
+    check_create_options(ctx.system.opener, driver, options)
+    await start_create(ctx.system, job_id=args.job_id, options=args.options)
+
+
+@command("block_resize", since="0.14")
+async def block_resize(ctx: CommandContext, args: BlockResizeArguments) -> None:
+    """Change the size of a node; shrinking cuts off without asking."""
+    graph = ctx.system.graph
+    node = device_or_node(graph, args.device, args.node_name)
+    if args.size < 0:
+        raise InvalidParameter("size", "must not be negative")
+    graph.check_op(node, OpType.RESIZE)
+    backend = BlockBackend(graph, perm=Perm.RESIZE, shared=Perm.ALL, description="block_resize")
+    try:
+        backend.insert(node)
+        backend.disable_queuing = True
+        async with drained(node):
+            await backend.truncate(args.size)
+    finally:
+        backend.close()
+
+
+@command("change-backing-file", since="2.1")
+async def change_backing_file(ctx: CommandContext, args: ChangeBackingFileArguments) -> None:
+    """Rewrite what an image's header names as its backing file; the graph stays as it is."""
+    system = ctx.system
+    top = root_node(system, args.device)
+    image = system.graph.find_node(args.image_node_name)
+    if not any(node is image for node in whole_chain(top)):
+        raise CommandError(f"'{args.image_node_name}' is not in the chain of '{args.device}'")
+    if not isinstance(image.driver, SupportsBacking) or image.backing is None:
+        raise CommandError(f"'{args.image_node_name}' has no backing file that could be changed")
+    system.graph.check_op(top, OpType.CHANGE)
+    was_read_only = image.read_only
+    if was_read_only:
+        await system.opener.reopen(image, read_only=False)
+    try:
+        async with drained(image):
+            await image.driver.change_backing_link(BackingLink(args.backing_file, image.driver.name))
+    finally:
+        if was_read_only:
+            await system.opener.reopen(image, read_only=True)

@@ -1,0 +1,60 @@
+"""Commands about the machine around the block layer: run state, name, objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+from qblock.driver import Json
+from qblock.monitor.command import SYSTEM_ONLY, CommandContext, NoArguments, command
+from qblock.monitor.replies import NameInfo, StatusInfo
+from qblock.objects import SecretOptions
+from qblock.options import required
+
+
+@attrs.frozen
+class ObjectArguments:
+    """Names an object."""
+
+    id: str = required(doc="id of the object")
+
+
+@command("object-add", since="2.0", open_arguments=SecretOptions)
+async def object_add(ctx: CommandContext, args: Mapping[str, Json]) -> None:
+    """Make an object that options can refer to; there are secrets."""
+    await ctx.system.add_object(args)
+
+
+@command("object-del", since="2.0")
+async def object_del(ctx: CommandContext, args: ObjectArguments) -> None:
+    """Remove an object."""
+    ctx.system.objects.delete(args.id)
+
+
+@command("query-status", since="0.14", returns=StatusInfo, dialects=SYSTEM_ONLY)
+async def query_status(ctx: CommandContext, args: NoArguments) -> StatusInfo:
+    """Tell whether the guest runs."""
+    del args
+    return StatusInfo(running=ctx.hub.running, singlestep=False, status=ctx.hub.run_state.value)
+
+
+@command("query-name", since="0.14", returns=NameInfo, dialects=SYSTEM_ONLY)
+async def query_name(ctx: CommandContext, args: NoArguments) -> NameInfo:
+    """Tell the name of the machine, if it has one."""
+    del args
+    return NameInfo(name=ctx.hub.name)
+
+
+@command("stop", since="0.14", dialects=SYSTEM_ONLY)
+async def stop(ctx: CommandContext, args: NoArguments) -> None:
+    """Stop the guest; jobs go on."""
+    del args
+    ctx.hub.set_running(False)
+
+
+@command("cont", since="0.14", dialects=SYSTEM_ONLY)
+async def cont(ctx: CommandContext, args: NoArguments) -> None:
+    """Let the guest go on; devices that an I/O error has stopped try again."""
+    del args
+    ctx.hub.set_running(True)

@@ -1,0 +1,140 @@
+"""Queries about devices, nodes and the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import attrs
+
+from qblock.backend import BlockBackend
+from qblock.chain import skip_implicit
+from qblock.devices import GuestDevice
+from qblock.jobs.job import BlockJob, Job
+from qblock.monitor.command import CommandContext, NoArguments, command
+from qblock.monitor.nodeinfo import block_device_info, device_stats, node_stats
+from qblock.monitor.replies import (
+    BlockDeviceInfo,
+    BlockInfo,
+    BlockStats,
+    IoStatusName,
+    PermissionName,
+    XDbgBlockGraph,
+    XDbgBlockGraphEdge,
+    XDbgBlockGraphNode,
+)
+from qblock.node import BdrvChild, EdgeParent
+from qblock.options import option
+from qblock.permissions import PERMISSION_NAMES, SINGLE_PERMISSIONS, Perm
+from qblock.system import BlockSystem
+
+
+@attrs.frozen
+class FlatArguments:
+    """Arguments of query-named-block-nodes."""
+
+    flat: bool = option(False, doc="leave the backing images out of each entry")
+
+
+@attrs.frozen
+class BlockstatsArguments:
+    """Arguments of query-blockstats."""
+
+    query_nodes: bool = option(False, doc="list all nodes instead of the devices")
+
+
+def _shown_backends(system: BlockSystem) -> Iterator[BlockBackend]:
+    """The backends that have a name or a guest device, in the order of their creation."""
+    return (backend for backend in system.graph.backends if backend.name or backend.device is not None)
+
+
+@command("query-block", since="0.14", returns=list[BlockInfo])
+async def query_block(ctx: CommandContext, args: NoArguments) -> list[BlockInfo]:
+    """List the devices with their media."""
+    del args
+    return [_block_info(backend) for backend in _shown_backends(ctx.system)]
+
+
+def _block_info(backend: BlockBackend) -> BlockInfo:
+    device: GuestDevice | None = backend.device
+    inserted = None
+    if backend.root is not None:
+        inserted = block_device_info(skip_implicit(backend.root.node), backend=backend, flat=False)
+    return BlockInfo(
+        device=backend.name,
+        qdev=None if device is None else device.path,
+        type="unknown",
+        removable=device is None or device.removable,
+        locked=False,
+        inserted=inserted,
+        tray_open=False if device is not None and device.removable else None,
+        io_status=None if device is None else cast(IoStatusName, backend.io_status),
+    )
+
+
+@command("query-named-block-nodes", since="2.0", returns=list[BlockDeviceInfo])
+async def query_named_block_nodes(ctx: CommandContext, args: FlatArguments) -> list[BlockDeviceInfo]:
+    """List all nodes, newest first."""
+    nodes = reversed(ctx.system.graph.nodes.values())
+    return [block_device_info(node, backend=None, flat=args.flat) for node in nodes]
+
+
+@command("query-blockstats", since="0.14", returns=list[BlockStats])
+async def query_blockstats(ctx: CommandContext, args: BlockstatsArguments) -> list[BlockStats]:
+    """Tell how much the devices have read and written, or how far writes to the nodes went."""
+    if args.query_nodes:
+        return [node_stats(node, below=False) for node in reversed(ctx.system.graph.nodes.values())]
+    return [device_stats(backend) for backend in _shown_backends(ctx.system)]
+
+
+# ---------------------------------------------------------------------------------------------------------- graph dump
+
+
+@command("x-debug-query-block-graph", since="4.0", features=("unstable",), returns=XDbgBlockGraph)
+async def x_debug_query_block_graph(ctx: CommandContext, args: NoArguments) -> XDbgBlockGraph:
+    """Dump the block graph with its permissions, for debugging."""
+    del args
+    dump = _GraphDump()
+    graph = ctx.system.graph
+    for backend in graph.backends:
+        dump.add(backend, "block-backend", backend.name)
+    for job in ctx.system.jobs.jobs:
+        dump.add(job, "block-job", job.id or "")
+    for node in graph.nodes.values():
+        dump.add(node, "block-driver", node.node_name)
+    for node in graph.nodes.values():
+        for edge in node.parents:
+            dump.connect(edge)
+    return XDbgBlockGraph(nodes=dump.nodes, edges=dump.edges)
+
+
+class _GraphDump:
+    """Gives users and nodes their numbers, from 1 on."""
+
+    def __init__(self) -> None:
+        self.nodes: list[XDbgBlockGraphNode] = []
+        self.edges: list[XDbgBlockGraphEdge] = []
+        self._ids: dict[EdgeParent, int] = {}
+
+    def add(self, user: EdgeParent, kind: str, name: str) -> None:
+        """Enter a vertex; jobs that use no node are left out."""
+        if isinstance(user, Job) and not (isinstance(user, BlockJob) and user.edges):
+            return
+        self._ids[user] = len(self._ids) + 1
+        self.nodes.append(XDbgBlockGraphNode(id=self._ids[user], type=kind, name=name))  # type: ignore[arg-type]
+
+    def connect(self, edge: BdrvChild) -> None:
+        """Enter an edge."""
+        self.edges.append(
+            XDbgBlockGraphEdge(
+                parent=self._ids[edge.parent],
+                child=self._ids[edge.node],
+                name=edge.name,
+                perm=_names(edge.perm),
+                shared_perm=_names(edge.shared),
+            )
+        )
+
+
+def _names(perm: Perm) -> list[PermissionName]:
+    return [cast(PermissionName, PERMISSION_NAMES[single]) for single in SINGLE_PERMISSIONS if single & perm]

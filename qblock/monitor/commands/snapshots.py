@@ -1,0 +1,117 @@
+"""External snapshots: blockdev-snapshot and blockdev-snapshot-sync.
+
+Models semantics.md section 10.5 with QEMU's order of checks. Afterwards the old image is read-only, the overlay has taken its
+place above it, and only blockdev-snapshot-sync has written a header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import attrs
+
+from qblock.blockers import OpType
+from qblock.drain import drained
+from qblock.driver import Json, SupportsBacking
+from qblock.errors import CommandError, DuplicateName, InvalidParameter, QBlockError
+from qblock.jobs.mirror import NewImageMode
+from qblock.monitor.command import CommandContext, command
+from qblock.monitor.lookup import device_or_node
+from qblock.node import BlockDriverState
+from qblock.options import option, required
+from qblock.requests import flush
+from qblock.system import BlockSystem
+from qblock.transaction import Transaction
+
+
+@attrs.frozen
+class BlockdevSnapshotArguments:
+    """Arguments of blockdev-snapshot."""
+
+    node: str = required(doc="device or node to be snapshotted")
+    overlay: str = required(doc="node that takes its place, opened with backing null")
+
+
+@attrs.frozen
+class BlockdevSnapshotSyncArguments:
+    """Arguments of blockdev-snapshot-sync."""
+
+    device: str | None = option(None, doc="device to be snapshotted")
+    node_name: str | None = option(None, doc="node to be snapshotted")
+    snapshot_file: str = required(doc="file of the new overlay")
+    snapshot_node_name: str | None = option(None, doc="name for the overlay's node")
+    format: str | None = option(None, doc="format of the overlay, qcow2 if absent")
+    mode: NewImageMode | None = option(None, doc="whether the file is to be created, which is the default")
+
+
+@command("blockdev-snapshot", since="2.5", features=("allow-write-only-overlay",))
+async def blockdev_snapshot(ctx: CommandContext, args: BlockdevSnapshotArguments) -> None:
+    """Put an overlay that has been opened before on top of a node."""
+    graph = ctx.system.graph
+    node = graph.lookup(args.node)
+    graph.check_op(node, OpType.EXTERNAL_SNAPSHOT)
+    await _flush(node)
+    overlay = graph.lookup(args.overlay)
+    await put_on_top(ctx.system, node, overlay)
+
+
+@command("blockdev-snapshot-sync", since="0.14")
+async def blockdev_snapshot_sync(ctx: CommandContext, args: BlockdevSnapshotSyncArguments) -> None:
+    """Make a new overlay (or take an existing file) and put it on top of a node."""
+    system = ctx.system
+    graph = system.graph
+    node = device_or_node(graph, args.device, args.node_name)
+    graph.check_op(node, OpType.EXTERNAL_SNAPSHOT)
+    await _flush(node)
+    if args.node_name is not None and args.snapshot_node_name is None:
+        raise InvalidParameter("snapshot-node-name", "is needed when a node is named, since it will be below")
+    if args.snapshot_node_name is not None and args.snapshot_node_name in graph.nodes:
+        raise DuplicateName("node", args.snapshot_node_name)
+    fmt = args.format or "qcow2"
+    if args.mode is not NewImageMode.EXISTING:
+        await _create_overlay(system, args.snapshot_file, fmt, node)
+    overlay = await system.opener.open_image(
+        args.snapshot_file, fmt=fmt, read_only=node.read_only, backing=False, node_name=args.snapshot_node_name
+    )
+    overlay.monitor_owned = True  # until it has users of its own
+    try:
+        await put_on_top(system, node, overlay)
+    finally:
+        overlay.monitor_owned = False
+        await system.opener.close_orphans()
+
+
+async def _flush(node: BlockDriverState) -> None:
+    if not node.read_only:
+        await flush(node)
+
+
+async def put_on_top(system: BlockSystem, node: BlockDriverState, overlay: BlockDriverState) -> None:
+    """Make ``overlay`` take the place of ``node``, which becomes its read-only backing image."""
+    if overlay.parents:
+        raise CommandError(f"The overlay '{overlay.node_name}' is in use: {overlay.parents[0].parent.describe_user()}")
+    if overlay.backing is not None:
+        raise CommandError(f"The overlay '{overlay.node_name}' has a backing image already; open it with backing null")
+    if not overlay.driver.supports_backing:
+        raise CommandError(f"The overlay '{overlay.node_name}' ({overlay.driver.name}) cannot have a backing image")
+    async with drained(node, overlay):
+        system.graph.check_op(node, OpType.EXTERNAL_SNAPSHOT)
+        with Transaction() as change:
+            system.graph.append(overlay, onto=node, change=change)
+    if not node.read_only:
+        with contextlib.suppress(QBlockError):  # somebody else may still write to it, which is that one's affair
+            await system.opener.reopen(node, read_only=True)
+
+
+async def _create_overlay(system: BlockSystem, filename: str, fmt: str, node: BlockDriverState) -> None:
+    """An image whose header names ``node``'s image as its backing file."""
+    image = system.graph.skip_filters(node)
+    name = image.driver.filename()
+    if name is None:
+        raise CommandError(f"Node '{image.node_name}' has no plain file name for the overlay's header; use blockdev-snapshot")
+    driver = system.registry.get(fmt)
+    if not driver.supports_backing or not issubclass(driver, SupportsBacking):
+        raise CommandError(f"Images of format '{fmt}' cannot have a backing file")
+    options: dict[str, Json] = {"size": node.length, "backing-file": name, "backing-fmt": image.driver.name}
+    await system.opener.create_image("file", {"filename": filename, "size": 0})
+    await system.opener.create_image(fmt, {"file": {"driver": "file", "filename": filename}, **options})

@@ -1,0 +1,85 @@
+"""What HMP does with drives and QMP has no command for: ``drive_add``, ``drive_del``, ``qemu-io``.
+
+Models hmp-block.md section 1. A ``drive_add -n`` is blockdev-add with key=value options, whose values are strings.
+"""
+
+from __future__ import annotations
+
+from qblock.backend import BlockBackend
+from qblock.errors import CommandError, DeviceNotFound, NodeNotFound
+from qblock.iocmd import run_command
+from qblock.monitor.command import CommandContext
+from qblock.monitor.commands.blockdev import NodeNameArguments, delete_node
+from qblock.options import parse_keyval
+from qblock.permissions import Perm
+
+
+class NodeNameMissing(CommandError):
+    """``drive_add -n`` without a node-name."""
+
+    def __init__(self) -> None:
+        super().__init__("'node-name' needs to be specified")
+
+
+async def add_node(context: CommandContext, text: str) -> None:
+    """Open a node that the monitor owns from key=value options; raises `CommandError` and what opening raises."""
+    options = parse_keyval(text)
+    if "node-name" not in options:
+        raise NodeNameMissing
+    node = await context.system.opener.open_blockdev(options, strings=True)
+    node.monitor_owned = True
+
+
+async def delete(context: CommandContext, name: str) -> None:
+    """Take a drive away by name, otherwise delete the node of that name; raises `DeviceNotFound` when there is neither."""
+    system = context.system
+    if any(backend.name == name for backend in system.graph.backends):
+        await system.drive_del(name)
+    elif name in system.graph.nodes:
+        await delete_node(context, NodeNameArguments(node_name=name))
+    else:
+        raise DeviceNotFound(name)
+
+
+async def run_io(context: CommandContext, name: str, line: str, *, is_qdev: bool) -> None:
+    """Run a qemu-io command on a device or a node; what it prints goes to the program's standard output.
+
+    A node gets a backend for as long as the command takes. Raises `CommandError` when there is nothing of that name.
+    """
+    system = context.system
+    backend = find_backend(context, name, is_qdev=is_qdev)
+    temporary = None
+    if backend is None:
+        node = system.graph.find_node(name)
+        backend = temporary = BlockBackend(
+            system.graph, perm=Perm.NONE, shared=Perm.ALL, description="the qemu-io command"
+        )
+        try:
+            temporary.insert(node)
+        except BaseException:
+            temporary.close()
+            raise
+    perm, shared = backend.perm, backend.shared
+    try:
+        await run_command(backend, line, context.hub.output, clock=system.env.clock)
+    finally:
+        if temporary is not None:
+            temporary.close()
+        elif backend.perm != perm:
+            backend.set_permissions(perm, shared)
+
+
+def find_backend(context: CommandContext, name: str, *, is_qdev: bool) -> BlockBackend | None:
+    """The backend of the drive or (``is_qdev``) of the guest device ``name``; None when ``name`` is a node."""
+    system = context.system
+    if is_qdev:
+        for device in system.devices.values():
+            if name in (device.id, device.path):
+                return device.backend
+        raise DeviceNotFound(name)
+    for backend in system.graph.backends:
+        if name and backend.name == name:
+            return backend
+    if name not in system.graph.nodes:
+        raise NodeNotFound(name, detail="There is neither a device nor a block node named")
+    return None

@@ -1,0 +1,116 @@
+"""The events that qblock sends, and the shapes of their data, for introspection and the tests.
+
+They are emitted by the block layer itself (``system.emit``); nothing here is needed to send one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import attrs
+
+from qblock.monitor.command import BOTH, SYSTEM_ONLY, Dialect, NoArguments
+from qblock.monitor.replies import JobStatusName, JobTypeName
+from qblock.options import option, required
+
+OperationName = Literal["read", "write"]
+ActionName = Literal["ignore", "report", "stop"]
+
+
+@attrs.frozen
+class BlockJobEnd:
+    """Data of BLOCK_JOB_CANCELLED and BLOCK_JOB_READY."""
+
+    type: JobTypeName = required(doc="type of the job")
+    device: str = required(doc="id of the job")
+    len: int = required(doc="progress that means done")
+    offset: int = required(doc="present progress")
+    speed: int = required(doc="limit in bytes per second, 0 for none")
+
+
+@attrs.frozen
+class BlockJobCompleted(BlockJobEnd):
+    """Data of BLOCK_JOB_COMPLETED."""
+
+    error: str | None = option(None, doc="why it failed")
+
+
+@attrs.frozen
+class BlockJobError:
+    """Data of BLOCK_JOB_ERROR."""
+
+    device: str = required(doc="id of the job")
+    operation: OperationName = required(doc="what failed")
+    action: ActionName = required(doc="what was done about it")
+
+
+@attrs.frozen
+class BlockJobPending:
+    """Data of BLOCK_JOB_PENDING."""
+
+    type: JobTypeName = required(doc="type of the job")
+    id: str = required(doc="id of the job")
+
+
+@attrs.frozen
+class JobStatusChange:
+    """Data of JOB_STATUS_CHANGE."""
+
+    id: str = required(doc="id of the job")
+    status: JobStatusName = required(doc="its new state")
+
+
+@attrs.frozen
+class BlockIoError:
+    """Data of BLOCK_IO_ERROR."""
+
+    device: str = required(doc="name of the backend, possibly empty")
+    node_name: str | None = option(None, doc="its node")
+    operation: OperationName = required(doc="what failed")
+    action: ActionName = required(doc="what was done about it")
+    nospace: bool | None = option(None, doc="whether the storage is full")
+    reason: str = required(doc="the error as a text")
+
+
+@attrs.frozen
+class BlockImageCorrupted:
+    """Data of BLOCK_IMAGE_CORRUPTED."""
+
+    device: str = required(doc="name of the backend, possibly empty")
+    node_name: str | None = option(None, doc="the node")
+    msg: str = required(doc="what was found")
+    offset: int | None = option(None, doc="where, in bytes of the image file")
+    size: int | None = option(None, doc="how many bytes are concerned")
+    fatal: bool = required(doc="whether the image can no longer be used")
+
+
+@attrs.frozen
+class Shutdown:
+    """Data of SHUTDOWN."""
+
+    guest: bool = required(doc="whether the guest asked for it")
+    reason: Literal["host-qmp-quit", "host-signal"] = required(doc="why")
+
+
+@attrs.frozen
+class EventKind:
+    """An event: the class of its data, and the dialects that send it."""
+
+    data: type[Any]
+    dialects: frozenset[Dialect] = BOTH
+
+
+EVENTS: Final[Mapping[str, EventKind]] = {
+    "BLOCK_IMAGE_CORRUPTED": EventKind(BlockImageCorrupted),
+    "BLOCK_IO_ERROR": EventKind(BlockIoError),
+    "BLOCK_JOB_CANCELLED": EventKind(BlockJobEnd),
+    "BLOCK_JOB_COMPLETED": EventKind(BlockJobCompleted),
+    "BLOCK_JOB_ERROR": EventKind(BlockJobError),
+    "BLOCK_JOB_PENDING": EventKind(BlockJobPending),
+    "BLOCK_JOB_READY": EventKind(BlockJobEnd),
+    "JOB_STATUS_CHANGE": EventKind(JobStatusChange),
+    "RESUME": EventKind(NoArguments, SYSTEM_ONLY),
+    "SHUTDOWN": EventKind(Shutdown, SYSTEM_ONLY),
+    "STOP": EventKind(NoArguments, SYSTEM_ONLY),
+}
