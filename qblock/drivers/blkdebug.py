@@ -64,7 +64,7 @@ class InjectError:
     state: int | None = option(None, doc="only in this state; any when absent or 0")
     iotype: IoType | None = option(None, doc="kind of request; all but block-status when absent", since="4.1")
     errno: int = option(errno.EIO, doc="error number (Linux's); 0: the request does not fail")
-    sector: int | None = option(None, doc="only requests that cover this sector of 512 bytes")
+    sector: int | None = option(None, doc="only requests that touch this sector of 512 bytes")
     once: bool = option(False, doc="only the first such request fails")
     immediately: bool = option(False, doc="fail without a turn of the event loop in between")
 
@@ -72,7 +72,10 @@ class InjectError:
         """Whether a request for ``length`` bytes at ``offset`` is one that the rule is about."""
         if io_type not in ((self.iotype,) if self.iotype is not None else DEFAULT_IO_TYPES):
             return False
-        return self.sector is None or offset <= self.sector * _SECTOR < offset + length
+        if self.sector is None:
+            return True
+        start = self.sector * _SECTOR
+        return offset < start + _SECTOR and start < offset + length
 
 
 @frozen(eq=False)

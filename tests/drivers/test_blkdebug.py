@@ -1,0 +1,273 @@
+"""blkdebug: which requests fail when, what limits it imposes, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from qblock.backend import BlockBackend
+from qblock.drivers.blkdebug import NEVER_RAISED, BlkdebugDriver, BlkdebugEvent, InjectError, SetState, read_config
+from qblock.errors import BlockIOError, CommandError, InvalidParameter, PermissionConflict
+from qblock.permissions import Perm
+from qblock.system import BlockSystem
+from qblock.testing.simloop import run
+
+KiB = 1024
+
+
+async def debugged(system: BlockSystem, **options: Any) -> tuple[BlkdebugDriver, BlockBackend]:
+    """A blkdebug node ``bd`` on 64 KiB of memory, and a backend that may do everything with it."""
+    image = {"driver": "memory", "size": 64 * KiB, "discard": "unmap"}
+    given = {"driver": "blkdebug", "node-name": "bd", "discard": "unmap", "image": image, **options}
+    node = await system.opener.open_blockdev(given)
+    node.monitor_owned = True
+    assert isinstance(node.driver, BlkdebugDriver)
+    backend = BlockBackend(system.graph, perm=Perm.CONSISTENT_READ | Perm.WRITE, shared=Perm.ALL)
+    backend.insert(node)
+    return node.driver, backend
+
+
+def with_rules(check: Callable[[BlkdebugDriver, BlockBackend], Awaitable[None]], **options: Any) -> None:
+    """Run ``check`` on a debugged disk in a system of its own."""
+
+    async def main() -> None:
+        async with BlockSystem.create() as system:
+            await check(*await debugged(system, **options))
+
+    run(main)
+
+
+async def error_of(request: Awaitable[object]) -> int | None:
+    """The errno with which a request fails; None when it works."""
+    try:
+        await request
+    except BlockIOError as error:
+        return error.errno
+    return None
+
+
+def test_a_rule_is_in_force_only_from_its_event_on() -> None:
+    """A fault is aimed at one step of a format driver's work; requests before that step must not see it."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        assert await error_of(disk.read(0, 512)) is None
+        driver.debug_event("l2_load")
+        assert await error_of(disk.read(0, 512)) == errno.EIO
+        assert await error_of(disk.read(0, 512)) == errno.EIO
+
+    with_rules(check, **{"inject-error": [{"event": "l2_load"}]})
+
+
+def test_the_event_none_puts_rules_in_force_when_the_node_opens() -> None:
+    """Without a format above nothing else would ever raise an event."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        assert await error_of(disk.write(0, bytes(512))) == errno.ENOSPC
+
+    with_rules(check, **{"inject-error": [{"event": "none", "errno": errno.ENOSPC}]})
+
+
+def test_a_rule_for_once_hits_one_request_and_is_gone() -> None:
+    """Transient faults: the retry works, and the event does not bring the rule back."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        driver.debug_event("read_aio")
+        assert await error_of(disk.read(0, 512)) == errno.EIO
+        assert await error_of(disk.read(0, 512)) is None
+        driver.debug_event("read_aio")
+        assert await error_of(disk.read(0, 512)) is None
+
+    with_rules(check, **{"inject-error": [{"event": "read_aio", "once": True, "immediately": True}]})
+
+
+def test_a_rule_with_a_sector_hits_requests_that_touch_it() -> None:
+    """A bad sector: what lies beside it can be read; a flush has no sector."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        assert await error_of(disk.read(0, 1536)) is None
+        assert await error_of(disk.read(1535, 2)) == errno.EIO
+        assert await error_of(disk.read(2047, 1)) == errno.EIO
+        assert await error_of(disk.read(2048, 512)) is None
+        assert await error_of(disk.flush()) is None
+
+    with_rules(check, **{"inject-error": [{"event": "none", "sector": 3}]})
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "write-zeroes", "discard", "flush"])
+def test_a_rule_with_an_iotype_hits_only_requests_of_that_kind(kind: str) -> None:
+    """Each kind has its own error path in a format driver."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        outcomes = {
+            "read": await error_of(disk.read(0, 512)),
+            "write": await error_of(disk.write(0, b"x" * 512)),
+            "write-zeroes": await error_of(disk.write_zeroes(0, 512)),
+            "discard": await error_of(disk.discard(0, 512)),
+            "flush": await error_of(disk.flush()),
+        }
+        assert {name for name, outcome in outcomes.items() if outcome is not None} == {kind}
+
+    with_rules(check, **{"inject-error": [{"event": "none", "iotype": kind}]})
+
+
+def test_the_first_matching_rule_decides_and_errno_zero_lets_pass() -> None:
+    """Newest first: an exception for one sector is written after the general rule."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        assert await error_of(disk.read(512, 512)) is None
+        assert await error_of(disk.read(1024, 512)) == errno.EIO
+
+    rules = [{"event": "none"}, {"event": "none", "sector": 1, "errno": 0}]
+    with_rules(check, **{"inject-error": rules})
+
+
+def test_states_let_the_second_occurrence_of_an_event_fail() -> None:
+    """How one aims at the n-th time: set-state counts, the rule waits for its state."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        driver.debug_event("l2_update")
+        assert (driver.state, await error_of(disk.read(0, 512))) == (2, None)
+        driver.debug_event("l2_update")
+        assert (driver.state, await error_of(disk.read(0, 512))) == (2, errno.EIO)
+
+    rule = {"event": "l2_update", "state": 2}
+    change = {"event": "l2_update", "state": 1, "new_state": 2}
+    with_rules(check, **{"inject-error": [rule], "set-state": [change]})
+
+
+def test_an_event_without_matching_rule_leaves_the_rules_in_force() -> None:
+    """Matching rules replace those in force; an event that nobody cares about must not lift a fault."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        driver.debug_event("l2_load")
+        driver.debug_event("cluster_alloc")
+        assert await error_of(disk.read(0, 512)) == errno.EIO
+        driver.debug_event("read_aio")
+        assert await error_of(disk.read(0, 512)) == errno.EPERM
+
+    rules = [{"event": "l2_load"}, {"event": "read_aio", "errno": errno.EPERM}]
+    with_rules(check, **{"inject-error": rules})
+
+
+def test_writes_raise_their_own_events() -> None:
+    """``pwritev`` comes before the write it is about, ``pwritev_done`` after it."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        assert await error_of(disk.read(0, 512)) is None
+        assert await error_of(disk.write_zeroes(0, 512)) is None
+        assert await error_of(disk.write(0, b"x" * 512)) == errno.EIO
+
+    with_rules(check, **{"inject-error": [{"event": "pwritev", "iotype": "write"}]})
+
+
+def test_limits_cut_requests_for_the_node() -> None:
+    """Fragmenting code is tried with limits far below those of real storage."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        seen: list[tuple[int, int]] = []
+        original = BlkdebugDriver.write_from
+
+        async def note(offset: int, buffer: memoryview, *, fua: bool = False) -> None:
+            seen.append((offset, len(buffer)))
+            await original(driver, offset, buffer, fua=fua)
+
+        driver.write_from = note  # type: ignore[method-assign]
+        await disk.write(100, b"q" * 3000)
+        assert all(offset % 512 == 0 and length % 512 == 0 and length <= 1024 for offset, length in seen)
+        assert await disk.read(0, 4096) == bytes(100) + b"q" * 3000 + bytes(996)
+
+    with_rules(check, **{"align": 512, "max-transfer": 1024})
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        ({"align": 768}, "align"),
+        ({"align": 4096, "max-transfer": 512}, "max-transfer"),
+        ({"opt-write-zero": 4096, "max-write-zero": 6144}, "max-write-zero"),
+        ({"align": 1024, "opt-discard": 512}, "opt-discard"),
+        ({"max-discard": -512}, "max-discard"),
+        ({"inject-error": [{"event": "pwritev_rmw_head"}]}, "event"),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(options: dict[str, Any], culprit: str) -> None:
+    """The message names the option; nothing stays open."""
+
+    async def main() -> None:
+        async with BlockSystem.create() as system:
+            with pytest.raises(InvalidParameter) as refused:
+                await debugged(system, **options)
+            assert refused.value.name == culprit
+            assert not system.graph.nodes
+
+    run(main)
+
+
+def test_permissions_can_be_taken_and_withheld() -> None:
+    """Permission conflicts are provoked without a second program."""
+
+    async def main() -> None:
+        async with BlockSystem.create() as system:
+            disk = await system.opener.open_blockdev({"driver": "memory", "node-name": "disk", "size": 64 * KiB})
+            disk.monitor_owned = True
+            options = {"driver": "blkdebug", "node-name": "bd", "image": "disk"}
+            lists = {"take-child-perms": ["write"], "unshare-child-perms": ["write", "resize"]}
+            node = await system.opener.open_blockdev({**options, **lists})
+            node.monitor_owned = True
+            (edge,) = disk.parents
+            assert Perm.WRITE in edge.perm
+            assert edge.shared == Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            other = BlockBackend(system.graph, perm=Perm.WRITE, shared=Perm.ALL)
+            with pytest.raises(PermissionConflict):
+                other.insert(disk)
+
+    run(main)
+
+
+def test_rules_come_from_a_configuration_file_too(tmp_path: Path) -> None:
+    """The files that exist for QEMU's tests can be used as they are."""
+    config = tmp_path / "rules.cfg"
+    config.write_text(
+        '# a comment\n[inject-error]\nevent = "read_aio"\nerrno = "28"\nonce = "on"\n\n'
+        '[set-state "again"]\nstate = "1"\nevent = "l2_load"\nnew_state = "2"\n'
+    )
+    error, change = read_config(config)
+    assert isinstance(error, InjectError) and isinstance(change, SetState)
+    assert (error.event, error.errno, error.once) == ("read_aio", errno.ENOSPC, True)
+    assert (change.state, change.event, change.new_state) == (1, "l2_load", 2)
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        driver.debug_event("read_aio")
+        assert await error_of(disk.read(0, 512)) == errno.ENOSPC
+
+    with_rules(check, config=str(config))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[inject-errors]\n", ":1"),
+        ('event = "none"\n', ":1"),
+        ('[inject-error]\nevent = "nope"\n', ":1: in [inject-error]: Parameter 'event'"),
+        ('[set-state]\n\nevent = "none"\n', "new_state"),
+        ("[inject-error]\nevent none\n", ":2"),
+    ],
+)
+def test_a_wrong_configuration_file_is_refused_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+    """Who writes rules by hand needs to know which line."""
+    config = tmp_path / "rules.cfg"
+    config.write_text(text)
+    with pytest.raises(CommandError) as refused:
+        read_config(config)
+    assert told in str(refused.value)
+    with pytest.raises(CommandError):
+        read_config(tmp_path / "missing.cfg")
+
+
+def test_the_events_that_are_never_raised_are_events() -> None:
+    """A misspelt name there would let a rule wait for ever."""
+    assert set(get_args(BlkdebugEvent)) > NEVER_RAISED
