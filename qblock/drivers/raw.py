@@ -136,7 +136,9 @@ class RawDriver(Driver):
         )
 
     async def discard(self, offset: int, length: int) -> None:
-        """See `Driver`."""
+        """See `Driver`; not for a part of a first sector that must be looked at."""
+        if self.node.probed and offset < _SECTOR and (offset or length < _SECTOR):
+            raise BlockIOError(errno.ENOTSUP)
         await requests.discard(self._edge, offset + self.options.offset, length)
 
     async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
