@@ -141,7 +141,7 @@ class IoShell:
     def allow(self, needed: Perm) -> None:
         """Take permissions on the image that the command at hand needs; raises when the image is read-only."""
         backend = self.image
-        if needed & (Perm.WRITE | Perm.RESIZE) and backend.node is not None and backend.node.read_only:
+        if needed & (Perm.WRITE | Perm.RESIZE) and backend.node.read_only:
             raise CommandError(f"'{backend.node.node_name}' is read-only")
         if needed & ~backend.perm:
             backend.set_permissions(backend.perm | needed, backend.shared)
@@ -482,7 +482,6 @@ async def _length(shell: IoShell, name: str, args: list[str]) -> None:
 async def _allocation(shell: IoShell, offset: int, end: int) -> tuple[bool, int]:
     """Whether the top node itself holds ``offset``, and for how many bytes (up to ``end``) the answer is the same."""
     node = shell.image.node
-    assert node is not None
     at, allocated = offset, None
     while at < end:
         extent = await block_status(node, at, end - at, want_zero=False)
@@ -518,7 +517,6 @@ async def _map(shell: IoShell, name: str, args: list[str]) -> None:
 
 async def _info(shell: IoShell, name: str, args: list[str]) -> None:
     node = shell.image.node
-    assert node is not None
     shell.out(f"format name: {node.driver.name}")
     info = node.driver.info()
     if info.cluster_size:

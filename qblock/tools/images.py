@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
@@ -87,7 +87,7 @@ class ImageSession:
         """The top node of an image; raises a QBlockError. The caller gives it a user before awaiting anything else."""
         name = wanted.name
         if wanted.image_opts:
-            name = "json:" + json.dumps(parse_keyval(wanted.name))
+            name = "json:" + json.dumps(_with_drivers(parse_keyval(wanted.name), root=True))
         return await self.opener.open_image(
             name,
             fmt=wanted.fmt,
@@ -129,6 +129,17 @@ class ImageSession:
         self.backends.clear()
         await self.opener.close_orphans()
         self.environment.executor.shutdown(wait=False)
+
+
+def _with_drivers(options: Mapping[str, Any], *, root: bool = False) -> dict[str, Any]:
+    """Options of --image-opts in which ``file.filename`` alone means a file, and ``filename`` alone an image to be probed."""
+    nested = {key: _with_drivers(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+    if "filename" not in nested or "driver" in nested:
+        return nested
+    if root:
+        return {**{key: value for key, value in nested.items() if key != "filename"},
+                "file": {"driver": "file", "filename": nested["filename"]}}  # fmt: skip
+    return {"driver": "file", **nested}
 
 
 def run_session(body: Callable[[ImageSession], Awaitable[T]]) -> T:

@@ -71,7 +71,6 @@ def run(args: list[str]) -> int:
 async def _check(session: ImageSession, wanted: ImageArguments, fix: CheckFix) -> tuple[str, CheckResult]:
     backend = await session.open(wanted)
     node = backend.node
-    assert node is not None
     driver = node.driver
     if not isinstance(driver, SupportsCheck):
         raise _NoCheck(f"images of the format '{driver.name}' cannot be checked")

@@ -48,21 +48,22 @@ def run(args: list[str]) -> int:
             complain("qblock-img", str(stop))
         elif "q" not in arguments:
             print(stop)
+            if "p" in arguments:
+                print()
         return stop.code
 
 
 async def _compare(session: ImageSession, arguments: Arguments) -> int:
-    images = [await _open(session, arguments, name, fmt) for name, fmt in zip(arguments.words, "fF", strict=True)]
+    one = await _open(session, arguments, arguments.words[0], "f")
+    two = await _open(session, arguments, arguments.words[1], "F")
     quiet = "q" in arguments
     comparison = _Comparison(
-        *images, strict="s" in arguments, quiet=quiet, progress=Progress("p" in arguments and not quiet)
+        one, two, strict="s" in arguments, quiet=quiet, progress=Progress("p" in arguments and not quiet)
     )
-    try:
-        await comparison.run()
-    finally:
-        comparison.progress.end()
+    await comparison.run()
     if not quiet:
         print("Images are identical.")
+    comparison.progress.end()
     return IDENTICAL
 
 

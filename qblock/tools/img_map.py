@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 import attrs
 
 from qblock.errors import CommandError
-from qblock.node import BlockDriverState
 from qblock.status import ChainExtent, chain_status
 from qblock.tools.arguments import Arguments, UsageError, check_objects
 from qblock.tools.images import ImageArguments, ImageSession, run_session
@@ -70,12 +69,11 @@ async def _areas(
 ) -> AsyncIterator[Area]:
     """The areas of the asked range, adjacent equal ones joined; one empty area when the range is empty."""
     node = (await session.open(wanted)).node
-    assert node is not None
     end = node.length if max_length is None else min(node.length, start + max_length)
     at, current = start, None
     while at < end:
         extent = await chain_status(node, at, min(end - at, MAX_QUESTION))
-        area = _area(node, at, extent)
+        area = _area(at, extent)
         at += extent.length
         if current is not None and current.continues_in(area):
             current = attrs.evolve(current, length=current.length + area.length)
@@ -86,7 +84,10 @@ async def _areas(
     yield current or Area(start, 0, 0, False, False, False, None, "")
 
 
-def _area(node: BlockDriverState, at: int, extent: ChainExtent) -> Area:
+def _area(at: int, extent: ChainExtent) -> Area:
+    if extent.depth and extent.node is not None and at >= extent.node.length:
+        # Behind the end of a layer: qemu-img calls that unallocated in the layer above.
+        return Area(at, extent.length, extent.depth - 1, False, True, False, None, "")
     filename = (extent.file.driver.filename() or "") if extent.file is not None else ""
     return Area(
         at, extent.length, extent.depth, extent.present, extent.zero, extent.data, extent.offset, filename

@@ -115,7 +115,7 @@ class _Program:
                 out=print,
                 err=_print_error,
                 tasks=tasks,
-                table=COMMANDS | self._commands(),
+                table={**COMMANDS, **self._commands()},
             )
             if wanted is not None and not await self._open_image(shell, wanted):
                 return 1

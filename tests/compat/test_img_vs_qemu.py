@@ -19,8 +19,8 @@ Run = Callable[..., tuple[int, str]]
 
 def qemu(*args: str) -> tuple[int, str]:
     """Exit code and standard output of the real qemu-img."""
-    result = subprocess.run(["qemu-img", *args], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    return result.returncode, result.stdout
+    result = subprocess.run(["qemu-img", *args], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    return result.returncode, result.stdout.decode()
 
 
 def qemu_io(image: str, *commands: str) -> None:
@@ -37,7 +37,7 @@ def ours(capfd: pytest.CaptureFixture[str]) -> Run:
         capfd.readouterr()
         code = main(list(args))
         captured = capfd.readouterr()
-        if code:
+        if code and "-q" not in args:
             assert captured.err or captured.out, "a failure must say why"
         return code, captured.out
 
@@ -226,7 +226,7 @@ def test_compare_finds_what_qemu_finds(
     expected_code, expected = qemu("compare", *options, one, two)
     assert code == expected_code
     assert text.split("\r")[-1].strip() == expected.split("\r")[-1].strip()
-    assert text.endswith(expected[-2:])
+    assert text.count("\n") == expected.count("\n")
 
 
 CREATIONS = (
@@ -327,11 +327,11 @@ def test_converted_images_are_identical(
 
 
 def _allocation(image: str) -> list[tuple[int, int]]:
-    """Which areas an image holds as data."""
+    """Which areas an image has clusters for."""
     areas = json.loads(qemu("map", "--output=json", image)[1])
     runs: list[tuple[int, int]] = []
     for area in areas:
-        if area["data"] and not area["zero"]:
+        if area["present"]:
             if runs and runs[-1][1] == area["start"]:
                 runs[-1] = (runs[-1][0], area["start"] + area["length"])
             else:
