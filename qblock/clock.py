@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Final, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, Literal, Protocol, TypeVar, runtime_checkable
 
 import attrs
 
@@ -55,9 +55,12 @@ class VirtualTime(Protocol):
         """Virtual nanoseconds since the loop was made."""
 
     async def advance(self, ns: int) -> None:
-        """Let ``ns`` nanoseconds pass, with everything that falls due in them, and return at their end."""
+        """Let ``ns`` nanoseconds pass, and return when everything that fell due in them has run."""
 
-    async def advance_until(self, done: asyncio.Future[object], *, limit_ns: int) -> bool:
+    async def settle(self) -> None:
+        """Return when everything has run that needs no time to pass."""
+
+    async def advance_until(self, done: asyncio.Future[Any], *, limit_ns: int) -> bool:
         """Let time pass until ``done`` is done (True) or ``limit_ns`` have passed (False)."""
 
 

@@ -8,7 +8,7 @@ second time. A format node and its file are one line unless ``full`` is asked fo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import attrs
@@ -32,14 +32,14 @@ class Strokes:
 UNICODE: Final = Strokes("├─ ", "└─ ", "│  ", "█", "░")
 ASCII: Final = Strokes("+- ", "`- ", "|  ", "#", ".")
 
-_PLAIN_NAMES: Final = {"file": "", "backing": "backing ", "root": ""}
+_PLAIN_NAMES: Final = {"file": "", "root": ""}
 
 
 @attrs.define
 class GraphDrawing:
     """One drawing; ``lines`` does it. ``permissions`` adds what each edge takes."""
 
-    nodes: tuple[BlockDriverState, ...] = attrs.field(converter=tuple)
+    nodes: Sequence[BlockDriverState]
     strokes: Strokes = UNICODE
     full: bool = False
     permissions: bool = False
@@ -49,6 +49,8 @@ class GraphDrawing:
         """The drawing, line by line, without line ends."""
         result: list[str] = []
         for title, edges in self._roots():
+            if title.startswith(_UNNAMED) and all(edge.node.node_name in self._drawn for edge in edges):
+                continue  # a job's own handle on what stands below the job already
             result.append(title)
             result += self._edges(edges, "")
         for node in self.nodes:
@@ -64,13 +66,13 @@ class GraphDrawing:
             for edge in node.parents:
                 if not isinstance(edge.parent, BlockDriverState):
                     users.setdefault(id(edge.parent), (edge.parent.describe_user(), []))[1].append(edge)
-        return sorted(users.values(), key=lambda user: (" job " in user[0], user[0]))
+        return sorted(users.values(), key=lambda user: _rank(user[0]))
 
     def _edges(self, edges: list[BdrvChild], indent: str) -> Iterator[str]:
         for index, edge in enumerate(edges):
             is_last = index == len(edges) - 1
             connector = self.strokes.last if is_last else self.strokes.branch
-            label = _PLAIN_NAMES.get(edge.name, f"{edge.name} ")
+            label = "" if edge.role is ChildRole.FILTERED else _PLAIN_NAMES.get(edge.name, f"{edge.name} ")
             if self.permissions:
                 label += f"({describe_permissions(edge.perm)}) "
             yield from self._node(edge.node, indent, connector, "   " if is_last else self.strokes.along, label)
@@ -91,6 +93,14 @@ class GraphDrawing:
         (edge,) = node.parents
         storing = (ChildRole.STORAGE, ChildRole.PRIMARY_DATA)
         return isinstance(edge.parent, BlockDriverState) and edge.role in storing
+
+
+_UNNAMED: Final = "an unnamed"
+
+
+def _rank(user: str) -> tuple[int, str]:
+    """Disks come first, then jobs, then what has no name."""
+    return (2 if user.startswith(_UNNAMED) else 1 if " job " in user else 0), user
 
 
 def describe_node(node: BlockDriverState) -> str:

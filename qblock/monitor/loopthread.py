@@ -42,12 +42,15 @@ class LoopThread:
             self.loop.call_soon_threadsafe(self._end)
             self._thread.join()
 
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` on the loop and block for its result; an interrupt (Ctrl-C) here cancels it there."""
+    def call(self, work: Coroutine[Any, Any, T], *, timeout: float | None = None) -> T:
+        """Run ``work`` on the loop and block for its result; an interrupt (Ctrl-C) here cancels it there.
+
+        So does the end of ``timeout`` real seconds, with `TimeoutError`.
+        """
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
-            return future.result()
-        except KeyboardInterrupt:
+            return future.result(timeout)
+        except (KeyboardInterrupt, TimeoutError):
             future.cancel()
             raise
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
@@ -91,11 +91,17 @@ class StreamWire:
             pass  # the server was faster
 
 
+Execute = Callable[[str, "Mapping[str, Json]"], "Awaitable[Json]"]
+
+
 class GuestPort(Protocol):
     """How the script's guest reaches its device."""
 
-    async def perform(self, request: GuestIO) -> str:
-        """Do one request and say in a few words what came of it; raises `CommandError` or `BlockIOError`."""
+    async def perform(self, request: GuestIO, execute: Execute) -> str:
+        """Do one request and say in a few words what came of it; raises `CommandError` or `BlockIOError`.
+
+        ``execute`` sends a command to the server and gives its result.
+        """
 
 
 # ---------------------------------------------------------------------------------------------------------- transcripts
@@ -220,16 +226,26 @@ class Replay:
                 self._record("step", step.text)
 
     async def _command(self, step: Command) -> None:
+        reply = self._last_reply = await self._ask(step)
+        wanted, got = step.message.get("id"), reply.get("id") if isinstance(reply, dict) else None
+        if wanted != got:
+            raise ReplayFailure(step.line, f"the reply has the id {json.dumps(got)}, not {json.dumps(wanted)}")
+
+    async def _ask(self, step: Command) -> Json:
         self._record("sent", dict(step.message))
         try:
             await self.wire.send(dict(step.message))
         except OSError as error:
             raise ReplayFailure(step.line, f"the command could not be sent: {error}") from error
         await self._await(lambda: bool(self._replies), step)
-        reply = self._last_reply = self._replies.pop(0)
-        wanted, got = step.message.get("id"), reply.get("id") if isinstance(reply, dict) else None
-        if wanted != got:
-            raise ReplayFailure(step.line, f"the reply has the id {json.dumps(got)}, not {json.dumps(wanted)}")
+        return self._replies.pop(0)
+
+    async def _execute(self, command: str, arguments: Mapping[str, Json]) -> Json:
+        """A command on behalf of the guest: its reply is not what ``expect`` looks at."""
+        reply = await self._ask(Command(0, {"execute": command, "arguments": arguments}))
+        if not isinstance(reply, dict) or "error" in reply:
+            raise CommandError(f"{command}: {reply['error'].get('desc') if isinstance(reply, dict) else reply}")
+        return reply.get("return")
 
     def _expect(self, step: Expect) -> None:
         found = list(differences(step.pattern, self._last_reply))
@@ -281,42 +297,24 @@ class Replay:
         fill = "" if step.pattern is None else f", pattern {step.pattern:#04x}"
         self._record("step", f"guest: {step.verb} {step.device}{where}{fill}")
         try:
-            self._record("ok", f"guest: {await self.guest.perform(step)}")
+            self._record("ok", f"guest: {await self.guest.perform(step, self._execute)}")
         except (CommandError, OSError) as error:
             raise ReplayFailure(step.line, f"the guest's {step.verb} failed: {error}") from error
 
 
-@attrs.define(eq=False)
 class MonitorGuest:
-    """A `GuestPort` for a server that is not ours: requests go through HMP's ``qemu-io``, on a connection of their own.
+    """A `GuestPort` for a server that is not ours: requests go through HMP's ``qemu-io``.
 
-    QEMU prints the outcome on its own terminal, so a pattern that differs cannot be seen from here; the transcript
-    says so.
+    QEMU prints the outcome on its own terminal, so a pattern that differs cannot be seen from here; what is said says so.
     """
 
-    wire: Wire
-    _ready: bool = attrs.field(init=False, default=False)
-
-    async def perform(self, request: GuestIO) -> str:
+    async def perform(self, request: GuestIO, execute: Execute) -> str:
         """See `GuestPort`."""
-        if not self._ready:
-            await self._execute({"execute": "qmp_capabilities"})
-            self._ready = True
         line: str = request.verb
         if request.verb != "flush":
             fill = "" if request.pattern is None else f" -P {request.pattern}"
             line = f"{request.verb}{fill} {request.offset} {request.length}"
-        arguments = {"command-line": f'qemu-io {request.device} "{line}"'}
-        output = await self._execute({"execute": "human-monitor-command", "arguments": arguments})
+        output = await execute("human-monitor-command", {"command-line": f'qemu-io {request.device} "{line}"'})
         if any(word in str(output) for word in ("Error:", "failed", "unknown command")):
             raise CommandError(str(output).strip())
-        return "done (the server keeps qemu-io's output to itself, the content was not compared)"
-
-    async def _execute(self, command: Mapping[str, Json]) -> Json:
-        await self.wire.send(dict(command))
-        while (message := await self.wire.receive()) is not None:
-            if isinstance(message, dict) and "error" in message:
-                raise CommandError(f"{command['execute']}: {message['error'].get('desc')}")
-            if isinstance(message, dict) and "return" in message:
-                return message["return"]
-        raise CommandError("the server has closed the connection")
+        return "done (what qemu-io found stays with the server)" if request.verb == "read" else "done"

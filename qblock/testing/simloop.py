@@ -158,7 +158,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         await LoopClock().sleep_ns(ns)
         await self.settle()
 
-    async def advance_until(self, done: asyncio.Future[object], *, limit_ns: int) -> bool:
+    async def advance_until(self, done: asyncio.Future[Any], *, limit_ns: int) -> bool:
         """Let time pass until ``done`` is done, at most ``limit_ns``; returns whether it is. ``done`` is not
         cancelled.
         """

@@ -13,7 +13,10 @@ import attrs
 import pytest
 
 from qblock.clock import LoopClock
+from qblock.errors import CommandError
 from qblock.monitor.replay import (
+    Execute,
+    GuestPort,
     JsonTranscript,
     MonitorGuest,
     Replay,
@@ -167,7 +170,7 @@ class RecordingGuest:
 
     requests: list[GuestIO] = attrs.field(factory=list)
 
-    async def perform(self, request: GuestIO) -> str:
+    async def perform(self, request: GuestIO, execute: Execute) -> str:
         self.requests.append(request)
         if request.device == "broken":
             raise OSError(5, "Input/output error")
@@ -175,21 +178,24 @@ class RecordingGuest:
 
 
 def replay(
-    script: str, *answers: list[Any], transcript: Callable[[Callable[[str], object]], Transcript] = TextTranscript
+    script: str,
+    *answers: list[Any],
+    transcript: Callable[[Callable[[str], object]], Transcript] = TextTranscript,
+    guest: GuestPort | None = None,
 ) -> tuple[str, ScriptedServer, RecordingGuest, Exception | None]:
     """Run a script on virtual time; returns transcript, server, guest and what failed."""
     out = io.StringIO()
 
     async def main() -> tuple[ScriptedServer, RecordingGuest, Exception | None]:
-        server, guest = ScriptedServer(list(answers)), RecordingGuest()
+        server, recording = ScriptedServer(list(answers)), RecordingGuest()
         try:
-            await Replay(server, LoopClock(), transcript(out.write), guest).run(parse_script(script))
+            await Replay(server, LoopClock(), transcript(out.write), guest or recording).run(parse_script(script))
         except ReplayFailure as failure:
-            return server, guest, failure
-        return server, guest, None
+            return server, recording, failure
+        return server, recording, None
 
-    server, guest, failure = run(main)
-    return out.getvalue(), server, guest, failure
+    server, recording, failure = run(main)
+    return out.getvalue(), server, recording, failure
 
 
 def test_a_run_is_written_down_in_both_directions_with_times() -> None:
@@ -288,18 +294,39 @@ def test_guest_requests_go_to_the_guest() -> None:
 
 def test_a_foreign_servers_guest_is_reached_through_hmp() -> None:
     """One script, two servers: QEMU's own disks are written with the HMP command qemu-io."""
+    sent: list[Any] = []
 
-    async def main() -> list[Any]:
-        server = ScriptedServer([[{"event": "X"}, {"return": ""}], [{"return": "Error: no such device\r\n"}]])
-        guest = MonitorGuest(server)
-        assert "not compared" in await guest.perform(GuestIO(1, "virtio0", "write", 0, 512, 7))
-        with pytest.raises(Exception, match="no such device"):
-            await guest.perform(GuestIO(1, "nope", "flush"))
-        return server.sent
+    async def execute(command: str, arguments: Any) -> str:
+        sent.append((command, arguments["command-line"]))
+        return "Error: no such device\r\n" if "nope" in arguments["command-line"] else ""
 
-    sent = run(main)
-    assert sent[1]["arguments"] == {"command-line": 'qemu-io virtio0 "write -P 7 0 512"'}
-    assert sent[2]["arguments"] == {"command-line": 'qemu-io nope "flush"'}
+    async def main() -> None:
+        guest = MonitorGuest()
+        assert await guest.perform(GuestIO(1, "virtio0", "write", 0, 512, 7), execute) == "done"
+        assert "stays with the server" in await guest.perform(GuestIO(1, "virtio0", "read", 0, 512, 7), execute)
+        with pytest.raises(CommandError, match="no such device"):
+            await guest.perform(GuestIO(1, "nope", "flush"), execute)
+
+    run(main)
+    assert sent == [
+        ("human-monitor-command", 'qemu-io virtio0 "write -P 7 0 512"'),
+        ("human-monitor-command", 'qemu-io virtio0 "read -P 7 0 512"'),
+        ("human-monitor-command", 'qemu-io nope "flush"'),
+    ]
+
+
+def test_the_guests_commands_are_not_what_expect_looks_at() -> None:
+    """They go over the script's own connection, since a server may serve one client only."""
+    _, server, _, failure = replay(
+        '{"execute": "a"} {"guest": {"device": "d", "flush": {}}} {"expect": {"return": 1}}',
+        [{"return": 1}], [{"event": "X"}, {"return": ""}], guest=MonitorGuest(),
+    )  # fmt: skip
+    assert failure is None
+    assert server.sent[-1]["execute"] == "human-monitor-command"
+    *_, failure = replay(
+        '{"guest": {"device": "d", "flush": {}}}', [{"error": {"desc": "no HMP here"}}], guest=MonitorGuest()
+    )
+    assert "no HMP here" in str(failure)
 
 
 def test_a_stream_wire_reads_values_not_lines(tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""A machine around a block system: its monitor, its sockets, its disks, and a guest on each of them.
+
+What `qblock` runs, and what its replay, demo and pytest fixtures stand on. Models as much of a QEMU process as the block layer's
+users see: ``-drive``, ``-blockdev``, ``-qmp``. Differs from QEMU in that the guest is a program of ours that can be told what
+to write, and in that a drive is a virtio disk unless its ``if`` says otherwise. Sizes are bytes, times nanoseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import random as random_module
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from qblock.clock import Clock, VirtualTime
+from qblock.errors import CommandError, DeviceNotFound
+from qblock.guest import Guest, Workload
+from qblock.monitor.chardev import parse_short
+from qblock.monitor.eventlog import EventLog
+from qblock.monitor.events import EVENTS
+from qblock.monitor.hub import MonitorHub
+from qblock.monitor.server import MonitorServer
+from qblock.options import parse_keyval
+from qblock.policy import OpenPolicy
+from qblock.system import BlockSystem
+from qblock.units import SECOND_NS, format_size
+
+if TYPE_CHECKING:
+    from qblock.driver import Json
+    from qblock.monitor.replay import Execute
+    from qblock.monitor.script import GuestIO
+
+DEFAULT_INTERFACE: Final = "virtio"
+
+
+@attrs.frozen
+class MachineOptions:
+    """What a machine starts with, as on the command line: values of -drive, -blockdev and -qmp, and a seed for its chances."""
+
+    drives: Sequence[str] = ()
+    blockdevs: Sequence[str] = ()
+    qmp: Sequence[str] = ()
+    seed: int | None = None
+
+
+@attrs.define(eq=False)
+class Machine:
+    """A running machine. Make one with `open`, end it with `close`; all its methods belong to its loop.
+
+    ``virtual_time`` is the loop when its time is moved by hand, None otherwise. ``watching``: events are shown as they come.
+    """
+
+    system: BlockSystem
+    hub: MonitorHub
+    clock: Clock
+    random: random_module.Random
+    virtual_time: VirtualTime | None = None
+    watching: bool = False
+    started_ns: int = attrs.field(init=False)
+    events: EventLog = attrs.field(init=False, factory=EventLog)
+    _servers: list[MonitorServer] = attrs.field(init=False, factory=list)
+    _guests: dict[str, Guest] = attrs.field(init=False, factory=dict)
+    _reports: list[str] = attrs.field(init=False, factory=list)
+
+    @classmethod
+    async def open(cls, options: MachineOptions, *, clock: Clock, virtual_time: VirtualTime | None = None) -> Machine:
+        """Start a machine; raises `QBlockError` or `OSError` with nothing left open."""
+        random = random_module.Random(options.seed)
+        reports: list[str] = []
+        system = BlockSystem.create(clock=clock, policy=OpenPolicy.follow(), random=random, warn=reports.append)
+        hub = MonitorHub(system, report=reports.append)
+        machine = cls(system, hub, clock, random, virtual_time)
+        machine._reports = reports
+        machine.started_ns = clock.now_ns()
+        system.events.subscribe(machine.events.record)
+        hub.open()
+        try:
+            for text in options.blockdevs:
+                await machine.add_blockdev(text)
+            for text in options.drives:
+                await machine.add_drive(text)
+            for number, text in enumerate(options.qmp):
+                await machine.serve(text, label=f"qmp{number}")
+        except BaseException:
+            await machine.close()
+            raise
+        return machine
+
+    async def close(self) -> None:
+        """Stop the guests, end the monitors, cancel the jobs, flush and close all images."""
+        for guest in self._guests.values():
+            await guest.stop()
+        if not self.hub.quitting:
+            await self.hub.quit()
+        for server in self._servers:
+            await server.close()
+        await self.hub.close()
+        await self.system.close()
+
+    async def add_drive(self, text: str) -> None:
+        """As -drive."""
+        await self.system.drive_add(text, default_interface=DEFAULT_INTERFACE)
+
+    async def add_blockdev(self, text: str) -> None:
+        """As -blockdev: options as ``key=value`` text or as JSON."""
+        is_json = text.lstrip().startswith("{")
+        try:
+            options: Json = json.loads(text) if is_json else parse_keyval(text, implied_key="driver")
+        except ValueError as error:
+            raise CommandError(f"the options of a node are not JSON: {error}") from None
+        node = await self.system.opener.open_blockdev(options, strings=not is_json)
+        node.monitor_owned = True
+
+    async def serve(self, text: str, *, label: str) -> None:
+        """As -qmp: ``unix:PATH,server=on,wait=off`` and the like."""
+        server = MonitorServer(self.hub, parse_short(text, label))
+        await server.start()
+        self._servers.append(server)
+
+    async def settle(self) -> None:
+        """On virtual time: wait until everything has happened that takes no time. On real time this returns at once."""
+        if self.virtual_time is not None:
+            await self.virtual_time.settle()
+
+    def take_reports(self) -> list[str]:
+        """What was printed for the person at the console since the last call; each text ends in a newline."""
+        taken = [text if text.endswith("\n") else text + "\n" for text in self._reports]
+        self._reports.clear()
+        return taken
+
+    # ----------------------------------------------------------------------------------------------------------- names
+
+    def device_names(self) -> list[str]:
+        """The names of the machine's disks."""
+        return [backend.name for backend in self.system.graph.backends if backend.name]
+
+    @staticmethod
+    def event_names(word: str) -> frozenset[str]:
+        """The QMP events that ``word`` means: the one of that name, or all whose name ends in it."""
+        upper = word.upper().replace("-", "_")
+        return frozenset(name for name in EVENTS if name == upper or name.endswith(f"_{upper}"))
+
+    @staticmethod
+    def event_words() -> list[str]:
+        """What a person may call events: full names and their last words."""
+        return sorted({name.rpartition("_")[2] for name in EVENTS} | set(EVENTS))
+
+    # ----------------------------------------------------------------------------------------------------------- guest
+
+    def guest(self, device: str) -> Guest:
+        """The guest on a disk; raises `DeviceNotFound`."""
+        guest = self._guests.get(device)
+        if guest is None:
+            backend = next((b for b in self.system.graph.backends if b.name == device), None)
+            if backend is None or not device:
+                raise DeviceNotFound(device)
+            guest = self._guests[device] = Guest(backend, self.clock, random_module.Random(self.random.getrandbits(64)))
+        return guest
+
+    def start_guest(self, device: str, *, writes_per_second: int) -> None:
+        """Let the guest on a disk work at this pace; raises `CommandError` if it does already."""
+        if writes_per_second < 1:
+            raise CommandError("the guest's pace is at least one request a second")
+        self.guest(device).start(Workload(interval_ns=max(1, SECOND_NS // writes_per_second)))
+
+    async def stop_guest(self, device: str) -> int:
+        """Stop the guest on a disk; returns how many bytes it has written. Raises `CommandError` when it was not at work."""
+        guest = self.guest(device)
+        if not guest.running:
+            raise CommandError(f"the guest does nothing on {device}")
+        await guest.stop()
+        return guest.counters.bytes_written
+
+    def guest_activity(self, device: str) -> str:
+        """What the guest does on a disk, in a few words."""
+        guest = self._guests.get(device)
+        if guest is None:
+            return "nothing yet"
+        done = guest.counters
+        total = f"{done.writes} writes ({format_size(done.bytes_written)}), {done.reads} reads, {done.flushes} flushes"
+        failed = f", {done.failed} failed" if done.failed else ""
+        return f"{'at work' if guest.running else 'idle'}: {total}{failed}"
+
+    async def guest_write(self, device: str, offset: int, length: int, pattern: int) -> None:
+        """One write of the byte ``pattern``; offset and length are multiples of 512. Raises `BlockIOError`."""
+        await self.guest(device).write(offset, length, pattern)
+
+    async def guest_read(self, device: str, offset: int, length: int) -> bytes:
+        """One read; raises `BlockIOError`, or `GuestMismatch` when it is not what the guest has written."""
+        return await self.guest(device).read(offset, length)
+
+    async def guest_flush(self, device: str) -> None:
+        """One flush; raises `BlockIOError`."""
+        await self.guest(device).flush()
+
+    async def perform(self, request: GuestIO, execute: Execute) -> str:
+        """A request of a replayed script's guest; see `replay.GuestPort`."""
+        del execute  # the guest reaches its disk without the monitor
+        match request.verb:
+            case "write":
+                await self.guest_write(request.device, request.offset, request.length, request.pattern or 0)
+            case "flush":
+                await self.guest_flush(request.device)
+            case "read":
+                data = await self.guest_read(request.device, request.offset, request.length)
+                wrong = next((i for i, byte in enumerate(data) if byte != request.pattern), None)
+                if request.pattern is not None and wrong is not None:
+                    raise CommandError(
+                        f"the byte at {request.offset + wrong} is {data[wrong]:#04x}, not {request.pattern:#04x}"
+                    )
+        return "done"
