@@ -25,8 +25,8 @@ from qblock import status
 from qblock.backend import BlockBackend
 from qblock.chain import skip_filters
 from qblock.clock import RealClock
-from qblock.driver import Environment, SupportsBacking
-from qblock.errors import BlockIOError
+from qblock.driver import CheckFix, CheckResult, Environment, SupportsBacking, SupportsCheck
+from qblock.errors import BlockIOError, CommandError
 from qblock.graph import Graph
 from qblock.opening import Opener
 from qblock.permissions import Perm
@@ -201,6 +201,13 @@ class Image:
         if self.writable:
             self._run(self._backend.flush())
 
+    def check(self) -> CheckResult:
+        """Verify the format's own metadata, repairing nothing; raises `CommandError` for a format that has no check."""
+        driver = skip_filters(self._backend.node).driver
+        if not isinstance(driver, SupportsCheck):
+            raise CommandError(f"images of the format '{driver.name}' cannot be checked")
+        return self._run(_checked(driver))
+
     def resize(self, length: int) -> None:
         """Change the size of the disk; what is added reads as zeroes."""
         self._check_writable()
@@ -247,6 +254,10 @@ class Image:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "writable" if self.writable else "read-only"
         return f"<Image {self.path!r} {state}>"
+
+
+async def _checked(driver: SupportsCheck) -> CheckResult:
+    return await driver.check(CheckFix.NONE)
 
 
 def _continues(first: MapExtent, second: MapExtent) -> bool:
@@ -344,9 +355,9 @@ def create(
 ) -> None:
     """Make a new image of ``size`` bytes (or text such as ``"64M"``), in place of whatever is at ``path``.
 
-    ``options`` are the format's creation options as QMP names them, with ``_`` for ``-`` (``cluster_size=65536``). An overlay
-    over ``backing`` needs ``backing_fmt`` too; a relative name is meant from the directory of ``path``. Raises `CommandError`
-    for options that make no sense, `BlockIOError` when the file cannot be written.
+    ``options`` are the format's creation options as QMP names them, with ``_`` for ``-`` (``cluster_size=65536``). An
+    overlay over ``backing`` needs ``backing_fmt`` too; a relative name is meant from the directory of ``path``.
+    Raises `CommandError` for options that make no sense, `BlockIOError` when the file cannot be written.
     """
     wire = {name.replace("_", "-"): value for name, value in options.items()}
     if backing is not None:

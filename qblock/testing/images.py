@@ -10,7 +10,7 @@ from __future__ import annotations
 import random as random_module
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import attrs
 
@@ -20,8 +20,8 @@ from qblock.units import KiB, MiB, align_down, parse_size
 PAGE: Final = 64 * KiB
 COMPARE_STEP: Final = MiB
 
-Content = Mapping[int | str, bytes]
-"""What to write: bytes by the offset at which they go."""
+Content: TypeAlias = Mapping[int, bytes] | Mapping[str, bytes]
+"""What to write: bytes by the offset at which they go (a number, or text such as ``"1M"``)."""
 
 
 def make_image(
@@ -55,7 +55,7 @@ def make_chain(directory: str | Path, size: int | str, layers: Sequence[tuple[st
     return paths
 
 
-def random_blocks(random: random_module.Random, size: int, *, count: int, block: int = PAGE) -> dict[int | str, bytes]:
+def random_blocks(random: random_module.Random, size: int, *, count: int, block: int = PAGE) -> dict[int, bytes]:
     """``count`` blocks of random bytes at different aligned places of a disk of ``size`` bytes (fewer if it is too
     small).
     """

@@ -36,6 +36,10 @@ class Proof:
 class Presenter(Protocol):
     """Who shows the demo. Times are nanoseconds since its start."""
 
+    @property
+    def strokes(self) -> Strokes:
+        """What pictures are drawn with."""
+
     def heading(self, ns: int, title: str, text: str) -> None:
         """A new chapter."""
 
