@@ -172,9 +172,10 @@ class RawDriver(Driver):
         return None if window else self._edge.node.driver.filename()
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
-        """See `Driver`: a window leaves the storage as long as it is."""
+        """See `Driver`: what the parents take and share, but nobody else may cut off the storage of a window."""
+        pair = default_child_permissions(self, role, perm, shared)
         window = self.options.offset or self.options.size is not None
-        return default_child_permissions(self, ChildRole.DATA if window else role, perm, shared)
+        return PermissionPair(pair.perm, pair.shared & ~Perm.RESIZE) if window else pair
 
     def check_reopen(self, options: Any, *, read_only: bool) -> None:
         """See `Driver`: the window can be changed; children are the graph's."""

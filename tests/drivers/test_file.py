@@ -578,7 +578,7 @@ def test_hints_that_the_file_system_does_not_take_are_told(tmp_path: Path, monke
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOTTY, "no")
 
-    monkeypatch.setattr(space.fcntl, "ioctl", refuse)
+    monkeypatch.setattr("fcntl.ioctl", refuse)
     context = Context()
     options = FileCreateOptions(filename=str(tmp_path / "new"), size=1, nocow=True, extent_size_hint=MiB)
     run(lambda: FileDriver.create(options, context))

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,8 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-async def file_node(bench: NodeBench, image: Path, locking: str = "on", **state: bool) -> BlockDriverState:
-    options = FileOptions(filename=str(image), locking=locking)  # type: ignore[arg-type]
+async def file_node(bench: NodeBench, image: Path, locking: Any = "on", **state: Any) -> BlockDriverState:
+    options = FileOptions(filename=str(image), locking=locking)
     return await bench.add(FileDriver, options, **state)
 
 
@@ -93,14 +94,14 @@ def test_a_refused_or_undone_change_holds_what_it_held_before(image: Path) -> No
 
 
 @pytest.mark.parametrize("state", [{"locking": "off"}, {"force_share": True, "read_only": True}])
-def test_without_locking_nobody_is_kept_out(image: Path, state: dict[str, bool]) -> None:
+def test_without_locking_nobody_is_kept_out(image: Path, state: dict[str, Any]) -> None:
     """``locking=off``, and tools' ``-U``."""
 
     async def main() -> None:
         bench = NodeBench()
         locked = bench.backend(await file_node(bench, image), perm=READ_WRITE, shared=GUEST_SHARES)
         held = locked_bytes(image)
-        bench.backend(await file_node(bench, image, **state), perm=READ, shared=Perm.ALL)  # type: ignore[arg-type]
+        bench.backend(await file_node(bench, image, **state), perm=READ, shared=Perm.ALL)
         assert locked_bytes(image) == held and locked.root is not None
         await bench.close()
 

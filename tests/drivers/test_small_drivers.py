@@ -96,6 +96,19 @@ def test_raw_is_as_long_as_its_storage_and_follows_it() -> None:
     run(main)
 
 
+def test_a_window_keeps_its_storage_from_being_resized() -> None:
+    """Whoever cuts the storage off would cut the window off."""
+
+    async def main() -> None:
+        bench = NodeBench()
+        raw = await raw_over_memory(bench, offset=512)
+        bench.backend(raw, perm=READ_WRITE)
+        edge = raw.children["file"]
+        assert (edge.perm, edge.shared) == (READ_WRITE, Perm.ALL & ~Perm.RESIZE)
+
+    run(main)
+
+
 HEADS = [b"QFI\xfb", b"QED\0", b"KDMV", b"vhdxfile", b"conectix", b"LUKS\xba\xbe", bytes(64) + b"\x7f\x10\xda\xbe"]
 
 

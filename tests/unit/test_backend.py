@@ -169,6 +169,7 @@ def test_a_change_that_is_called_off_leaves_the_backend_as_it_was() -> None:
         bench = NodeBench()
         _, backend = await disk(bench)
         edge, node = backend.root, backend.node
+        assert edge is not None
         with Transaction() as change:
             backend.set_permissions(Perm.NONE, Perm.ALL, change)
             backend.remove(change)
@@ -176,7 +177,7 @@ def test_a_change_that_is_called_off_leaves_the_backend_as_it_was() -> None:
             backend.insert(node, change)
             change.abort()
         assert backend.root is edge and node.parents == [edge]
-        assert (backend.perm, edge.perm if edge else None) == (READ_WRITE, READ_WRITE)
+        assert (backend.perm, edge.perm) == (READ_WRITE, READ_WRITE)
 
     run(main)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from typing import Any
 
 import pytest
 
 from qblock import requests
-from qblock.backend import BlockBackend
 from qblock.dirty import DirtyBitmap
 from qblock.driver import Limits
 from qblock.drivers.memory import MemoryOptions
 from qblock.errors import BlockIOError, ImagePoisoned
 from qblock.node import BdrvChild, BlockDriverState
-from qblock.permissions import ChildRole
+from qblock.permissions import ChildRole, Perm
 from qblock.testing.nodes import FaultyMemoryDriver, LayerDriver, NodeBench
 from qblock.testing.simloop import run
 from qblock.units import KiB, MiB
@@ -22,7 +22,7 @@ from qblock.zeroes import ZERO_PIECE
 
 
 async def faulty(
-    bench: NodeBench, size: int = 64 * KiB, limits: Limits | None = None, **state: object
+    bench: NodeBench, size: int = 64 * KiB, limits: Limits | None = None, **state: Any
 ) -> tuple[FaultyMemoryDriver, BdrvChild]:
     """A faulty memory disk and an edge that may do everything with it."""
     node = await bench.add(FaultyMemoryDriver, MemoryOptions(size=size), **state)
@@ -30,10 +30,10 @@ async def faulty(
     assert isinstance(driver, FaultyMemoryDriver)
     if limits is not None:
         driver.limits = limits
-    edge = bench.backend(node).root if not node.read_only else None
-    return driver, edge if edge is not None else BdrvChild(
-        "root", ChildRole.ROOT, node, BlockBackend.__new__(BlockBackend)
-    )
+    perm = Perm.CONSISTENT_READ | (Perm.NONE if node.read_only else Perm.WRITE | Perm.RESIZE)
+    edge = bench.backend(node, perm=perm).root
+    assert edge is not None
+    return driver, edge
 
 
 def view(data: bytes) -> memoryview:
@@ -269,9 +269,9 @@ def test_a_poisoned_node_reads_but_refuses_writes_and_flushes() -> None:
         edge.node.poisoned = OSError("no")
         await content(edge, 0, 512)
         for request in (requests.write_from(edge, 0, view(b"x")), requests.flush(edge.node)):
-            with pytest.raises(ImagePoisoned) as caught:
+            with pytest.raises(BlockIOError) as caught:
                 await request
-            assert isinstance(caught.value, BlockIOError) and caught.value.errno == errno.EIO
+            assert isinstance(caught.value, ImagePoisoned) and caught.value.errno == errno.EIO
 
     run(main)
 
