@@ -10,6 +10,7 @@ explicit step of whoever took the last user away, since closing has to wait for 
 from __future__ import annotations
 
 import asyncio
+import json
 import os.path
 from collections.abc import Mapping
 from typing import Any, Final
@@ -18,6 +19,7 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.creating import create_image
+from qblock.drain import wait_idle
 from qblock.driver import BackingLink, Driver, Environment, Json, SupportsBacking
 from qblock.errors import CommandError, CorruptImage, InvalidParameter, QBlockError
 from qblock.filenames import combine_filename, has_protocol
@@ -206,18 +208,27 @@ class Opener:
         link = _link_of(node)
         if link is None:
             return None
-        image = node.driver.filename() or node.node_name
+        image = _file_of(node)
+        if image is None and not (has_protocol(link.filename) or os.path.isabs(link.filename)):
+            raise CommandError(
+                f"Node '{node.node_name}' names the backing file '{link.filename}', but is stored in no file whose "
+                "directory that could be relative to; give its backing node in the options"
+            )
+        image = image or node.node_name
         filename = combine_filename(image, link.filename)
         self.policy.check(Mention(image, filename, "backing file", link.format))
+        # Checked before the file is opened, which its locks may forbid, and after, since a json: name hides which file it is.
         if os.path.realpath(filename) in seen:
-            raise CorruptImage(
-                image, f"its backing file '{filename}' is above it in the same chain: the chain is a loop"
-            )
+            raise _loop(image, filename)
         try:
-            return await self._open_named(filename, link.format, flags, {})
+            below = await self._open_named(filename, link.format, flags, {})
         except QBlockError as error:
             error.add_note(f"'{filename}' is the backing file of '{image}'")
             raise
+        if _identity(below.node) in seen:
+            await self._close_tree(below.node)
+            raise _loop(image, filename)
+        return below
 
     # ------------------------------------------------------------------------------------------------ names and probing
 
@@ -314,9 +325,13 @@ class Opener:
                         await self.close_node(node)
 
     async def close_node(self, node: BlockDriverState, *, opened: bool = True) -> None:
-        """Flush and close one node that has no parents, and take it out of the graph; its children stay."""
+        """Flush and close one node that has no parents, and take it out of the graph; its children stay.
+
+        Requests of a user that has let go of the node already are waited for.
+        """
         assert not node.parents, f"{node!r} is still in use"
         self._pinned.add(node)
+        await wait_idle(node)
         if opened:
             await self._shut(node)
         with Transaction() as change:
@@ -374,9 +389,22 @@ def _link_of(node: BlockDriverState) -> BackingLink | None:
     return node.driver.backing_link() if isinstance(node.driver, SupportsBacking) else None
 
 
+def _file_of(node: BlockDriverState) -> str | None:
+    """The name of the file at the bottom of the storage of ``node``, whatever lies in between; None when it is no file."""
+    while (edge := node.storage) is not None:
+        node = edge.node
+    filename = getattr(node.driver.options, "filename", None)
+    return filename if isinstance(filename, str) else None
+
+
 def _identity(node: BlockDriverState) -> str:
+    """The same for two nodes that were opened from the same image in the same way."""
     filename = node.driver.filename()
-    return os.path.realpath(filename) if filename is not None else f"node {node.node_name}"
+    return os.path.realpath(filename) if filename is not None else json.dumps(node.options_given, sort_keys=True)
+
+
+def _loop(image: str, filename: str) -> CorruptImage:
+    return CorruptImage(image, f"its backing file '{filename}' is above it in the same chain: the chain is a loop")
 
 
 def _most_likely(drivers: list[type[Driver]], head: bytes, filename: str) -> str:
