@@ -68,9 +68,11 @@ class Allocation:
 class Payload:
     """What a write brings: a caller's buffer, or a range of another node that is copied without a buffer."""
 
-    __slots__ = ("source", "source_offset", "view", "length")
+    __slots__ = ("length", "source", "source_offset", "view")
 
-    def __init__(self, view: memoryview | None, source: BdrvChild | None = None, source_offset: int = 0, length: int = 0) -> None:
+    def __init__(
+        self, view: memoryview | None, *, source: BdrvChild | None = None, source_offset: int = 0, length: int = 0
+    ) -> None:
         self.view = view
         self.source = source
         self.source_offset = source_offset
@@ -80,7 +82,7 @@ class Payload:
         """A piece of it."""
         if self.view is not None:
             return Payload(self.view[start : start + length])
-        return Payload(None, self.source, self.source_offset + start, length)
+        return Payload(None, source=self.source, source_offset=self.source_offset + start, length=length)
 
     async def store(self, edge: BdrvChild, host: int) -> None:
         """Write it to the file."""
@@ -121,7 +123,7 @@ class Allocator:
         limit = min(geometry.clusters(start + payload.length), len(table.entries) - index)
         run = find_run(table.entries, index, limit, geometry)
         if run.kind is Kind.DATA and run.entry & COPIED:
-            count = min(run.count * geometry.cluster_size - start, payload.length)
+            count = min(run.clusters * geometry.cluster_size - start, payload.length)
             await self._write_in_place((run.entry & OFFSET_MASK) + start, payload.part(0, count))
             return count
         first = guest >> geometry.cluster_bits
@@ -129,7 +131,7 @@ class Allocator:
         if not limit:
             return 0
         if run.kind is Kind.ZERO_ALLOCATED and run.entry & COPIED:
-            reuse, limit = Claim(run.entry & OFFSET_MASK, min(run.count, limit), False), min(run.count, limit)
+            reuse, limit = Claim(run.entry & OFFSET_MASK, min(run.clusters, limit), False), min(run.clusters, limit)
         else:
             reuse, limit = None, self._run_to_place(table, index, limit)
         if not limit:
@@ -155,7 +157,7 @@ class Allocator:
             in_place = run.kind in (Kind.DATA, Kind.ZERO_ALLOCATED) and run.entry & COPIED
             if in_place or run.kind is Kind.CORRUPT:
                 break
-            count += run.count
+            count += run.clusters
         return count
 
     async def _write_in_place(self, host: int, payload: Payload) -> None:
@@ -178,22 +180,22 @@ class Allocator:
         clusters.allocations.append(allocation)
         try:
             claim = reuse or await self.refcounts.allocate(len(old))
-            allocation.end = first + claim.count
-            count = min(claim.count * geometry.cluster_size - start, payload.length)
+            allocation.end = first + claim.clusters
+            count = min(claim.clusters * geometry.cluster_size - start, payload.length)
             try:
-                if reuse and self.file.overlaps(claim.host, claim.count * geometry.cluster_size):
-                    await self.file.check_overlap(claim.host, claim.count * geometry.cluster_size)
+                if reuse and self.file.overlaps(claim.host, claim.clusters * geometry.cluster_size):
+                    await self.file.check_overlap(claim.host, claim.clusters * geometry.cluster_size)
                 await self._fill(claim, guest, payload.part(0, count), old)
                 table = await clusters.writable_slice(guest)
                 self.file.check_writable()
             except BlockIOError:
                 if reuse is None:
-                    await self.refcounts.release([Freed(claim.host >> geometry.cluster_bits, claim.count, False)])
+                    await self.refcounts.release([Freed(claim.host >> geometry.cluster_bits, claim.clusters, False)])
                 raise
             entry, step = claim.host | COPIED, geometry.cluster_size
-            clusters.change(table, clusters.index(guest), array(U64, range(entry, entry + claim.count * step, step)))
+            clusters.change(table, clusters.index(guest), array(U64, range(entry, entry + claim.clusters * step, step)))
             if reuse is None:
-                self.drop(old[: claim.count], pass_discard=self.refcounts.discard_other)
+                self.drop(old[: claim.clusters], pass_discard=self.refcounts.discard_other)
         finally:
             clusters.allocations.remove(allocation)
             if allocation.done is not None:
@@ -219,14 +221,13 @@ class Allocator:
             return
         await payload.store(self.file.edge, claim.host + head)
         if write_head:
-            await self._copy_old(first, guest - head, 0, write_head, claim.host)
+            buffer = memoryview(bytearray(write_head))
+            await self._read_old(first, guest - head, 0, buffer)
+            await requests.write_from(self.file.edge, claim.host, buffer)
         if write_tail:
-            await self._copy_old(last, guest - head + total - size, end - (total - size), write_tail, claim.host + end)
-
-    async def _copy_old(self, entry: int, guest: int, start: int, length: int, host: int) -> None:  # noqa: PLR0913
-        buffer = memoryview(bytearray(length))
-        await self._read_old(entry, guest, start, buffer)
-        await requests.write_from(self.file.edge, host, buffer)
+            buffer = memoryview(bytearray(write_tail))
+            await self._read_old(last, guest - head + total - size, end - (total - size), buffer)
+            await requests.write_from(self.file.edge, claim.host + end, buffer)
 
     def _shows_zeroes(self, entry: int) -> bool:
         kind = classify(entry, self.map.geometry)
@@ -251,8 +252,8 @@ class Allocator:
                 touched = compressed_clusters(run.entry, bits)
                 pending.append(Freed(touched.start, len(touched), pass_discard))
             elif run.kind is Kind.DATA or run.kind is Kind.ZERO_ALLOCATED:
-                pending.append(Freed((run.entry & OFFSET_MASK) >> bits, run.count, pass_discard))
-            at += run.count
+                pending.append(Freed((run.entry & OFFSET_MASK) >> bits, run.clusters, pass_discard))
+            at += run.clusters
 
     async def _write_back_if_crowded(self) -> None:
         if (
@@ -321,10 +322,10 @@ class Allocator:
                 run = find_run(table.entries, index, stop - index, geometry)
                 if run.kind is Kind.CORRUPT:
                     await self.file.fatal(f"the L2 entry for guest offset {guest:#x} is {run.entry:#x}")
-                entries = rule.apply(run, table.entries[index : index + run.count])
+                entries = rule.apply(run, table.entries[index : index + run.clusters])
                 if entries is not None:
                     clusters.change(table, index, entries)
-                index += run.count
+                index += run.clusters
             cluster += limit
             await self._write_back_if_crowded()
 
@@ -358,9 +359,9 @@ class _Zeroing(_Rule):
                 return None
             if kind is Kind.DATA and not self.unmap:
                 step = self.allocator.map.geometry.cluster_size
-                return array(U64, range(run.entry | ZERO, (run.entry | ZERO) + run.count * step, step))
+                return array(U64, range(run.entry | ZERO, (run.entry | ZERO) + run.clusters * step, step))
             self.allocator.drop(old, pass_discard=self.allocator.pass_discard)
-        return array(U64, [ZERO]) * run.count
+        return array(U64, [ZERO]) * run.clusters
 
 
 class _Discarding(_Rule):
@@ -373,10 +374,10 @@ class _Discarding(_Rule):
     def apply(self, run: Run, old: array[int]) -> array[int] | None:
         kind = run.kind
         if kind is Kind.UNALLOCATED:
-            return self.leave * run.count if self.leave[0] else None
+            return self.leave * run.clusters if self.leave[0] else None
         if kind is Kind.ZERO:
-            return self.leave * run.count if self.full else None
+            return self.leave * run.clusters if self.full else None
         self.allocator.drop(old, pass_discard=self.allocator.pass_discard)
         if kind is Kind.ZERO_ALLOCATED and not self.full:
-            return array(U64, [ZERO]) * run.count
-        return self.leave * run.count
+            return array(U64, [ZERO]) * run.clusters
+        return self.leave * run.clusters

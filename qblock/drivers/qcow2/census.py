@@ -8,7 +8,7 @@ address space costs memory by the number of its references, not by the size that
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pyroaring import BitMap64
 
@@ -18,7 +18,6 @@ class Census:
 
     def __init__(self) -> None:
         self.planes: list[BitMap64] = []
-        self.duplicates = 0
 
     def add(self, clusters: BitMap64) -> None:
         """One more reference to each of a set of clusters."""
@@ -33,13 +32,12 @@ class Census:
 
     def add_runs(self, runs: Iterable[tuple[int, int]]) -> None:
         """References by runs of (first cluster, count), in which a cluster may come several times."""
-        batch, size = BitMap64(), 0
+        batch = BitMap64()
         for first, count in runs:
             if batch.range_cardinality(first, first + count):
                 self.add(batch)
                 batch = BitMap64()
             batch.add_range(first, first + count)
-            size += count
         if batch:
             self.add(batch)
 
@@ -68,6 +66,13 @@ class Census:
         """One more than the highest referenced cluster; 0 when there is none."""
         return max((plane.max() + 1 for plane in self.planes if plane), default=0)
 
-    def any_in(self, first: int, end: int) -> bool:
-        """Is any cluster of a range referenced?"""
-        return any(plane.range_cardinality(first, end) for plane in self.planes)
+    def groups(self, bits: int) -> Iterator[int]:
+        """Numbers of the groups of 2^bits clusters in which some cluster is referenced; those of a plane in order."""
+        for plane in self.planes:
+            last = plane.max() >> bits if plane else -1
+            group = plane.min() >> bits if plane else 0
+            while group <= last:
+                yield group
+                if group == last:
+                    break
+                group = plane.next_set_bit((group + 1) << bits) >> bits

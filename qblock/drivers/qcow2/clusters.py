@@ -224,7 +224,7 @@ class ClusterMap:
                 index = self.index(guest)
                 limit = min(geometry.clusters(start + wanted - done), len(table.entries) - index)
                 run = find_run(table.entries, index, limit, geometry)
-                count = min(run.count * geometry.cluster_size - start, wanted - done)
+                count = min(run.clusters * geometry.cluster_size - start, wanted - done)
                 await self.read_run(run, guest, view[done : done + count])
             done += count
 

@@ -19,13 +19,12 @@ from qblock.drivers.qcow2.layout import COPIED, U64, Geometry, encode_u64
 from qblock.drivers.qcow2.options import Qcow2CreateOptions, refuse_unsupported
 from qblock.drivers.qcow2.refcounts import RefcountCodec
 from qblock.errors import BlockIOError, InvalidParameter
-from qblock.units import MiB, align_up, is_power_of_two
+from qblock.units import MiB, is_power_of_two
 
 if TYPE_CHECKING:
     from qblock.driver import CreateContext, CreateTarget
 
 _SECTOR: Final = 512
-_PIECE: Final = MiB
 
 
 @attrs.frozen(kw_only=True)

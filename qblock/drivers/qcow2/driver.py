@@ -81,7 +81,7 @@ class Qcow2Driver(Driver):
     # ------------------------------------------------------------------------------------------------- open and close
 
     async def open(self) -> None:
-        """See `Driver`. Raises `ImageError`, `BlockIOError` or `InvalidParameter`; reads at most header, L1 and snapshot table."""
+        """See `Driver`. Raises `ImageError`, `BlockIOError` or `InvalidParameter`; reads header, L1 and snapshot table."""
         refuse_unsupported(self.options)
         header = await self._read_header()
         sizes = cache_sizes(self.options, header)
@@ -109,7 +109,7 @@ class Qcow2Driver(Driver):
         if length < head.V2_LENGTH:
             raise NotThisFormat(self._image, "qcow2", "the file is too short")
         await requests.read_into(self._edge, 0, memoryview(raw))
-        cluster = 1 << head.cluster_bits_of(raw, self._image)
+        cluster = 1 << head.cluster_bits_of(bytes(raw), self._image)
         raw = bytearray(min(cluster, length))
         await requests.read_into(self._edge, 0, memoryview(raw))
         header = head.parse_header(bytes(raw), self._image)
@@ -343,13 +343,15 @@ class Qcow2Driver(Driver):
             epoch = self._epochs.current
             epoch.count += 1
             try:
-                await self._copy_run(kind, offset + done, host, target, target_offset + done, count)
+                await self._copy_run(
+                    kind, offset + done, host, target=target, target_offset=target_offset + done, length=count
+                )
             finally:
                 self._epochs.leave(epoch)
             done += count
 
-    async def _copy_run(  # noqa: PLR0913
-        self, kind: Kind, offset: int, host: int | None, target: BdrvChild, target_offset: int, length: int
+    async def _copy_run(
+        self, kind: Kind, offset: int, host: int | None, *, target: BdrvChild, target_offset: int, length: int
     ) -> None:
         backing = self.node.backing
         if kind is Kind.COMPRESSED:
@@ -365,7 +367,8 @@ class Qcow2Driver(Driver):
 
     async def receive_range(self, offset: int, source: BdrvChild, source_offset: int, length: int) -> None:
         """See `Driver`: space is allocated as for a write, and filled by the file."""
-        await self._check_range(offset, length).write(offset, Payload(None, source, source_offset, length))
+        payload = Payload(None, source=source, source_offset=source_offset, length=length)
+        await self._check_range(offset, length).write(offset, payload)
 
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """See `Driver`. Shrinking gives up what lies behind; the size changes last, and durably."""

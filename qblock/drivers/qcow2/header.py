@@ -7,6 +7,7 @@ tables that lie outside the file: such an image was cut off, and is refused inst
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
@@ -254,47 +255,53 @@ def validate(header: Header, file_length: int, image: str) -> None:
     per_table = cluster // 8
     if header.size > MAX_OFFSET << 6 or -(-header.size // (cluster * per_table)) > header.l1_size:
         raise CorruptImage(image, f"the L1 table is too small for a disk of {header.size} bytes", offset=36)
-    _check_table(header.l1_offset, header.l1_size * 8, MAX_L1_BYTES, file_length, cluster, "L1 table", image)
     if header.refcount_table_clusters < 1:
         raise CorruptImage(image, "it has no refcount table", offset=56)
-    _check_table(
-        header.refcount_table_offset,
-        header.refcount_table_clusters * cluster,
-        MAX_REFCOUNT_TABLE_BYTES,
-        align_up(file_length, cluster),
-        cluster,
-        "refcount table",
-        image,
-    )
     if header.refcount_table_offset == 0:
         raise CorruptImage(image, "the refcount table lies on the header", offset=48)
     if header.snapshot_count > MAX_SNAPSHOTS:
         raise CorruptImage(image, f"{header.snapshot_count} snapshots are more than the format allows", offset=60)
-    _check_table(header.snapshots_offset, header.snapshot_count * 40, 1 << 40, file_length, cluster, "snapshot table", image)
-    areas = sorted(
-        (start, start + length, name)
-        for start, length, name in (
-            (0, cluster, "header"),
-            (header.l1_offset, header.l1_size * 8, "L1 table"),
-            (header.refcount_table_offset, header.refcount_table_clusters * cluster, "refcount table"),
-            (header.snapshots_offset, header.snapshot_count * 40, "snapshot table"),
-        )
-        if length
+    tables = _tables(header)
+    for table in tables:
+        _check_table(table, file_length, cluster, image)
+    areas = sorted([_Table("header", 0, cluster, cluster), *(table for table in tables if table.length)], key=_place)
+    for first, second in itertools.pairwise(areas):
+        if second.offset < first.offset + first.length:
+            raise CorruptImage(image, f"{first.name} and {second.name} overlap", offset=second.offset)
+
+
+class _Table(NamedTuple):
+    """A table that the header points to: its place and the largest length allowed, in bytes."""
+
+    name: str
+    offset: int
+    length: int
+    limit: int
+
+
+def _tables(header: Header) -> tuple[_Table, ...]:
+    refcount_bytes = header.refcount_table_clusters * header.cluster_size
+    return (
+        _Table("L1 table", header.l1_offset, header.l1_size * 8, MAX_L1_BYTES),
+        _Table("refcount table", header.refcount_table_offset, refcount_bytes, MAX_REFCOUNT_TABLE_BYTES),
+        _Table("snapshot table", header.snapshots_offset, header.snapshot_count * 40, MAX_SNAPSHOTS * 40),
     )
-    for (_, end, first), (start, _, second) in zip(areas, areas[1:], strict=False):
-        if start < end:
-            raise CorruptImage(image, f"{first} and {second} overlap", offset=start)
 
 
-def _check_table(offset: int, length: int, limit: int, end: int, cluster: int, name: str, image: str) -> None:  # noqa: PLR0913
+def _place(table: _Table) -> tuple[int, int]:
+    return table.offset, table.length
+
+
+def _check_table(table: _Table, file_length: int, cluster: int, image: str) -> None:
+    name, offset, length, limit = table
     if length > limit:
         raise CorruptImage(image, f"the {name} of {length} bytes is larger than the format allows ({limit})", offset=offset)
-    if not length:
-        return
-    if offset % cluster:
+    if length and offset % cluster:
         raise CorruptImage(image, f"the {name} does not begin at a cluster boundary", offset=offset)
-    if offset + length > end:
-        raise CorruptImage(image, f"the {name} ends behind the end of the file ({end} bytes)", offset=offset)
+    # Whole clusters belong to the table, but the last one of the file need not be written to its end.
+    end = align_up(file_length, cluster) if name == "refcount table" else file_length
+    if length and offset + length > end:
+        raise CorruptImage(image, f"the {name} ends behind the end of the file ({file_length} bytes)", offset=offset)
 
 
 def _check_features(header: Header, image: str) -> None:

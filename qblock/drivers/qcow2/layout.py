@@ -46,10 +46,10 @@ class Kind(enum.Enum):
 
 
 class Run(NamedTuple):
-    """``count`` clusters of one kind; ``entry`` is the first one's entry, those of DATA and ZERO_ALLOCATED are consecutive."""
+    """``clusters`` clusters of one kind; ``entry`` is the first one's entry, those of DATA and ZERO_ALLOCATED are consecutive."""
 
     kind: Kind
-    count: int
+    clusters: int
     entry: int
 
 

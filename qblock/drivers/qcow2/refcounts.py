@@ -50,7 +50,7 @@ class Freed(NamedTuple):
     """Clusters that lost a reference: first index, count, and whether the file should get a discard when they become free."""
 
     first: int
-    count: int
+    clusters: int
     pass_discard: bool
 
 
@@ -58,7 +58,7 @@ class Claim(NamedTuple):
     """Newly allocated adjacent clusters: byte offset, count, and whether the file is known to read as zeroes there."""
 
     host: int
-    count: int
+    clusters: int
     virgin: bool
 
 
@@ -186,7 +186,7 @@ class Refcounts:
                 if got:
                     await self.release([Freed(start, got, False)])
                 start, got, virgin = first, 0, True
-            got += piece.count
+            got += piece.clusters
             virgin = virgin and piece.virgin
         return Claim(start << self.geometry.cluster_bits, count, virgin)
 

@@ -74,7 +74,7 @@ async def _grow_l1(writer: Allocator, entries: int) -> None:
     metadata = writer.file.metadata
     if metadata is not None:
         metadata.remove(Area.ACTIVE_L1, range(old_host >> bits, (old_host >> bits) + old_clusters))
-        metadata.add(Area.ACTIVE_L1, range(claim.host >> bits, (claim.host >> bits) + claim.count))
+        metadata.add(Area.ACTIVE_L1, range(claim.host >> bits, (claim.host >> bits) + claim.clusters))
 
 
 async def _shrink(writer: Allocator, length: int) -> None:

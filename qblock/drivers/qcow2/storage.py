@@ -111,9 +111,10 @@ class MetadataMap:
 
 @attrs.define(eq=False)
 class ImageFile:
-    """Access to the file of one open image. ``virgin`` is the host offset from which on nothing was ever written: it reads as zeroes.
+    """Access to the file of one open image.
 
-    ``writable`` is False for read-only nodes and for poisoned ones. ``metadata`` is None while the node is read-only.
+    ``virgin`` is the host offset from which on nothing was ever written, so that it reads as zeroes. ``writable`` is False
+    for read-only nodes and for poisoned ones. ``metadata`` is None while the node is read-only.
     """
 
     node: BlockDriverState

@@ -1,0 +1,137 @@
+"""Which host clusters an image's tables refer to, and which of their entries are damaged.
+
+Models the counting half of image-formats.md section 1.13. Entries that are damaged are reported and not followed, so that a
+hostile table costs no more than reading it. Differs from QEMU: an L2 table behind the end of the file is a corruption.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from qblock.drivers.qcow2 import header as head
+from qblock.drivers.qcow2.census import Census
+from qblock.drivers.qcow2.layout import (
+    COPIED,
+    L1_RESERVED,
+    OFFSET_MASK,
+    Geometry,
+    Kind,
+    compressed_clusters,
+    decode_u64,
+    find_run,
+)
+
+if TYPE_CHECKING:
+    from qblock.drivers.qcow2.snapshots import SnapshotTable
+    from qblock.drivers.qcow2.storage import ImageFile
+
+_BITMAP_ENTRY: Final = 24
+_MAX_BITMAP_DIRECTORY: Final = 65535 * 1024
+
+
+class ReferenceCounter:
+    """Counts all references but those to the refcount structure. ``problems`` are texts about damaged entries."""
+
+    def __init__(self, file: ImageFile, l1: array[int], snapshots: SnapshotTable) -> None:
+        self.file = file
+        self.geometry = Geometry.of(file.header)
+        self.l1 = l1
+        self.snapshots = snapshots
+        self.census = Census()
+        self.problems: list[str] = []
+        self.allocated = 0
+        self.fragmented = 0
+        self.compressed = 0
+
+    async def run(self) -> None:
+        """Count header, active and inactive tables with what they refer to, snapshot table and persistent bitmaps."""
+        header = self.file.header
+        self.add_bytes(0, header.cluster_size)
+        self.add_bytes(header.l1_offset, header.l1_size * 8)
+        await self._add_tables(self.l1, active=True)
+        for snapshot in self.snapshots.snapshots:
+            self.add_bytes(snapshot.l1_offset, snapshot.l1_size * 8)
+            raw = await self.file.read(snapshot.l1_offset, snapshot.l1_size * 8)
+            await self._add_tables(decode_u64(raw), active=False)
+        self.add_bytes(header.snapshots_offset, self.snapshots.length)
+        await self._add_bitmaps()
+
+    def add_bytes(self, offset: int, length: int) -> None:
+        """Count the clusters that a byte range touches."""
+        bits = self.geometry.cluster_bits
+        if length:
+            first = offset >> bits
+            self.census.add_runs([(first, -(-(offset + length) >> bits) - first)])
+
+    async def _add_tables(self, l1: array[int], *, active: bool) -> None:
+        runs = []
+        for index, entry in enumerate(l1):
+            if entry and (offset := self._l2_offset(index, entry)):
+                runs.append((offset >> self.geometry.cluster_bits, 1))
+                entries = decode_u64(await self.file.read(offset, self.geometry.cluster_size))
+                self.census.add_runs(self._l2_runs(entries, offset, active=active))
+        self.census.add_runs(runs)
+
+    def _l2_offset(self, index: int, entry: int) -> int:
+        """Where the L2 table lies; 0 when there is none that could be followed."""
+        size, offset = self.geometry.cluster_size, entry & OFFSET_MASK
+        if entry & L1_RESERVED:
+            self.problems.append(f"L1 entry {index} has reserved bits set: {entry:x}")
+        if offset & (size - 1):
+            self.problems.append(f"L2 table of L1 entry {index} is not cluster aligned: {entry:x}")
+            return 0
+        if offset and offset + size > self.file.length():
+            self.problems.append(f"L2 table of L1 entry {index} lies behind the end of the file: {entry:x}")
+            return 0
+        return offset
+
+    def _l2_runs(self, entries: array[int], offset: int, *, active: bool) -> Iterator[tuple[int, int]]:
+        """The host clusters that an L2 table refers to, as (first, count)."""
+        bits, at, expected = self.geometry.cluster_bits, 0, 0
+        while at < len(entries):
+            kind, clusters, entry = find_run(entries, at, len(entries) - at, self.geometry)
+            if kind is Kind.DATA or kind is Kind.ZERO_ALLOCATED:
+                host = (entry & OFFSET_MASK) >> bits
+                if active:
+                    self.allocated += clusters
+                    self.fragmented += bool(expected and host != expected)
+                expected = host + clusters
+                yield host, clusters
+            elif kind is Kind.COMPRESSED:
+                touched = compressed_clusters(entry, bits)
+                if entry & COPIED:
+                    self.problems.append(f"compressed entry {at} of the L2 table at {offset:#x} is marked COPIED: {entry:x}")
+                if active:
+                    self.allocated += 1
+                    self.compressed += 1
+                    self.fragmented += 1
+                yield touched.start, len(touched)
+            elif kind is Kind.CORRUPT:
+                self.problems.append(f"entry {at} of the L2 table at {offset:#x} is damaged: {entry:x}")
+            at += clusters
+
+    async def _add_bitmaps(self) -> None:
+        """Persistent bitmaps that are consistent keep their clusters."""
+        header = self.file.header
+        data = header.extension(head.EXT_BITMAPS)
+        if data is None or not header.has(head.BITMAPS) or len(data) < _BITMAP_ENTRY:
+            return
+        size, offset = int.from_bytes(data[8:16], "big"), int.from_bytes(data[16:24], "big")
+        if size > _MAX_BITMAP_DIRECTORY or offset + size > self.file.length():
+            self.problems.append("the bitmap directory lies behind the end of the file")
+            return
+        self.add_bytes(offset, size)
+        raw, at = await self.file.read(offset, size), 0
+        while at + _BITMAP_ENTRY <= len(raw):
+            table, entries = int.from_bytes(raw[at : at + 8], "big"), int.from_bytes(raw[at + 8 : at + 12], "big")
+            if table + entries * 8 > self.file.length():
+                self.problems.append("a bitmap table lies behind the end of the file")
+                return
+            self.add_bytes(table, entries * 8)
+            parts = decode_u64(await self.file.read(table, entries * 8))
+            bits = self.geometry.cluster_bits
+            self.census.add_runs(((entry & OFFSET_MASK) >> bits, 1) for entry in parts if entry & OFFSET_MASK)
+            name, extra = int.from_bytes(raw[at + 18 : at + 20], "big"), int.from_bytes(raw[at + 20 : at + 24], "big")
+            at += -(-(_BITMAP_ENTRY + name + extra) // 8) * 8

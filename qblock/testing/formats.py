@@ -1,0 +1,119 @@
+"""`FormatBench`: image formats on `CrashStorage`: create, open, reopen, and the content of the file at any moment.
+
+Part of the public kit, for drivers of formats. ::
+
+    bench = FormatBench(Qcow2Driver)
+    await bench.create(size=MiB)
+    disk = await bench.open()
+    await disk.write(0, b"hello")
+    await bench.close()
+    image = bytes(bench.storage.live)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qblock import requests
+from qblock.backend import BlockBackend
+from qblock.driver import CheckFix, CheckResult, Driver, Environment, SupportsCheck
+from qblock.errors import QBlockError
+from qblock.node import BlockDriverState
+from qblock.permissions import ChildRole
+from qblock.testing.crash import CrashStorage, CrashStorageOptions
+from qblock.testing.nodes import NodeBench
+
+
+class _Target:
+    """A `CreateTarget` on a storage driver."""
+
+    def __init__(self, storage: CrashStorage) -> None:
+        self._storage = storage
+        self.length = storage.length
+        self.read_into = storage.read_into
+        self.write_from = storage.write_from
+        self.write_zeroes = storage.write_zeroes
+        self.truncate = storage.truncate
+        self.flush = storage.flush
+
+    async def release(self) -> None:
+        """See `CreateTarget`."""
+
+
+class FormatBench:
+    """One image of a format. ``storage`` is the storage node's driver (of the present opening), ``bench`` its graph."""
+
+    def __init__(self, driver: type[Driver]) -> None:
+        self.driver = driver
+        self.bench = NodeBench()
+        self.content = b""
+        self.storage: CrashStorage
+        self.node: BlockDriverState
+
+    @property
+    def env(self) -> Environment:
+        """The environment (see `CreateContext`)."""
+        return self.bench.env
+
+    async def open_reference(self, ref: Any) -> _Target:
+        """See `CreateContext`: any reference means the bench's own storage."""
+        self.storage = CrashStorage(BlockDriverState("target"), CrashStorageOptions(), self.env)
+        return _Target(self.storage)
+
+    async def create(self, **options: Any) -> None:
+        """Make a new image with these creation options."""
+        create: Any = self.driver
+        await create.create(create.create_options_class(file="storage", **options), self)
+        self.content = bytes(self.storage.live)
+
+    async def open(
+        self, *, backing: BlockDriverState | None = None, content: bytes | None = None, flags: dict[str, Any] | None = None, **options: Any
+    ) -> BlockBackend:
+        """Open the image; ``flags`` are fields of its node, ``options`` the driver's."""
+        self.bench = NodeBench() if backing is None else self.bench
+        storage = await self.bench.add(CrashStorage, CrashStorageOptions(), discard_unmap=True)
+        assert isinstance(storage.driver, CrashStorage)
+        self.storage = storage.driver
+        self.storage.fill(self.content if content is None else content)
+        requests.refresh_length(storage)
+        children = {"file": (storage, ChildRole.STORAGE)}
+        if backing is not None:
+            children["backing"] = (backing, ChildRole.BACKING)
+        state: dict[str, Any] = {"discard_unmap": True, **(flags or {})}
+        made: Any = self.driver.options_class
+        self.node = await self.bench.add(self.driver, made(file="storage", **options), children=children, **state)
+        return self.bench.backend(self.node) if not self.node.read_only else _reader(self.bench, self.node)
+
+    async def close(self) -> None:
+        """Close the image, and keep its content for the next opening."""
+        await self.node.driver.close()
+        self.content = bytes(self.storage.live)
+
+    async def check(self, content: bytes | None = None, fix: CheckFix = CheckFix.NONE) -> CheckResult:
+        """Open a content (default: what `close` kept) on a bench of its own, and check it."""
+        other = FormatBench(self.driver)
+        await other.open(
+            content=self.content if content is None else content, flags={"read_only": fix is CheckFix.NONE}
+        )
+        driver = other.node.driver
+        assert isinstance(driver, SupportsCheck)
+        result = await driver.check(fix)
+        if fix is not CheckFix.NONE:
+            await other.close()
+            self.content = other.content
+        return result
+
+
+def _reader(bench: NodeBench, node: BlockDriverState) -> BlockBackend:
+    from qblock.permissions import Perm  # noqa: PLC0415
+
+    return bench.backend(node, perm=Perm.CONSISTENT_READ)
+
+
+async def is_refused(opening: Any) -> str:
+    """Await an opening that must fail with a `QBlockError`; returns its text."""
+    try:
+        await opening
+    except QBlockError as error:
+        return str(error)
+    raise AssertionError("it was opened")
