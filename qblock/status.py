@@ -26,6 +26,8 @@ class ChainExtent:
     ``depth`` counts layers from 0 at the top (filters are no layers). ``present``: some layer down to the base holds it;
     otherwise it reads as zeroes, unless the search stopped at a base. ``data`` and ``zero`` may both be set: space is taken,
     but reads as zeroes. ``offset`` is the byte offset in ``file`` where plain data lie; ``node`` is the layer.
+    ``cut_off``: the layer below ``node`` ends before, so this is zero whatever longer layers further down hold there. Who
+    moves data between layers must take it for allocated, although no layer has it.
     """
 
     length: int
@@ -37,6 +39,7 @@ class ChainExtent:
     offset: int | None = None
     node: BlockDriverState | None = None
     file: BlockDriverState | None = None
+    cut_off: bool = False
 
 
 async def block_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool = True) -> Extent:
@@ -59,15 +62,17 @@ async def chain_status(
 ) -> ChainExtent:
     """The first layer from ``node`` down to but not including ``base`` that holds the run starting at ``offset``.
 
-    The area behind the end of a lower layer counts as held by it, as zeroes. With a ``base`` a run that no layer above it
-    holds is neither present nor zero.
+    With a ``base`` a run that no layer above it holds is neither present nor zero.
     """
     depth = 0
-    layer = skip_filters(node)
+    above = layer = skip_filters(node)
     stop = skip_filters(base) if base is not None else None
     while layer is not stop:
         if offset >= layer.length:
-            return ChainExtent(length, depth, present=depth > 0, zero=True, data=False, node=layer)
+            depth = max(0, depth - 1)
+            return ChainExtent(
+                length, depth, present=False, zero=True, data=False, node=above, cut_off=layer is not above
+            )
         # A layer below that is shorter ends the run where it ends.
         extent, stored = await _refined_status(layer, offset, length, want_zero=want_zero)
         length = extent.length
@@ -77,7 +82,7 @@ async def chain_status(
         if below is None:
             assert stop is None, "the base is not in the chain"
             return ChainExtent(length, depth, present=False, zero=True, data=False, node=layer)
-        layer = below
+        above, layer = layer, below
         depth += 1
     return ChainExtent(length, depth, present=False, zero=False, data=False)
 
@@ -97,7 +102,7 @@ async def is_allocated_above(
     """
     stop = chain_next(base) if base is not None and include_base else base
     extent = await chain_status(top, offset, length, base=stop, want_zero=False)
-    return extent.present, extent.length
+    return extent.present or extent.cut_off, extent.length
 
 
 async def is_zero(node: BlockDriverState, offset: int, length: int) -> bool:

@@ -56,7 +56,7 @@ def o_direct_works(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("threads", [False, True])
-@pytest.mark.parametrize("size", [1, 4 * KiB, 64 * KiB, 65 * KiB, MiB, 3 * MiB + 5])
+@pytest.mark.parametrize("size", [1, 4 * KiB, 256 * KiB, 257 * KiB, MiB, 3 * MiB + 5])
 def test_what_is_written_is_in_the_file_and_is_read_back(tmp_path: Path, size: int, threads: bool) -> None:
     """Small requests run on the loop's thread, large ones in the executor; nobody sees a difference."""
     path = tmp_path / "disk"

@@ -70,8 +70,8 @@ def test_the_first_layer_that_holds_a_run_answers(filters: bool) -> None:
     run(main)
 
 
-def test_a_shorter_layer_below_counts_as_zeroes_behind_its_end() -> None:
-    """Its area behind the end hides what longer layers further down hold there."""
+def test_a_shorter_layer_below_cuts_off_what_lies_behind_its_end() -> None:
+    """That reads as zeroes and hides what longer layers further down hold there."""
 
     async def main() -> None:
         bench = NodeBench()
@@ -79,14 +79,15 @@ def test_a_shorter_layer_below_counts_as_zeroes_behind_its_end() -> None:
         lower = bench.backend(base)
         await lower.write(12 * KiB, b"x" * 8 * KiB)
         assert await walk(top) == [
-            (4096, 2, True, False), (4096, 1, True, False), (4096, 0, True, False), (8192, 1, True, True)
+            (4096, 2, True, False), (4096, 1, True, False), (4096, 0, True, False), (8192, 0, False, True)
         ]  # fmt: skip
         backend = bench.backend(top)
         assert await backend.read(12 * KiB, 8 * KiB) == bytes(8 * KiB)
         assert await requests.is_allocated_above(top, base, 12 * KiB, 8 * KiB) == (True, 8 * KiB)
         assert await requests.is_zero(top, 12 * KiB, 8 * KiB)
         assert not await requests.is_zero(top, 8 * KiB, 8 * KiB)
-        assert mid.length == 8 * KiB
+        extent = await requests.chain_status(top, 12 * KiB, 8 * KiB)
+        assert extent.cut_off and extent.node is top and mid.length == 8 * KiB
 
     run(main)
 

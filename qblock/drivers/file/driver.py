@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 _Args = TypeVarTuple("_Args")
 
-INLINE_READ: Final = 128 * KiB
-"""Reads up to this many bytes are tried without leaving the loop's thread; larger ones gain from a second core."""
-INLINE_WRITE: Final = 64 * KiB
-"""Writes up to this many bytes are copied into the page cache on the loop's thread."""
+INLINE_READ: Final = MiB
+"""Reads up to this many bytes are tried on the loop's thread first: what is cached is copied faster than a thread wakes."""
+INLINE_WRITE: Final = 256 * KiB
+"""Writes up to this many bytes are copied into the page cache on the loop's thread, which takes less than 50 microseconds."""
 _INLINE_SPACE: Final = MiB
 _COPY_PIECE: Final = 64 * MiB
 _BOUNCE: Final = MiB
