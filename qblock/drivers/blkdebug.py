@@ -2,12 +2,14 @@
 
 Models QEMU's filter of that name (semantics.md section 17). Its rules are bound to *events*: a format driver announces each
 step of its work on its storage child (`Driver.debug_event`), which puts the rules of that step in force; a request is then
-compared with the rules in force. The events ``pwritev``, ``pwritev_zero`` and ``pwritev_done`` are raised here, around the
-node's own writes.
+compared with the rules in force, in the order in which they were given (configuration file first), and the first that is
+about it decides. The events ``pwritev``, ``pwritev_zero`` and ``pwritev_done`` are raised here, around the node's own writes;
+``pwritev_done`` comes also after a write that failed.
 
 Differs from QEMU in that there are no breakpoints and no ``blkdebug:CONFIG:IMAGE`` file names, that a configuration file
-takes the members of the two rule sections only, and that nothing raises the read-modify-write events (``pwritev_rmw_*``) and
-``cor_write``: rules for these are refused rather than kept without effect.
+takes the members of the two rule sections only (but all of them: QEMU's takes no ``iotype``), that a negative errno is refused,
+and that nothing raises the read-modify-write events (``pwritev_rmw_*``) and ``cor_write``: rules for these are refused rather
+than kept without effect.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ DEFAULT_IO_TYPES: Final = frozenset({"read", "write", "write-zeroes", "discard",
 """What a rule without ``iotype`` applies to."""
 
 _SECTOR: Final = 512
+_MAX_LIMIT: Final = (1 << 31) - 1
 
 
 @frozen(eq=False)
@@ -64,7 +67,7 @@ class InjectError:
     state: int | None = option(None, doc="only in this state; any when absent or 0")
     iotype: IoType | None = option(None, doc="kind of request; all but block-status when absent", since="4.1")
     errno: int = option(errno.EIO, doc="error number (Linux's); 0: the request does not fail")
-    sector: int | None = option(None, doc="only requests that touch this sector of 512 bytes")
+    sector: int = option(-1, doc="only requests that touch this sector of 512 bytes; -1: any")
     once: bool = option(False, doc="only the first such request fails")
     immediately: bool = option(False, doc="fail without a turn of the event loop in between")
 
@@ -72,7 +75,7 @@ class InjectError:
         """Whether a request for ``length`` bytes at ``offset`` is one that the rule is about."""
         if io_type not in ((self.iotype,) if self.iotype is not None else DEFAULT_IO_TYPES):
             return False
-        if self.sector is None:
+        if self.sector < 0:
             return True
         start = self.sector * _SECTOR
         return offset < start + _SECTOR and start < offset + length
@@ -134,8 +137,7 @@ class BlkdebugDriver(FilterDriver):
         configured = read_config(Path(options.config)) if options.config is not None else []
         self._rules = [*configured, *options.inject_error, *options.set_state]
         for rule in self._rules:
-            if rule.event in NEVER_RAISED:
-                raise InvalidParameter("event", f"cannot be '{rule.event}': qblock has no such step")
+            _check_rule(rule)
         self.debug_event("none")
 
     # ---------------------------------------------------------------------------------------------------------- rules
@@ -148,7 +150,7 @@ class BlkdebugDriver(FilterDriver):
             if rule.event != event or (rule.state and rule.state != self.state):
                 continue
             if isinstance(rule, InjectError):
-                matching.insert(0, rule)
+                matching.append(rule)
             else:
                 state = rule.new_state
         if matching:
@@ -179,18 +181,22 @@ class BlkdebugDriver(FilterDriver):
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
         """See `Driver`."""
         self.debug_event("pwritev")
-        await self._meet_rules("write", offset, len(buffer))
-        await super().write_from(offset, buffer, fua=fua)
-        self.debug_event("pwritev_done")
+        try:
+            await self._meet_rules("write", offset, len(buffer))
+            await super().write_from(offset, buffer, fua=fua)
+        finally:
+            self.debug_event("pwritev_done")
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
         """See `Driver`."""
         self.debug_event("pwritev_zero")
-        await self._meet_rules("write-zeroes", offset, length)
-        await super().write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
-        self.debug_event("pwritev_done")
+        try:
+            await self._meet_rules("write-zeroes", offset, length)
+            await super().write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
+        finally:
+            self.debug_event("pwritev_done")
 
     async def discard(self, offset: int, length: int) -> None:
         """See `Driver`."""
@@ -213,6 +219,18 @@ class BlkdebugDriver(FilterDriver):
         return PermissionPair(pair.perm | self._take, pair.shared & ~self._unshare)
 
 
+def _check_rule(rule: InjectError | SetState) -> None:
+    if rule.event in NEVER_RAISED:
+        raise InvalidParameter("event", f"cannot be '{rule.event}': qblock has no such step")
+    if rule.state is not None and rule.state < 0:
+        raise InvalidParameter("state", f"cannot be negative ({rule.state})")
+    if isinstance(rule, InjectError):
+        if rule.errno < 0:
+            raise InvalidParameter("errno", f"cannot be negative ({rule.errno}): give the error number itself")
+        if rule.sector < -1:
+            raise InvalidParameter("sector", f"cannot be {rule.sector}: it must be a sector number, or -1 for any")
+
+
 def _permissions(names: tuple[str, ...]) -> Perm:
     result = Perm.NONE
     for perm, name in PERMISSION_NAMES.items():
@@ -226,8 +244,8 @@ def _permissions(names: tuple[str, ...]) -> Perm:
 
 def _limits(options: BlkdebugOptions, child_alignment: int) -> Limits:
     """The limits that ``options`` ask for; each must be a multiple of the alignment (and of its own best unit)."""
-    if options.align and not is_power_of_two(options.align):
-        raise InvalidParameter("align", f"cannot be {options.align}: it must be a power of two")
+    if options.align and (options.align > _MAX_LIMIT or not is_power_of_two(options.align)):
+        raise InvalidParameter("align", f"cannot be {options.align}: it must be a power of two below 2 GiB")
     align = max(options.align, child_alignment)
     _check_multiple("max-transfer", options.max_transfer, align)
     _check_multiple("opt-write-zero", options.opt_write_zero, align)
@@ -246,6 +264,8 @@ def _limits(options: BlkdebugOptions, child_alignment: int) -> Limits:
 
 
 def _check_multiple(name: str, value: int, unit: int) -> None:
+    if value > _MAX_LIMIT:
+        raise InvalidParameter(name, f"cannot be {value}: it must be less than 2 GiB")
     if value < 0 or value % unit:
         raise InvalidParameter(name, f"cannot be {value}: it must be a multiple of {unit}")
 

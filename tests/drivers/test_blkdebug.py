@@ -115,13 +115,13 @@ def test_a_rule_with_an_iotype_hits_only_requests_of_that_kind(kind: str) -> Non
 
 
 def test_the_first_matching_rule_decides_and_errno_zero_lets_pass() -> None:
-    """Newest first: an exception for one sector is written after the general rule."""
+    """In the order given, as in the real program: an exception for one sector is written before the general rule."""
 
     async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
         assert await error_of(disk.read(512, 512)) is None
         assert await error_of(disk.read(1024, 512)) == errno.EIO
 
-    rules = [{"event": "none"}, {"event": "none", "sector": 1, "errno": 0}]
+    rules = [{"event": "none", "sector": 1, "errno": 0}, {"event": "none"}]
     with_rules(check, **{"inject-error": rules})
 
 
@@ -164,6 +164,19 @@ def test_writes_raise_their_own_events() -> None:
     with_rules(check, **{"inject-error": [{"event": "pwritev", "iotype": "write"}]})
 
 
+@pytest.mark.parametrize("kind", ["write", "write-zeroes"])
+def test_a_write_that_failed_is_done_too(kind: str) -> None:
+    """The real program raises ``pwritev_done`` also after a failure, so that states can follow what a retry meets."""
+
+    async def check(driver: BlkdebugDriver, disk: BlockBackend) -> None:
+        request = disk.write(0, b"x" * 512) if kind == "write" else disk.write_zeroes(0, 512)
+        assert await error_of(request) == errno.EIO
+        assert await error_of(disk.read(0, 512)) == errno.ENOSPC
+
+    rules = [{"event": "none", "iotype": kind}, {"event": "pwritev_done", "errno": errno.ENOSPC}]
+    with_rules(check, **{"inject-error": rules})
+
+
 def test_limits_cut_requests_for_the_node() -> None:
     """Fragmenting code is tried with limits far below those of real storage."""
 
@@ -191,7 +204,12 @@ def test_limits_cut_requests_for_the_node() -> None:
         ({"opt-write-zero": 4096, "max-write-zero": 6144}, "max-write-zero"),
         ({"align": 1024, "opt-discard": 512}, "opt-discard"),
         ({"max-discard": -512}, "max-discard"),
+        ({"align": 1 << 31}, "align"),
+        ({"max-transfer": 1 << 40}, "max-transfer"),
         ({"inject-error": [{"event": "pwritev_rmw_head"}]}, "event"),
+        ({"inject-error": [{"event": "none", "errno": -5}]}, "errno"),
+        ({"inject-error": [{"event": "none", "sector": -2}]}, "sector"),
+        ({"inject-error": [{"event": "none", "state": -1}]}, "state"),
     ],
 )
 def test_limits_that_contradict_each_other_are_refused(options: dict[str, Any], culprit: str) -> None:
