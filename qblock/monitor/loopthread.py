@@ -67,6 +67,15 @@ class LoopThread:
             future.cancel()
             return None
 
+    def when_done(self, work: Coroutine[Any, Any, object], callback: Callable[[], None]) -> None:
+        """Run ``work`` on the loop, and call ``callback`` there when it is done (not when it was cancelled)."""
+
+        async def follow() -> None:
+            await work
+            callback()
+
+        asyncio.run_coroutine_threadsafe(follow(), self.loop)
+
     def _main(self) -> None:
         with asyncio.Runner(loop_factory=self._factory) as runner:
             runner.run(self._serve())

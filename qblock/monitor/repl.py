@@ -8,7 +8,9 @@ differs in that lines starting with ``#`` are comments, and in the exit code: 1 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
@@ -76,6 +78,7 @@ class Repl:
 
         with patch_stdout(raw=True):
             self.console.machine.events.listener = self._announce
+            self.thread.when_done(self.console.machine.hub.wait_quit(), lambda: _leave_prompt(session))
             while not self.console.machine.hub.quitting:
                 try:
                     line = session.prompt(PROMPT)
@@ -98,8 +101,8 @@ class Repl:
         """What stands below the prompt: help on the command being typed, then the clock and the jobs."""
         shown = self.thread.ask(lambda: toolbar_text(self.console), timeout=_ANSWER_TIMEOUT)
         self._toolbar = shown if shown is not None else self._toolbar
-        usage = self.console.usage(typed)
-        return f"{usage}\n{self._toolbar}" if usage else self._toolbar
+        usage = textwrap.wrap(self.console.usage(typed), shutil.get_terminal_size().columns)
+        return "\n".join([*usage, self._toolbar])
 
     def suggestions(self, typed: str) -> list[Suggestion]:
         """What could be typed next; nothing while the machine is too busy to say."""
@@ -122,6 +125,13 @@ class Repl:
             bottom_toolbar=lambda: self.toolbar(session.default_buffer.document.text_before_cursor),
         )
         return session
+
+
+def _leave_prompt(session: PromptSession[str]) -> None:
+    """Called on the machine's thread when somebody else has told it to quit."""
+    loop = session.app.loop
+    if loop is not None and session.app.is_running:
+        loop.call_soon_threadsafe(lambda: session.app.is_running and session.app.exit(exception=EOFError))
 
 
 def toolbar_text(console: Console) -> str:

@@ -42,9 +42,10 @@ COPY: Final = "copy.qcow2"
 BLOCK: Final = 64 * KiB
 MAX_BLOCKS: Final = 128
 """Blocks of known content in each layer, at most (a quarter of a small disk)."""
+MIN_SPEED: Final = 8 * MiB
 POLL_NS: Final = 100 * MILLISECOND_NS
 TIMEOUT_NS: Final = 600 * SECOND_NS
-WORKLOAD: Final = Workload(interval_ns=10 * MILLISECOND_NS, discards=0)
+WORKLOAD: Final = Workload(interval_ns=20 * MILLISECOND_NS, discards=0)
 """No discards: afterwards every byte of the disk is known."""
 
 HELP: Final = """usage: qblock demo [OPTIONS]
@@ -311,5 +312,5 @@ class Demo:
         return f'"{path}"'
 
     def _speed(self) -> int:
-        """Bytes per second at which there is something to see: the content of the chain in about two seconds."""
-        return max(MiB, len(self.known) * BLOCK // 2 // MiB * MiB)
+        """Bytes per second at which there is something to see, and which is more than the guest writes."""
+        return max(MIN_SPEED, len(self.known) * BLOCK // 2 // MiB * MiB)

@@ -97,15 +97,16 @@ class TextPresenter:
         self._line(self._paint(f"   the block graph {when}:", _DIM))
         for line in lines:
             self._line(f"     {self._paint(line, _CYAN)}")
-        self._line()
 
     def message(self, ns: int, direction: str, value: Json) -> None:
         """See `Presenter`."""
         arrow = {"sent": "->", "received": "<-", "event": "<*"}[direction]
         shown = value if isinstance(value, str) else json.dumps(value)
-        stamp = self._paint(f"[{ns / SECOND_NS:8.3f} s]", _DIM)
-        for index, line in enumerate(shown.rstrip("\n").splitlines() or [""]):
-            self._line(f"{stamp} {arrow if index == 0 else '  '} {line}")
+        stamp = f"[{ns / SECOND_NS:8.3f} s]"
+        lines = [part for line in shown.splitlines() for part in textwrap.wrap(line, self.width - len(stamp) - 4)]
+        self._line(f"{self._paint(stamp, _DIM)} {arrow} {lines[0] if lines else ''}")
+        for line in lines[1:]:
+            self._line(" " * (len(stamp) + 4) + line)
 
     def progress(self, ns: int, offset: int, length: int) -> None:
         """See `Presenter`."""
