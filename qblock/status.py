@@ -26,8 +26,8 @@ class ChainExtent:
     ``depth`` counts layers from 0 at the top (filters are no layers). ``present``: some layer down to the base holds it;
     otherwise it reads as zeroes, unless the search stopped at a base. ``data`` and ``zero`` may both be set: space is taken,
     but reads as zeroes. ``offset`` is the byte offset in ``file`` where plain data lie; ``node`` is the layer.
-    ``cut_off``: the layer below ``node`` ends before, so this is zero whatever longer layers further down hold there. Who
-    moves data between layers must take it for allocated, although no layer has it.
+    ``cut_off``: ``node`` ends before, so this is zero whatever longer layers further down hold there; it counts as held by
+    that layer, because who moves data between layers must move it, too.
     """
 
     length: int
@@ -40,6 +40,12 @@ class ChainExtent:
     node: BlockDriverState | None = None
     file: BlockDriverState | None = None
     cut_off: bool = False
+
+    def as_mapped(self) -> ChainExtent:
+        """As ``map`` shows it: zeroes behind the end of a layer are the layer's above it, which does not hold them either."""
+        if not self.cut_off:
+            return self
+        return attrs.evolve(self, depth=self.depth - 1, present=False)
 
 
 async def block_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool = True) -> Extent:
@@ -65,14 +71,12 @@ async def chain_status(
     With a ``base`` a run that no layer above it holds is neither present nor zero.
     """
     depth = 0
-    above = layer = skip_filters(node)
+    layer = skip_filters(node)
     stop = skip_filters(base) if base is not None else None
     while layer is not stop:
         if offset >= layer.length:
-            depth = max(0, depth - 1)
-            return ChainExtent(
-                length, depth, present=False, zero=True, data=False, node=above, cut_off=layer is not above
-            )
+            cut_off = depth > 0
+            return ChainExtent(length, depth, present=cut_off, zero=True, data=False, node=layer, cut_off=cut_off)
         # A layer below that is shorter ends the run where it ends.
         extent, stored = await _refined_status(layer, offset, length, want_zero=want_zero)
         length = extent.length
@@ -82,7 +86,7 @@ async def chain_status(
         if below is None:
             assert stop is None, "the base is not in the chain"
             return ChainExtent(length, depth, present=False, zero=True, data=False, node=layer)
-        above, layer = layer, below
+        layer = below
         depth += 1
     return ChainExtent(length, depth, present=False, zero=False, data=False)
 
@@ -102,7 +106,7 @@ async def is_allocated_above(
     """
     stop = chain_next(base) if base is not None and include_base else base
     extent = await chain_status(top, offset, length, base=stop, want_zero=False)
-    return extent.present or extent.cut_off, extent.length
+    return extent.present, extent.length
 
 
 async def is_zero(node: BlockDriverState, offset: int, length: int) -> bool:
