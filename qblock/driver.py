@@ -59,7 +59,8 @@ class NodeInfo:
 class Environment:
     """What a driver may use of the world, handed down by the BlockSystem: time, threads, randomness and where to report.
 
-    ``emit(event, data)`` sends a QMP event; ``warn(text)`` tells the person at the console.
+    ``emit(event, data)`` sends a QMP event; ``warn(text)`` tells the person at the console. ``loop_is_shared`` is False in
+    programs in which nobody waits for the loop meanwhile: what the page cache can take or give is copied at once there.
     """
 
     clock: Clock
@@ -67,6 +68,7 @@ class Environment:
     random: Random
     emit: Callable[[str, Mapping[str, Json]], None]
     warn: Callable[[str], None]
+    loop_is_shared: bool = True
 
 
 class Driver(abc.ABC):
@@ -221,6 +223,12 @@ class Driver(abc.ABC):
     def commit_reopen(self, options: Any, *, read_only: bool) -> None:
         """Switch over; cannot fail."""
         self.options = options
+
+    async def reopened(self, *, read_only: bool) -> None:
+        """All nodes of the change have switched over: do I/O that needs the new mode (read tables before the first write).
+
+        When this raises, the nodes are switched back to what they were.
+        """
 
     def abort_reopen(self) -> None:
         """Drop what `prepare_reopen` made."""

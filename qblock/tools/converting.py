@@ -102,6 +102,7 @@ class Converter:
     _waiting: dict[int, asyncio.Future[None]] = attrs.field(init=False, factory=dict)
     _offload: bool = attrs.field(init=False)
     _limit: RateLimit = attrs.field(init=False)
+    _buffers: list[bytearray] = attrs.field(init=False, factory=list)
     _unit: int = attrs.field(init=False)
     _chunk: int = attrs.field(init=False)
     _total: int = attrs.field(init=False)
@@ -181,16 +182,14 @@ class Converter:
 
     async def _work(self) -> None:
         """One worker: pieces until there are none."""
-        buffer = bytearray()
         while True:
             async with self._planning:
                 piece = await anext(self._plan, None)
             if piece is None:
                 return
             if not piece.zero and not (self._offload and await self._offloaded(piece)):
-                buffer = buffer or bytearray(self._chunk)
                 for part in self._parts(piece):
-                    await self._copy(part, buffer)
+                    await self._copy(part)
             elif piece.zero:
                 await self._wait_for_turn(piece.number)
                 await self._write_zeroes(piece)
@@ -207,7 +206,13 @@ class Converter:
                 piece, source_offset=piece.source_offset + at, offset=piece.offset + at, length=length
             ) if length != piece.length else piece
 
-    async def _copy(self, piece: Piece, buffer: bytearray) -> None:
+    async def _copy(self, piece: Piece) -> None:
+        """Through a buffer: the one used last, whose memory is in the processor's cache."""
+        buffer = self._buffers.pop() if self._buffers else bytearray(self._chunk)
+        await self._copy_through(buffer, piece)
+        self._buffers.append(buffer)
+
+    async def _copy_through(self, buffer: bytearray, piece: Piece) -> None:
         view = memoryview(buffer)
         try:
             await piece.source.read_into(piece.source_offset, view[: piece.length])

@@ -78,6 +78,7 @@ class ImageSession:
             random=Random(),
             emit=lambda name, data: None,
             warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+            loop_is_shared=False,
         )
         graph = Graph(random=environment.random)
         opener = Opener(graph, DriverRegistry(), environment, OpenPolicy.follow())

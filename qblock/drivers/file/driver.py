@@ -44,6 +44,8 @@ INLINE_READ: Final = MiB
 """Reads up to this many bytes are tried on the loop's thread first: what is cached is copied faster than a thread wakes."""
 INLINE_WRITE: Final = 256 * KiB
 """Writes up to this many bytes are copied into the page cache on the loop's thread, which takes less than 50 microseconds."""
+INLINE_ALONE: Final = 16 * MiB
+"""Both limits where the loop is not shared: a thread would only add two switches to each copy."""
 _INLINE_SPACE: Final = MiB
 _COPY_PIECE: Final = 64 * MiB
 _BOUNCE: Final = MiB
@@ -144,6 +146,7 @@ class FileDriver(Driver):
     _locks: FileLocks | None = None
     _new_fd: int | None = None
     _inline_read = INLINE_READ
+    _inline_write = INLINE_WRITE
     _discards_ok = 0
     _discards_failed = 0
     _discarded_bytes = 0
@@ -154,6 +157,8 @@ class FileDriver(Driver):
         """See `Driver`. Raises `BlockIOError` with the errno of opening, `CommandError` for what is not offered."""
         self._refuse_options()
         node = self.node
+        if not self.env.loop_is_shared:
+            self._inline_read = self._inline_write = INLINE_ALONE
         try:
             self._fd = self._open_descriptor(read_only=node.read_only)
         except BlockIOError as error:
@@ -280,7 +285,7 @@ class FileDriver(Driver):
         try:
             if self.node.cache_direct:
                 await self._run(self._write_direct, self._fd, offset, buffer)
-            elif len(buffer) > INLINE_WRITE:
+            elif len(buffer) > self._inline_write:
                 await self._run(space.write_fully, self._fd, offset, buffer)
             elif (done := os.pwrite(self._fd, buffer, offset)) < len(buffer):
                 space.write_fully(self._fd, offset + done, buffer[done:])
