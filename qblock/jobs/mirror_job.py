@@ -128,10 +128,6 @@ class MirrorJob(BlockJob):
         return edge
 
     @property
-    def _failed_for_good(self) -> bool:
-        return self._failure is not None
-
-    @property
     def _zeroes_cheaply(self) -> bool:
         """Whether zero writes to the target give space back instead of writing."""
         node = self._target_edge.node
@@ -232,7 +228,7 @@ class MirrorJob(BlockJob):
         """The two sides are equal for a moment: become ready, and if told so, finish (True)."""
         if not await self._flush_target():
             return False
-        if self.bitmap.count or self.in_flight.background:
+        if not self._is_clean():
             return False  # a guest wrote while we waited
         self.progress_remaining = 0
         if not self.is_ready:
@@ -240,11 +236,15 @@ class MirrorJob(BlockJob):
         if not (self._should_complete or self.cancel_requested) or self.force_cancelled:
             return False
         await self.drain(self.source, self._target_edge.node)
-        if self.bitmap.count or self._failed_for_good or not await self._flush_target():
+        if not self._is_clean() or not await self._flush_target():
             self.end_drain()
             return False
         self.progress_remaining = 0
         return True
+
+    def _is_clean(self) -> bool:
+        """Whether there is nothing to copy, nothing being copied, and no failure to end with."""
+        return not (self.bitmap.count or self.in_flight.background) and self._failure is None
 
     async def _flush_target(self) -> bool:
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any, ClassVar
 
@@ -18,17 +17,14 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.clock import LoopClock
-from qblock.driver import Environment
 from qblock.drivers.memory import MemoryDriver
 from qblock.errors import BlockIOError
-from qblock.graph import Graph
 from qblock.jobs.job import Job
-from qblock.jobs.runner import JobRunner
 from qblock.jobs.state import JobStatus
 from qblock.node import BlockDriverState
-from qblock.opening import Opener, OpenPolicy
+from qblock.opening import OpenPolicy
 from qblock.permissions import Perm
-from qblock.registry import DriverRegistry
+from qblock.system import BlockSystem
 
 
 @attrs.define(eq=False)
@@ -114,7 +110,7 @@ class ShakyMemory(MemoryDriver):
 
 
 class JobBench:
-    """The parts of a block system that jobs need, with the events they sent. ``seed`` None: nodes never suspend."""
+    """A block system on virtual time, with the events it sent. ``seed`` None: nodes never suspend."""
 
     def __init__(self, seed: int | None = None) -> None:
         self.random = Random(seed)
@@ -122,17 +118,15 @@ class JobBench:
         self.events: list[tuple[str, Mapping[str, Any]]] = []
         self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         self.warnings: list[str] = []
-        self.registry = DriverRegistry()
-        self.registry.register(ShakyMemory)
-        self.graph = Graph(self.random)
-        self.env = Environment(
-            clock=LoopClock(), executor=ThreadPoolExecutor(1), random=self.random, emit=self.emit, warn=self.warnings.append
+        self.system = BlockSystem.create(
+            clock=LoopClock(), policy=OpenPolicy.follow(), random=self.random, warn=self.warnings.append
         )
-        self.opener = Opener(self.graph, self.registry, self.env, OpenPolicy.follow())
-        self.jobs = JobRunner(self.graph, self.env.clock, self.emit, self.opener)
+        self.system.registry.register(ShakyMemory)
+        self.system.events.subscribe(self._heard)
+        self.graph = self.system.graph
+        self.jobs = self.system.jobs
 
-    def emit(self, event: str, data: Mapping[str, Any]) -> None:
-        """Remember an event and tell the listeners."""
+    def _heard(self, event: str, data: Mapping[str, Any], when: tuple[int, int]) -> None:
         self.events.append((event, dict(data)))
         for listener in self.listeners:
             listener(event, data)
@@ -147,7 +141,7 @@ class JobBench:
 
     async def node(self, name: str, size: int, **options: Any) -> BlockDriverState:
         """A node of ``size`` bytes, owned by the monitor."""
-        node = await self.opener.open_blockdev(
+        node = await self.system.opener.open_blockdev(
             {"driver": ShakyMemory.name, "node-name": name, "size": size, **options}
         )
         node.monitor_owned = True
@@ -169,17 +163,11 @@ class JobBench:
     async def until(self, job: Job, *statuses: JobStatus) -> None:
         """Wait until the job is in one of ``statuses`` (or over)."""
         while job.status not in (*statuses, JobStatus.CONCLUDED, JobStatus.NULL):
-            await self.env.clock.sleep_ns(1_000_000)
+            await self.system.clock.sleep_ns(1_000_000)
 
     async def close(self) -> None:
-        """End all jobs, forget all backends, close all nodes."""
-        await self.jobs.cancel_all()
-        for backend in list(self.graph.backends):
-            backend.close()
-        for node in self.graph.nodes.values():
-            node.monitor_owned = False
-        await self.opener.close_orphans()
-        self.env.executor.shutdown()
+        """Close the system."""
+        await self.system.close()
 
 
 def driver_of(node: BlockDriverState) -> ShakyMemory:

@@ -43,7 +43,7 @@ class Stage:
 
     async def mirror(self, **changes: object) -> MirrorJob:
         return await start_blockdev_mirror(
-            self.bench, device="d", target="t", request=attrs.evolve(REQUEST, **changes)  # type: ignore[arg-type]
+            self.bench.system, device="d", target="t", request=attrs.evolve(REQUEST, **changes)  # type: ignore[arg-type]
         )
 
     async def assert_pristine(self) -> None:
@@ -62,7 +62,7 @@ class Stage:
 
 
 @pytest.mark.parametrize("mode", CopyMode)
-@pytest.mark.parametrize("side", SIDES, ids=lambda side: "-".join(side))
+@pytest.mark.parametrize("side", SIDES, ids="-".join)
 @pytest.mark.parametrize("nth", [*range(1, 14), 30])
 def test_reported_errors_fail_the_job_and_spare_the_guest(nth: int, side: tuple[str, str], mode: CopyMode) -> None:
     """The n-th request fails: the job says so and ends; the guest's requests all succeed (unless its own one failed)."""
@@ -89,7 +89,7 @@ def test_reported_errors_fail_the_job_and_spare_the_guest(nth: int, side: tuple[
 
 
 @pytest.mark.parametrize("mode", CopyMode)
-@pytest.mark.parametrize("side", SIDES, ids=lambda side: "-".join(side))
+@pytest.mark.parametrize("side", SIDES, ids="-".join)
 @pytest.mark.parametrize("nth", [1, 2, 3, 5, 8, 13])
 def test_ignored_errors_are_tried_again(nth: int, side: tuple[str, str], mode: CopyMode) -> None:
     """A target that is unwell for a while: the mirror keeps at it, and what it switches to is complete."""
@@ -112,7 +112,7 @@ def test_ignored_errors_are_tried_again(nth: int, side: tuple[str, str], mode: C
 
 
 @pytest.mark.parametrize("ending", ["resume", "cancel", "quit"])
-@pytest.mark.parametrize("side", SIDES, ids=lambda side: "-".join(side))
+@pytest.mark.parametrize("side", SIDES, ids="-".join)
 @pytest.mark.parametrize("nth", [1, 2, 7])
 def test_stopping_errors_pause_until_somebody_decides(nth: int, side: tuple[str, str], ending: str) -> None:
     """on-error=stop: the job waits in paused, keeps its io-status, and goes on, or goes away, as told."""

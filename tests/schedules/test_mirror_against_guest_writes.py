@@ -73,7 +73,7 @@ def test_both_sides_are_equal_when_the_mirror_lets_go(seed: int, mode: CopyMode)
         bench.listeners.append(watch)
         async with asyncio.TaskGroup() as group:
             group.create_task(guest.run(40))
-            job = await start_blockdev_mirror(bench, device="d", target="t", request=request(random, mode))
+            job = await start_blockdev_mirror(bench.system, device="d", target="t", request=request(random, mode))
             meddling = group.create_task(meddle(bench, job, random))
             await bench.until(job, JobStatus.READY)
             await meddling
