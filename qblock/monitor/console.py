@@ -15,10 +15,12 @@ import attrs
 from qblock.monitor.command import CommandContext
 from qblock.monitor.hmp import HmpCommand, HmpMonitor
 from qblock.monitor.machine import Machine
-from qblock.monitor.repl_commands import LEARNING_COMMANDS, as_hmp_commands
+from qblock.monitor.repl_commands import LEARNING_COMMANDS, install
 
 _COMPLAINTS: Final = ("Error: ", "unknown command: ", 'Try "help ')
 """How the lines begin by which HMP says that a command has failed."""
+_FILE_ARGUMENTS: Final = frozenset({"target", "file", "filename", "snapshot-file", "base"})
+"""Arguments that QEMU's grammar calls strings and that are file names."""
 
 
 @attrs.frozen
@@ -46,7 +48,8 @@ class Console:
     _monitor: HmpMonitor = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._monitor = HmpMonitor(self.machine.hub.commands, as_hmp_commands(self.machine))
+        install(self.machine)
+        self._monitor = self.machine.hub.hmp
 
     async def execute(self, line: str) -> Answer:
         """Execute one line; an empty one and a comment (``#``) do nothing."""
@@ -122,13 +125,12 @@ class Console:
         flags = [Suggestion(a.kind, a.name) for a in command.arguments if a.is_flag] if beginning == "-" else []
         if len(given) >= len(places):
             return flags
-        match places[len(given)].kind:
-            case "B":
-                return [*flags, *self._names()]
-            case "F":
-                return [*flags, *_files(beginning)]
-            case _:
-                return flags
+        place = places[len(given)]
+        if place.kind == "B":
+            return [*flags, *self._names()]
+        if place.kind == "F" or place.name in _FILE_ARGUMENTS:
+            return [*flags, *_files(beginning)]
+        return flags
 
     def _names(self) -> list[Suggestion]:
         devices = [Suggestion(name, "disk") for name in self.machine.device_names()]

@@ -7,9 +7,10 @@ to write, and in that a drive is a virtio disk unless its ``if`` says otherwise.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random as random_module
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -62,7 +63,9 @@ class Machine:
     events: EventLog = attrs.field(init=False, factory=EventLog)
     _servers: list[MonitorServer] = attrs.field(init=False, factory=list)
     _guests: dict[str, Guest] = attrs.field(init=False, factory=dict)
+    _workloads: dict[str, Workload] = attrs.field(init=False, factory=dict)
     _reports: list[str] = attrs.field(init=False, factory=list)
+    _run_state_change: asyncio.Task[None] | None = attrs.field(init=False, default=None)
 
     @classmethod
     async def open(cls, options: MachineOptions, *, clock: Clock, virtual_time: VirtualTime | None = None) -> Machine:
@@ -75,6 +78,7 @@ class Machine:
         machine._reports = reports
         machine.started_ns = clock.now_ns()
         system.events.subscribe(machine.events.record)
+        system.events.subscribe(machine._follow_run_state)
         hub.open()
         try:
             for text in options.blockdevs:
@@ -90,6 +94,8 @@ class Machine:
 
     async def close(self) -> None:
         """Stop the guests, end the monitors, cancel the jobs, flush and close all images."""
+        if self._run_state_change is not None:
+            await self._run_state_change
         for guest in self._guests.values():
             await guest.stop()
         if not self.hub.quitting:
@@ -163,15 +169,37 @@ class Machine:
         """Let the guest on a disk work at this pace; raises `CommandError` if it does already."""
         if writes_per_second < 1:
             raise CommandError("the guest's pace is at least one request a second")
-        self.guest(device).start(Workload(interval_ns=max(1, SECOND_NS // writes_per_second)))
+        guest = self.guest(device)
+        if device in self._workloads:
+            raise CommandError(f"the guest is at work on {device} already")
+        workload = self._workloads[device] = Workload(interval_ns=max(1, SECOND_NS // writes_per_second))
+        if self.hub.running:
+            guest.start(workload)
 
     async def stop_guest(self, device: str) -> int:
         """Stop the guest on a disk; returns how many bytes it has written. Raises `CommandError` when it was not at work."""
         guest = self.guest(device)
-        if not guest.running:
+        if self._workloads.pop(device, None) is None:
             raise CommandError(f"the guest does nothing on {device}")
         await guest.stop()
         return guest.counters.bytes_written
+
+    def _follow_run_state(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> None:
+        """A stopped machine's guest does nothing until the machine goes on."""
+        del data, when
+        if name in ("STOP", "RESUME"):
+            change = self._change_run_state(running=name == "RESUME", before=self._run_state_change)
+            self._run_state_change = asyncio.get_running_loop().create_task(change, name=f"guests: {name.lower()}")
+
+    async def _change_run_state(self, *, running: bool, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        for device, workload in list(self._workloads.items()):
+            guest = self.guest(device)
+            if running and not guest.running:
+                guest.start(workload)
+            elif not running:
+                await guest.stop()
 
     def guest_activity(self, device: str) -> str:
         """What the guest does on a disk, in a few words."""
@@ -181,7 +209,8 @@ class Machine:
         done = guest.counters
         total = f"{done.writes} writes ({format_size(done.bytes_written)}), {done.reads} reads, {done.flushes} flushes"
         failed = f", {done.failed} failed" if done.failed else ""
-        return f"{'at work' if guest.running else 'idle'}: {total}{failed}"
+        state = "at work" if guest.running else "held up" if device in self._workloads else "idle"
+        return f"{state}: {total}{failed}"
 
     async def guest_write(self, device: str, offset: int, length: int, pattern: int) -> None:
         """One write of the byte ``pattern``; offset and length are multiples of 512. Raises `BlockIOError`."""

@@ -38,9 +38,10 @@ class LearningCommand:
     """What may stand as first argument, for completion."""
 
 
-def as_hmp_commands(machine: Machine) -> list[HmpCommand]:
-    """The commands for ``machine``, in the shape in which `HmpMonitor` takes more commands."""
-    return [_as_hmp_command(command, machine) for command in LEARNING_COMMANDS.values()]
+def install(machine: Machine) -> None:
+    """Add the commands to the machine's human monitor, where ``human-monitor-command`` finds them too."""
+    for command in LEARNING_COMMANDS.values():
+        machine.hub.hmp.register(_as_hmp_command(command, machine))
 
 
 def _as_hmp_command(command: LearningCommand, machine: Machine) -> HmpCommand:

@@ -170,6 +170,7 @@ class ServedMachine:
         )
         self._thread = LoopThread(lambda: SimLoop(manual=True))
         self.machine: Machine
+        self._qmp: QmpClient
 
     @property
     def _time(self) -> SimLoop:
@@ -197,6 +198,10 @@ class ServedMachine:
     def guest_write(self, device: str, offset: int, length: int, pattern: int) -> None:
         """The guest writes ``length`` bytes of ``pattern``."""
         self.call(self.machine.guest_write(device, offset, length, pattern))
+
+    def qmp(self, command: str, arguments: Mapping[str, Json] | None = None, **members: Json) -> Json:
+        """Execute a QMP command by a way of the test's own, beside the socket; raises `QmpError`."""
+        return self.call(self._qmp.execute(command, arguments, **members))
 
     def await_event(self, name: str, **members: Json) -> MachineEvent:
         """Wait, in real time, until the code under test has made ``name`` happen; virtual time stands still meanwhile.
@@ -226,6 +231,7 @@ class ServedMachine:
         self._thread.start()
         try:
             self.machine = self.call(_open(self._options, loop=self._time))
+            self._qmp = self.call(QmpClient.in_process(self.machine.hub))
         except BaseException:
             self._thread.stop()
             raise
@@ -235,6 +241,7 @@ class ServedMachine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            self.call(self._qmp.close())
             self.call(self.machine.close())
         finally:
             self._thread.stop()

@@ -13,6 +13,7 @@ from qblock.monitor.console import Console
 from qblock.monitor.loopthread import LoopThread
 from qblock.monitor.machine import Machine, MachineOptions
 from qblock.monitor.repl import Repl
+from qblock.monitor.repl_commands import install
 from qblock.tools.arguments import UsageError
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
 from qblock.tools.machine_line import (
@@ -96,6 +97,7 @@ async def _serve(options: MachineOptions) -> None:
     """Run until a client or a signal says quit."""
     machine = await start_machine(options)
     try:
+        install(machine)
         _quit_on_signals(machine)
         await machine.hub.wait_quit()
     finally:
