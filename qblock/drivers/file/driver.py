@@ -264,6 +264,9 @@ class FileDriver(Driver):
                 done = os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT)
                 if done == len(buffer):
                     return
+                if offset + done >= self._length:
+                    fill_zero(buffer[done:])
+                    return
             except BlockingIOError:
                 pass
             except OSError as error:
