@@ -156,8 +156,8 @@ class GuestDevice:
         return f"<GuestDevice {self.id!r} {self.model} on {self.backend!r}>"
 
 
-DISK_SHARES: Final = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
-"""What a disk lets others do to its node while the guest may write."""
+DISK_SHARES: Final = Perm.ALL & ~Perm.WRITE
+"""What a virtio disk lets others do to its node: all but write; it is told when block_resize changes its size."""
 
 
 def attach_disk(system: BlockSystem, backend: BlockBackend) -> GuestDevice:
@@ -180,7 +180,7 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend
     _, _, writethrough = CACHE_MODES[drive.cache]
     system.graph.check_name_is_free(name, kind="device")
     node = await _open_medium(system, drive)
-    backend = BlockBackend(system.graph, name, perm=Perm.NONE, shared=Perm.ALL)
+    backend = BlockBackend(system.graph, name, perm=Perm.CONSISTENT_READ, shared=Perm.ALL)
     backend.writethrough = writethrough
     backend.on_write_error = drive.werror
     backend.on_read_error = drive.rerror
