@@ -50,7 +50,10 @@ async def write_aligned(driver: Driver, offset: int, buffer: memoryview) -> None
             base = start - start % alignment
             stop = min(base + alignment, end)
             block = memoryview(bytearray(alignment))
+            part = "head" if start > base else "tail"
+            driver.debug_event(f"pwritev_rmw_{part}")
             await driver.read_into(base, block)
+            driver.debug_event(f"pwritev_rmw_after_{part}")
             block[start - base : stop - base] = buffer[start - offset : stop - offset]
             await driver.write_from(base, block)
         start = stop

@@ -75,6 +75,7 @@ async def _copy_up(node: BlockDriverState, start: int, end: int, *, into: memory
     whole = len(into) == end - start
     data = into if whole else memoryview(bytearray(end - start))
     await read_aligned(node.driver, start, data)
+    node.driver.debug_event("cor_write")
     if all_zero(data):
         await zero_aligned(node.driver, start, end - start, may_unmap=False, no_fallback=False)
     else:

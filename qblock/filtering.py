@@ -48,7 +48,10 @@ class FilterDriver(Driver):
 
     async def flush(self) -> None:
         """See `Driver`."""
-        await requests.flush(self.child.node)
+        below = self.child.node
+        below.driver.debug_event("flush_to_os")
+        below.driver.debug_event("flush_to_disk")
+        await requests.flush(below)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False

@@ -54,8 +54,19 @@ async def block_status(node: BlockDriverState, offset: int, length: int, *, want
     Filters answer for their child. What lies behind the end of the node is zero. With ``want_zero`` data over a hole of the
     storage child is reported as zero where the driver says that this can be (``Driver.probes_storage``).
     """
+    if node.driver.wants_debug_events and offset < node.length:
+        return await _filter_status(node, offset, length, want_zero=want_zero)
     extent, _ = await _refined_status(skip_filters(node), offset, length, want_zero=want_zero)
     return extent
+
+
+async def _filter_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool) -> Extent:
+    """The answer of a filter that is not looked through, since it may let the question fail (blkdebug)."""
+    enter(node)
+    try:
+        return await _driver_status(node, offset, min(length, node.length - offset), want_zero=want_zero)
+    finally:
+        leave(node)
 
 
 async def chain_status(
@@ -70,6 +81,8 @@ async def chain_status(
 
     With a ``base`` a run that no layer above it holds is neither present nor zero.
     """
+    if node.driver.wants_debug_events and offset < node.length:
+        length = (await _filter_status(node, offset, length, want_zero=want_zero)).length
     depth = 0
     layer = skip_filters(node)
     stop = skip_filters(base) if base is not None else None

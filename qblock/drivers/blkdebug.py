@@ -7,9 +7,9 @@ about it decides. The events ``pwritev``, ``pwritev_zero`` and ``pwritev_done`` 
 ``pwritev_done`` comes also after a write that failed.
 
 Differs from QEMU in that there are no breakpoints and no ``blkdebug:CONFIG:IMAGE`` file names, that a configuration file
-takes the members of the two rule sections only (but all of them: QEMU's takes no ``iotype``), that a negative errno is refused,
-and that nothing raises the read-modify-write events (``pwritev_rmw_*``) and ``cor_write``: rules for these are refused rather
-than kept without effect.
+takes the members of the two rule sections only (but all of them: QEMU's takes no ``iotype``), and that a negative errno is
+refused. The border raises the events of its own work here too: ``pwritev_rmw_*`` (alignment.py), ``cor_write``
+(copying_up.py); which others come is for the format above to say.
 """
 
 from __future__ import annotations
@@ -43,11 +43,6 @@ BlkdebugEvent: TypeAlias = Literal[
     "cluster_alloc_space", "none",
 ]  # fmt: skip
 """The steps of a format driver's work that can be named in rules; ``none`` happens once, when the node opens."""
-
-NEVER_RAISED: Final = frozenset(
-    {"pwritev_rmw_head", "pwritev_rmw_after_head", "pwritev_rmw_tail", "pwritev_rmw_after_tail", "cor_write"}
-)
-"""Events of QEMU's I/O core that have no counterpart here."""
 
 IoType: TypeAlias = Literal["read", "write", "write-zeroes", "discard", "flush", "block-status"]
 PermissionName: TypeAlias = Literal["consistent-read", "write", "write-unchanged", "resize"]
@@ -220,8 +215,6 @@ class BlkdebugDriver(FilterDriver):
 
 
 def _check_rule(rule: InjectError | SetState) -> None:
-    if rule.event in NEVER_RAISED:
-        raise InvalidParameter("event", f"cannot be '{rule.event}': qblock has no such step")
     if rule.state is not None and rule.state < 0:
         raise InvalidParameter("state", f"cannot be negative ({rule.state})")
     if isinstance(rule, InjectError):

@@ -68,6 +68,7 @@ class RawDriver(Driver):
     probes_storage = True
 
     options: RawOptions
+    _traced = False
 
     @property
     def _edge(self) -> BdrvChild:
@@ -76,6 +77,7 @@ class RawDriver(Driver):
     async def open(self) -> None:
         """See `Driver`. Raises `CommandError` when the window does not lie in the storage."""
         self._check_window(self.options)
+        self._traced = self._edge.node.driver.wants_debug_events
         if self.node.probed:
             self.limits = Limits(request_alignment=_SECTOR)
 
@@ -100,6 +102,8 @@ class RawDriver(Driver):
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Driver`."""
+        if self._traced:
+            self._edge.node.driver.debug_event("read_aio")
         await requests.read_into(self._edge, offset + self.options.offset, buffer)
 
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
@@ -111,6 +115,8 @@ class RawDriver(Driver):
                 f"The format of '{self.node.node_name}' was guessed to be raw, so its first sector must not look like another "
                 "format; open it with an explicit driver=raw",
             )
+        if self._traced:
+            self._edge.node.driver.debug_event("write_aio")
         await requests.write_from(self._edge, offset + self.options.offset, buffer, fua=fua)
 
     def _check_room(self, end: int) -> None:
@@ -119,6 +125,8 @@ class RawDriver(Driver):
 
     async def flush(self) -> None:
         """See `Driver`."""
+        self._edge.node.driver.debug_event("flush_to_os")
+        self._edge.node.driver.debug_event("flush_to_disk")
         await requests.flush(self._edge.node)
 
     async def write_zeroes(

@@ -167,6 +167,7 @@ class Allocator:
         epoch = epochs.current
         epoch.count += 1
         try:
+            self.file.event("write_aio")
             await payload.store(self.file.edge, host)
         finally:
             epochs.leave(epoch)
@@ -214,19 +215,27 @@ class Allocator:
         from_, to = head - write_head, end + write_tail
         if payload.view is not None and (write_head or write_tail) and to - from_ <= max(_JOIN_BELOW, size):
             buffer = memoryview(bytearray(to - from_))
+            self.file.event("cow_read")
             await self._read_old(first, guest - head, 0, buffer[:write_head])
             await self._read_old(last, guest - head + total - size, end - (total - size), buffer[write_head + payload.length :])
             buffer[write_head : write_head + payload.length] = payload.view
+            self.file.event("cow_write")
+            self.file.event("write_aio")
             await requests.write_from(self.file.edge, claim.host + from_, buffer)
             return
+        self.file.event("write_aio")
         await payload.store(self.file.edge, claim.host + head)
         if write_head:
             buffer = memoryview(bytearray(write_head))
+            self.file.event("cow_read")
             await self._read_old(first, guest - head, 0, buffer)
+            self.file.event("cow_write")
             await requests.write_from(self.file.edge, claim.host, buffer)
         if write_tail:
             buffer = memoryview(bytearray(write_tail))
+            self.file.event("cow_read")
             await self._read_old(last, guest - head + total - size, end - (total - size), buffer)
+            self.file.event("cow_write")
             await requests.write_from(self.file.edge, claim.host + end, buffer)
 
     def _shows_zeroes(self, entry: int) -> bool:

@@ -162,6 +162,7 @@ class Refcounts:
 
     async def _load(self, key: int, block_offset: int) -> None:
         within = (key << self._slice_bits) & ((1 << self.geometry.block_bits) - 1)
+        self.file.event("refblock_load")
         await self.cache.load(key, block_offset + (within << self.geometry.refcount_order >> 3), self._read_slice)
 
     async def _read_slice(self, host: int) -> array[int]:
@@ -171,10 +172,12 @@ class Refcounts:
 
     async def allocate(self, count: int) -> Claim:
         """Claim up to ``count`` adjacent free clusters (at least one). ``BlockIOError(EFBIG)`` when the format has no more."""
+        self.file.event("cluster_alloc")
         return await self._claim(None, count)
 
     async def allocate_contiguous(self, count: int) -> Claim:
         """Claim exactly ``count`` adjacent clusters, for a table."""
+        self.file.event("cluster_alloc")
         if count > 1 << (self.geometry.block_bits - 1):
             async with self.structure:
                 return Claim(await self._add_region(count) << self.geometry.cluster_bits, count, False)
@@ -248,7 +251,9 @@ class Refcounts:
                 await self._add_region(0)
                 return
             host = cluster << self.geometry.cluster_bits
+            self.file.event("refblock_alloc")
             await self.file.check_overlap(host, self.geometry.cluster_size)
+            self.file.event("refblock_alloc_write")
             await self._write_zero_blocks(host, 1)
             self._link_block(block, host)
             self._count_fresh(cluster, cluster + 1)
@@ -263,6 +268,7 @@ class Refcounts:
         bits = self.geometry.cluster_bits
         base, blocks, clusters = self._plan_region(extra)
         end = base + blocks + clusters + extra
+        self.file.event("refblock_alloc_write_blocks")
         await self._write_zero_blocks(base << bits, blocks)
         # From here on nothing waits: the new structure appears in memory at once.
         self.file.virgin = max(self.file.virgin, end << bits)
@@ -337,6 +343,7 @@ class Refcounts:
     async def release(self, freed: list[Freed]) -> None:
         """Lower counts by one. What reaches zero may be claimed again at once, after the file got its discard."""
         slice_clusters = 1 << self._slice_bits
+        self.file.event("cluster_free")
         for first, count, pass_discard in freed:
             while count:
                 key = first >> self._slice_bits

@@ -63,6 +63,7 @@ async def _grow_l1(writer: Allocator, entries: int) -> None:
     clusters, refcounts, geometry = writer.map, writer.refcounts, writer.map.geometry
     if entries <= len(clusters.l1):
         return
+    writer.file.event("l1_grow_alloc_table")
     claim = await refcounts.allocate_contiguous(geometry.clusters(entries * 8))
     # From here on nothing waits.
     bits, old_host, old_clusters = geometry.cluster_bits, clusters.l1_host, geometry.clusters(len(clusters.l1) * 8)
@@ -81,6 +82,7 @@ async def _shrink(writer: Allocator, length: int) -> None:
     clusters, geometry = writer.map, writer.map.geometry
     first, end = align_up(length, geometry.cluster_size), align_up(clusters.length, geometry.cluster_size)
     await writer.cut(first, end)
+    writer.file.event("l1_shrink_write_table")
     for index in range(geometry.l1_entries(length), len(clusters.l1)):
         if clusters.l1[index] & OFFSET_MASK:
             _drop_table(clusters, index)

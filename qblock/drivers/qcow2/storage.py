@@ -124,6 +124,8 @@ class ImageFile:
     writable: bool = False
     metadata: MetadataMap | None = None
     virgin: int = 0
+    traced: bool = False
+    """The file's driver wants to hear of each step of the work on the image (blkdebug)."""
     _reported: bool = False
 
     @property
@@ -134,6 +136,11 @@ class ImageFile:
     def length(self) -> int:
         """The present length of the file in bytes."""
         return self.edge.node.driver.length()
+
+    def event(self, step: str) -> None:
+        """Come to a step of the work, see `Driver.debug_event`; nothing happens unless the file is ``traced``."""
+        if self.traced:
+            self.edge.node.driver.debug_event(step)
 
     async def read(self, offset: int, length: int) -> bytearray:
         """Bytes of the file; behind its end they are zero."""
@@ -155,6 +162,7 @@ class ImageFile:
 
     async def barrier(self) -> None:
         """Everything written so far is durable before anything written later. A failure poisons the node."""
+        self.event("flush_to_disk")
         try:
             await requests.flush(self.edge.node)
         except BlockIOError as error:

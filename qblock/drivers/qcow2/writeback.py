@@ -80,6 +80,7 @@ class TableSnapshot(Protocol):
 
     cache: TableCache
     epochs: Epochs
+    moved_l1: bool
 
     def take_l1(self) -> list[tuple[int, memoryview]]:
         """Dirty sectors of the L1 table as (file offset, bytes); they count as clean then."""
@@ -148,26 +149,32 @@ class WriteBack:
         table_parts, table_moved = refcounts.take_table()
         table_at, table_length = refcounts.table_host, len(refcounts.table) * 8
         slices = tables.cache.take_dirty()
+        l1_moved = tables.moved_l1
         l1_parts, header_part = tables.take_l1(), tables.take_header()
         freed, refcounts.pending = refcounts.pending, []
 
-        await self._write(counts)
+        await self._write(counts, step="refblock_update_part")
         if table_parts:
             await file.barrier()
+            file.event("refblock_alloc_write_table" if table_moved else "refblock_alloc_hookup")
             for offset, data in table_parts:
                 await file.write_metadata(offset, data)
             if table_moved:
                 await file.barrier()
+                file.event("refblock_alloc_switch_table")
                 offset, location = encode_refcount_location(table_at, table_length >> file.header.cluster_bits)
                 await file.write_metadata(offset, memoryview(location))
         refcounts.cache.settle(counts)
         if slices or l1_parts or header_part:
             await file.barrier()
-            await self._write(slices)
+            await self._write(slices, step="l2_update")
             for offset, data in l1_parts:
+                file.event("l1_grow_write_table" if l1_moved else "l1_update")
                 await file.write_metadata(offset, data)
             if header_part:
                 await file.barrier()
+                if l1_moved:
+                    file.event("l1_grow_activate_table")
                 await file.write_metadata(*header_part)
             tables.cache.settle(slices)
         if durable or freed or header_part:
@@ -176,8 +183,9 @@ class WriteBack:
             self.epochs.defer(freed)
         await self.release_ready()
 
-    async def _write(self, parts: list[DirtyPart]) -> None:
+    async def _write(self, parts: list[DirtyPart], *, step: str) -> None:
         for part in parts:
+            self.file.event(step)
             await self.file.write_metadata(part.offset, part.data)
 
     async def release_ready(self) -> None:
