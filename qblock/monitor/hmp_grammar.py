@@ -2,8 +2,8 @@
 
 Models the grammar of HMP (hmp-block.md section 0). A signature such as ``"reuse:-n,device:B,speed:o?"`` lists arguments as
 ``name:TYPE``, ``?`` for those that may be left out. Types: B device or job name, F file name, s string, S rest of the line,
-i and l integer expressions of 32 and 64 bits, o a size (a plain number counts MiB), b ``on`` or ``off``, ``-x`` the flag ``-x``. Differs
-from QEMU: expressions know no CPU registers.
+i and l integer expressions of 32 and 64 bits, o a size (a plain number counts MiB), b ``on`` or ``off``, ``-x`` the flag
+``-x``. Differs from QEMU: expressions know no CPU registers.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ _EXPECTED: Final[Mapping[str, str]] = {
     "F": "filename expected",
     "s": "string expected",
 }
+_BITS: Final[Mapping[str, int]] = {"i": 32, "l": 64}
 _ESCAPES: Final[Mapping[str, str]] = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 _SIZE: Final = re.compile(r"0[xX][0-9a-fA-F]+|(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[bBkKmMgGtTpPeE])?")
+_WORD: Final = re.compile(r"\S+")
 _NUMBER: Final = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
 
 
@@ -147,9 +149,8 @@ class Cursor:
             return self._size()
         if kind == "b":
             return self._switch(name)
-        assert kind in ("i", "l"), kind
         number = self._expression(1)
-        if kind == "i" and not -(1 << 31) <= number < 1 << 32:
+        if _BITS[kind] == 32 and not -(1 << 31) <= number < 1 << 32:
             raise HmpSyntaxError(f"'{name}' has failed: integer is for 32-bit values")
         return number
 
@@ -159,10 +160,11 @@ class Cursor:
             return None
         if self._text[self._pos] == '"':
             return self._quoted()
-        start = self._pos
-        while not self.at_end and not self._text[self._pos].isspace():
-            self._pos += 1
-        return self._text[start : self._pos]
+        found = _WORD.match(self._text, self._pos)
+        if found is None:
+            return None
+        self._pos = found.end()
+        return found[0]
 
     def _quoted(self) -> str | None:
         result = []

@@ -7,10 +7,11 @@ not look down the backing chain, and counters belong to devices while ``wr_highe
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from qblock.chain import chain_next, skip_implicit
+from qblock.chain import chain_edge, chain_next, skip_filters, skip_implicit
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.filenames import combine_filename
 from qblock.monitor.replies import (
@@ -24,15 +25,29 @@ from qblock.monitor.replies import (
 )
 from qblock.nodespec import CommonOptions
 from qblock.options import fields
+from qblock.permissions import ChildRole
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
     from qblock.devices import GuestDevice
     from qblock.dirty import DirtyBitmap
     from qblock.driver import Json
+    from qblock.graph import Graph
     from qblock.node import BlockDriverState
 
-_COMMON: Final = frozenset(field.wire for field in fields(CommonOptions)) - {"driver"}
+_COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
+_AFTER_DRIVER: Final = ("size", "file", "filename")
+"""Options that QEMU prints behind the driver in ``json:`` names; the others come before it."""
+_SHOWN: Final[Mapping[str, frozenset[str]]] = {
+    "blkdebug": frozenset({"config", "inject-error", "set-state"}),
+    "copy-on-read": frozenset({"bottom"}),
+    "file": frozenset({"filename"}),
+    "null-aio": frozenset({"read-zeroes", "size"}),
+    "null-co": frozenset({"read-zeroes", "size"}),
+    "qcow2": frozenset(),
+    "raw": frozenset({"offset", "size"}),
+}
+"""The options that change what a node of the driver shows; of drivers not listed all are shown."""
 _COUNTERS: Final = tuple(
     field.attribute
     for field in fields(BlockDeviceStats)
@@ -40,35 +55,74 @@ _COUNTERS: Final = tuple(
 )
 
 
+def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
+    """All nodes in QEMU's order of creation: a node's child ``file`` comes before it, its other children after it."""
+    order: dict[BlockDriverState, None] = {}
+
+    def enter(node: BlockDriverState) -> None:
+        storage = node.children.get("file")
+        if storage is not None and storage.node not in order:
+            enter(storage.node)
+        order.setdefault(node)
+
+    for node in graph.nodes.values():
+        enter(node)
+    return list(order)
+
+
 def filename_of(node: BlockDriverState) -> str:
     """The plain name from which ``node`` can be opened again, or its options as a ``json:`` name."""
+    if node.filtered is not None and not node.options_given:
+        return filename_of(node.filtered.node)  # a job has put it there: nobody could ask for it by options
     name = node.driver.filename()
-    return name if name is not None else "json:" + json.dumps(_options_of(node))
+    return name if name is not None and not _backing_differs(node, name) else "json:" + json.dumps(_options_of(node))
+
+
+def _backing_differs(node: BlockDriverState, name: str) -> bool:
+    """Whether opening the image by its ``name`` would give it another backing image than it has now."""
+    below = chain_next(node)
+    link = _link_of(node)
+    if link is None or below is None:
+        return (link is None) is not (below is None)
+    meant, present = combine_filename(name, link.filename), below.driver.filename()
+    return present is None or os.path.abspath(meant) != os.path.abspath(present)
+
+
+def _link_of(node: BlockDriverState) -> BackingLink | None:
+    driver = node.driver
+    return driver.backing_link() if isinstance(driver, SupportsBacking) else None
 
 
 def _options_of(node: BlockDriverState) -> dict[str, Json]:
     """The options from which ``node`` can be opened again, without those that do not change what it shows."""
-    own = {key: value for key, value in node.options_given.items() if key not in _COMMON and key not in node.children}
-    options = {"driver": node.driver.name} | own
-    for name, edge in node.children.items():
-        if edge is not node.backing or name in node.options_given:
-            options[name] = _options_of(edge.node)
-    return options
+    shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
+    options = {key: value for key, value in node.options_given.items() if key in shown}
+    name = node.driver.filename()
+    shows_backing = name is None or _backing_differs(node, name)
+    for child, edge in node.children.items():
+        if edge.role is not ChildRole.BACKING or shows_backing:
+            options[child] = _options_of(edge.node)
+    if shows_backing and node.driver.supports_backing:
+        options.setdefault("backing", None)
+    first = {key: value for key, value in options.items() if key not in _AFTER_DRIVER}
+    last = {key: options[key] for key in _AFTER_DRIVER if key in options}
+    return first | {"driver": node.driver.name} | last
 
 
-def backing_node(node: BlockDriverState) -> BlockDriverState | None:
-    """The image below, looked for through filters."""
-    return chain_next(node)
+def _below(node: BlockDriverState, *, for_device: bool) -> BlockDriverState | None:
+    """The next node of the chain; users of a device do not see implicit filters."""
+    edge = chain_edge(node)
+    return None if edge is None else skip_implicit(edge.node) if for_device else edge.node
 
 
-def image_info(node: BlockDriverState, *, flat: bool) -> ImageInfo:
-    """``ImageInfo`` of a node, with its backing images unless ``flat``."""
+def image_info(node: BlockDriverState, *, flat: bool, for_device: bool = False) -> ImageInfo:
+    """``ImageInfo`` of a node, with the nodes below it in its chain unless ``flat``."""
     driver = node.driver
     facts = driver.info()
     name = filename_of(node)
-    link: BackingLink | None = driver.backing_link() if isinstance(driver, SupportsBacking) else None
+    link = _link_of(node)
     specific = driver.specific_info()
-    below = None if flat else backing_node(node)
+    below = None if flat else _below(node, for_device=for_device)
     return ImageInfo(
         filename=name,
         format=driver.name,
@@ -79,7 +133,7 @@ def image_info(node: BlockDriverState, *, flat: bool) -> ImageInfo:
         backing_filename=None if link is None else link.filename,
         full_backing_filename=None if link is None else combine_filename(name, link.filename),
         backing_filename_format=None if link is None else link.format,
-        backing_image=None if below is None else image_info(below, flat=False),
+        backing_image=None if below is None else image_info(below, flat=False, for_device=for_device),
         format_specific=None
         if specific is None
         else ImageInfoSpecific(type=specific["type"], data=dict(specific["data"])),
@@ -101,16 +155,16 @@ def bitmap_info(bitmap: DirtyBitmap) -> BlockDirtyInfo:
 
 def block_device_info(node: BlockDriverState, *, backend: BlockBackend | None, flat: bool) -> BlockDeviceInfo:
     """``BlockDeviceInfo`` of a node, as a node of its own or as the medium of ``backend``."""
-    below = backing_node(node)
-    depth, image = 0, below
-    while image is not None and not flat:
-        depth, image = depth + 1, backing_node(image)
+    for_device = backend is not None
+    depth, image = 0, node
+    while not flat and (following := _below(image, for_device=for_device)) is not None:
+        depth, image = depth + 1, following
     return BlockDeviceInfo(
         file=filename_of(node),
         node_name=node.node_name,
         ro=node.read_only,
         drv=node.driver.name,
-        backing_file=None if below is None else filename_of(below),
+        backing_file=None if node.backing is None else filename_of(skip_filters(node.backing.node)),
         backing_file_depth=depth,
         encrypted=False,
         detect_zeroes=cast(Literal["off", "on", "unmap"], node.detect_zeroes),
@@ -120,7 +174,7 @@ def block_device_info(node: BlockDriverState, *, backend: BlockBackend | None, f
         iops=0,
         iops_rd=0,
         iops_wr=0,
-        image=image_info(node, flat=flat),
+        image=image_info(node, flat=flat, for_device=for_device),
         cache=BlockdevCacheInfo(
             writeback=backend is None or not backend.writethrough,
             direct=node.cache_direct,

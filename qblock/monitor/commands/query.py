@@ -10,9 +10,9 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.chain import skip_implicit
 from qblock.devices import GuestDevice
-from qblock.jobs.job import BlockJob, Job
+from qblock.jobs.job import BlockJob
 from qblock.monitor.command import CommandContext, NoArguments, command
-from qblock.monitor.nodeinfo import block_device_info, device_stats, node_stats
+from qblock.monitor.nodeinfo import block_device_info, device_stats, node_stats, nodes_oldest_first
 from qblock.monitor.replies import (
     BlockDeviceInfo,
     BlockInfo,
@@ -75,7 +75,7 @@ def _block_info(backend: BlockBackend) -> BlockInfo:
 @command("query-named-block-nodes", since="2.0", returns=list[BlockDeviceInfo])
 async def query_named_block_nodes(ctx: CommandContext, args: FlatArguments) -> list[BlockDeviceInfo]:
     """List all nodes, newest first."""
-    nodes = reversed(ctx.system.graph.nodes.values())
+    nodes = reversed(nodes_oldest_first(ctx.system.graph))
     return [block_device_info(node, backend=None, flat=args.flat) for node in nodes]
 
 
@@ -83,7 +83,7 @@ async def query_named_block_nodes(ctx: CommandContext, args: FlatArguments) -> l
 async def query_blockstats(ctx: CommandContext, args: BlockstatsArguments) -> list[BlockStats]:
     """Tell how much the devices have read and written, or how far writes to the nodes went."""
     if args.query_nodes:
-        return [node_stats(node, below=False) for node in reversed(ctx.system.graph.nodes.values())]
+        return [node_stats(node, below=False) for node in nodes_oldest_first(ctx.system.graph)]
     return [device_stats(backend) for backend in _shown_backends(ctx.system)]
 
 
@@ -96,20 +96,22 @@ async def x_debug_query_block_graph(ctx: CommandContext, args: NoArguments) -> X
     del args
     dump = _GraphDump()
     graph = ctx.system.graph
+    nodes = nodes_oldest_first(graph)
     for backend in graph.backends:
         dump.add(backend, "block-backend", backend.name)
     for job in ctx.system.jobs.jobs:
-        dump.add(job, "block-job", job.id or "")
-    for node in graph.nodes.values():
+        if isinstance(job, BlockJob) and job.edges:
+            dump.add(job, "block-job", job.id or "")
+    for node in nodes:
         dump.add(node, "block-driver", node.node_name)
-    for node in graph.nodes.values():
+    for node in nodes:
         for edge in node.parents:
             dump.connect(edge)
-    return XDbgBlockGraph(nodes=dump.nodes, edges=dump.edges)
+    return XDbgBlockGraph(nodes=dump.nodes[::-1], edges=dump.edges[::-1])
 
 
 class _GraphDump:
-    """Gives users and nodes their numbers, from 1 on."""
+    """Gives users and nodes their numbers, from 1 on; QEMU lists what has the highest number first."""
 
     def __init__(self) -> None:
         self.nodes: list[XDbgBlockGraphNode] = []
@@ -117,9 +119,7 @@ class _GraphDump:
         self._ids: dict[EdgeParent, int] = {}
 
     def add(self, user: EdgeParent, kind: str, name: str) -> None:
-        """Enter a vertex; jobs that use no node are left out."""
-        if isinstance(user, Job) and not (isinstance(user, BlockJob) and user.edges):
-            return
+        """Enter a vertex."""
         self._ids[user] = len(self._ids) + 1
         self.nodes.append(XDbgBlockGraphNode(id=self._ids[user], type=kind, name=name))  # type: ignore[arg-type]
 
@@ -137,4 +137,4 @@ class _GraphDump:
 
 
 def _names(perm: Perm) -> list[PermissionName]:
-    return [cast(PermissionName, PERMISSION_NAMES[single]) for single in SINGLE_PERMISSIONS if single & perm]
+    return [cast(PermissionName, PERMISSION_NAMES[single]) for single in reversed(SINGLE_PERMISSIONS) if single & perm]

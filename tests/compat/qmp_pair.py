@@ -1,0 +1,185 @@
+"""Runs one QMP script on a real QEMU program and on qblock, and brings both transcripts into a comparable form."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+Json = Any
+_AUTOMATIC = re.compile(r"#block\d+")
+_DROPPED = {"desc", "timestamp", "package", "actual-size", "error", "reason"}
+"""Members that differ by nature: texts, times, versions, how the file system allocates."""
+
+
+@attrs.frozen
+class Pair:
+    """The command lines of two programs that are to behave alike; ``{socket}`` and ``{dir}`` are filled in."""
+
+    real: Sequence[str]
+    ours: Sequence[str]
+
+
+CHARDEV = ("--chardev", "socket,id=c,path={socket},server=on,wait=off", "--monitor", "chardev=c")
+DAEMONS = Pair(
+    real=("qemu-storage-daemon", *CHARDEV),
+    ours=(sys.executable, "-m", "qblock.tools.storage_daemon", *CHARDEV),
+)
+_QMP = ("-qmp", "unix:{socket},server=on,wait=off")
+SYSTEMS = Pair(
+    real=("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-S", "-display", "none", "-nodefaults", *_QMP),
+    ours=(sys.executable, "-m", "qblock", "-monitor", "none", *_QMP),
+)
+
+
+class Connection:
+    """A bare QMP connection that hands out whatever comes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._buffer = ""
+        self._decoder = json.JSONDecoder()
+
+    def receive(self) -> Json:
+        """The next message; None at the end of the stream."""
+        while True:
+            self._buffer = self._buffer.lstrip()
+            if self._buffer:
+                with contextlib.suppress(json.JSONDecodeError):
+                    value, end = self._decoder.raw_decode(self._buffer)
+                    self._buffer = self._buffer[end:]
+                    return value
+            data = self.sock.recv(1 << 16)
+            if not data:
+                return None
+            self._buffer += data.decode()
+
+    def execute(self, command: Json) -> tuple[list[Json], Json]:
+        """The events up to the reply, and the reply."""
+        self.sock.sendall(json.dumps(command).encode())
+        events = []
+        while "event" in (message := self.receive()):
+            events.append(message)
+        return events, message
+
+
+@contextlib.contextmanager
+def running(argv: Sequence[str], place: Path) -> Iterator[Connection]:
+    """The program ``argv`` with ``place`` as its working directory, and a connection to it, greeting read."""
+    path = place / "qmp.sock"
+    filled = [part.format(socket=path, dir=place) for part in argv]
+    with subprocess.Popen(filled, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            sock = _connect(path, process)
+            with sock:
+                connection = Connection(sock)
+                assert "QMP" in connection.receive()
+                yield connection
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _connect(path: Path, process: subprocess.Popen[bytes]) -> socket.socket:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(10)
+        try:
+            sock.connect(str(path))
+        except OSError:
+            sock.close()
+            time.sleep(0.02)
+        else:
+            return sock
+    raise AssertionError("the program does not listen")
+
+
+Step = Json
+"""A command, or ``{"wait": EVENT}``: until that event (data members given must match)."""
+
+
+def transcript(argv: Sequence[str], place: Path, script: Sequence[Step]) -> list[Json]:
+    """What the program answers to the script: per step the events and the reply."""
+    place.mkdir(exist_ok=True)
+    result: list[Json] = []
+    with running(argv, place) as connection:
+        connection.execute({"execute": "qmp_capabilities"})
+        seen: list[Json] = []
+        for step in script:
+            if "wait" in step:
+                while not any(_matches(event, step["wait"]) for event in seen):
+                    try:
+                        message = connection.receive()
+                    except TimeoutError:
+                        message = {"event": "none comes", "data": step["wait"].get("data", {})}
+                        step = {"wait": message}
+                    assert message is not None, f"the program has gone while waiting for {step['wait']}"
+                    seen.append(message)
+                result.append({"step": step, "events": seen})
+                seen = []
+            else:
+                events, reply = connection.execute(step)
+                result.append({"step": step, "reply": reply, "events": seen + events})
+                seen = []
+    return result
+
+
+def _matches(event: Json, wanted: Json) -> bool:
+    data = event.get("data", {})
+    return event["event"] == wanted["event"] and all(data.get(k) == v for k, v in wanted.get("data", {}).items())
+
+
+def comparable(result: list[Json], place: Path) -> list[Json]:
+    """The transcript without what differs by nature: automatic names are numbered as they appear."""
+    names: dict[str, str] = {}
+
+    def rename(text: str) -> str:
+        text = text.replace(str(place), "DIR")
+        return _AUTOMATIC.sub(lambda found: names.setdefault(found[0], f"#{len(names)}"), text)
+
+    def walk(value: Json) -> Json:
+        if isinstance(value, dict):
+            return {
+                key: ("…" if key in _DROPPED and not isinstance(item, (dict, list)) else walk(item))
+                for key, item in sorted(value.items())
+                if key != "timestamp"
+            }
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return rename(value) if isinstance(value, str) else value
+
+    return [walk(_graph_by_names(step)) for step in result]
+
+
+def _graph_by_names(step: Json) -> Json:
+    """Graph dumps number their vertices as they like: edges name them instead, in alphabetical order."""
+    dump = step.get("reply", {}).get("return")
+    if not isinstance(dump, dict) or "edges" not in dump:
+        return step
+    names = {node["id"]: f"{node['type']} {_AUTOMATIC.sub('#', node['name'])}" for node in dump["nodes"]}
+    edges = [edge | {"parent": names[edge["parent"]], "child": names[edge["child"]]} for edge in dump["edges"]]
+    graph = {"nodes": sorted(names.values()), "edges": sorted(edges, key=lambda edge: json.dumps(edge, sort_keys=True))}
+    return step | {"reply": {"return": graph}}
+
+
+def both(pair: Pair, tmp_path: Path, script: Sequence[Step], prepare: Sequence[Sequence[str]] = ()) -> tuple[Json, Json]:
+    """The comparable transcripts of the real program and of qblock, each in a directory of its own made by ``prepare``."""
+    transcripts = []
+    for name, argv in (("real", pair.real), ("ours", pair.ours)):
+        place = tmp_path / name
+        place.mkdir()
+        for line in prepare:
+            subprocess.run(line, cwd=place, check=True, stdout=subprocess.DEVNULL)
+        transcripts.append(comparable(transcript(argv, place, script), place))
+    return transcripts[0], transcripts[1]
