@@ -32,16 +32,22 @@ def io_error(error: Exception) -> OSError:
 
 @attrs.define(eq=False, slots=True)
 class Operation:
-    """A request under way on ``length`` bytes at ``offset``; ``foreground`` when a guest waits for it."""
+    """A request under way on ``length`` bytes at ``offset``, of which ``counted`` are progress; ``foreground`` when a guest
+    waits for it.
+    """
 
     offset: int
     length: int
+    counted: int
     foreground: bool = False
 
 
 @attrs.define(eq=False, slots=True)
 class InFlight:
-    """The operations under way. Looking and beginning happen without a wait between them, so two never overlap."""
+    """The operations under way; ``bytes`` of them are progress to come.
+
+    Looking and beginning happen without a wait between them, so two operations never overlap.
+    """
 
     limit: int = MAX_IN_FLIGHT
     operations: list[Operation] = attrs.field(factory=list, init=False)
@@ -70,19 +76,25 @@ class InFlight:
                 end = max(operation.offset, offset)
         return end - offset
 
-    def begin(self, offset: int, length: int, *, foreground: bool = False) -> Operation:
-        """Register an operation on a range that is free of others."""
-        operation = Operation(offset, length, foreground)
+    def begin(self, offset: int, length: int) -> Operation:
+        """Register an operation of the job itself on a range that is free of others."""
+        self.background += 1
+        return self._register(Operation(offset, length, length))
+
+    def begin_foreground(self, offset: int, length: int, *, counted: int) -> Operation:
+        """Register an operation that a guest waits for, likewise; ``counted`` are the bytes that the guest sees."""
+        return self._register(Operation(offset, length, counted, foreground=True))
+
+    def _register(self, operation: Operation) -> Operation:
         self.operations.append(operation)
-        self.background += not foreground
-        self.bytes += length
+        self.bytes += operation.counted
         return operation
 
     def end(self, operation: Operation) -> None:
         """The operation is over; all who wait look again."""
         self.operations.remove(operation)
         self.background -= not operation.foreground
-        self.bytes -= operation.length
+        self.bytes -= operation.counted
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():

@@ -102,10 +102,10 @@ async def start_blockdev_mirror(
 
     Raises `CommandError` and its kin, and then nothing has changed.
     """
-    source = root_node(system, device)
+    source, node = root_node(system, device), system.graph.lookup(target)
     backend = BlockBackend(system.graph, perm=Perm.NONE, shared=Perm.ALL)
     setup = _Setup(system, source, backend, request, zero_target=request.sync is SyncMode.FULL)
-    return await setup.start(system.graph.lookup(target))
+    return await setup.start(node)
 
 
 async def start_drive_mirror(

@@ -435,8 +435,8 @@ class MirrorJob(BlockJob):
         unit = self.plan.unit
         start, end = align_down(offset, unit), min(align_up(offset + length, unit), self.length)
         await self.in_flight.clear_of(start, end - start)
-        self.progress_remaining += end - start
-        return self.in_flight.begin(start, end - start, foreground=True)
+        self.progress_remaining += length
+        return self.in_flight.begin_foreground(start, end - start, counted=length)
 
     async def _follow(self, operation: Operation, to_target: Callable[[], Awaitable[None]]) -> None:
         """After the source has changed, change the target. Its failure is the job's, not the guest's."""
@@ -453,7 +453,7 @@ class MirrorJob(BlockJob):
             self._target_failed(error)
             return
         self.bitmap.reset(operation.offset, operation.length)
-        self.advance(operation.length)
+        self.advance(operation.counted)
 
     async def _copy_whole_units(self, operation: Operation) -> None:
         end = operation.offset + operation.length

@@ -162,12 +162,17 @@ class JobBench:
 
     async def until(self, job: Job, *statuses: JobStatus) -> None:
         """Wait until the job is in one of ``statuses`` (or over)."""
-        while job.status not in (*statuses, JobStatus.CONCLUDED, JobStatus.NULL):
-            await self.system.clock.sleep_ns(1_000_000)
+        await eventually(lambda: job.status in (*statuses, JobStatus.CONCLUDED, JobStatus.NULL))
 
     async def close(self) -> None:
         """Close the system."""
         await self.system.close()
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    """Wait until the condition holds, looking every virtual millisecond."""
+    while not condition():
+        await LoopClock().sleep_ns(1_000_000)
 
 
 def driver_of(node: BlockDriverState) -> ShakyMemory:

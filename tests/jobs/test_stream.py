@@ -21,6 +21,7 @@ from qblock.node import BlockDriverState
 from qblock.opening import OpenPolicy
 from qblock.permissions import Perm
 from qblock.system import BlockSystem
+from qblock.testing.jobbench import eventually
 from qblock.testing.simloop import run
 from qblock.units import KiB, MiB
 
@@ -302,8 +303,7 @@ def test_read_errors_follow_the_policy(tmp_path: Path, policy: OnError) -> None:
             fault = Faulty(made.node("mid"))
             job = await made.stream(on_error=policy)
             if policy is OnError.STOP:
-                while not job.paused:
-                    await asyncio.sleep(0.001)
+                await eventually(lambda: job.paused)
                 await asyncio.sleep(1)
                 fault.mend()
                 await made.system.jobs.resume(job)
