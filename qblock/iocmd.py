@@ -244,7 +244,9 @@ def _clock_text(ns: int, *, fixed: bool) -> str:
     return f"{seconds} sec"
 
 
-def _report(shell: IoShell, verb: str, options: Mapping[str, str], offset: int, length: int, started_ns: int) -> None:
+def _report(
+    shell: IoShell, verb: str, options: Mapping[str, str], *, offset: int, length: int, started_ns: int
+) -> None:
     """The two lines after a request, one machine-readable line with -C, none with -q."""
     if "q" in options:
         return
@@ -323,7 +325,7 @@ async def _read_request(
             shell.out(f"Pattern verification failed at offset {offset + check.start}, {check.length} bytes")
     if "v" in options and "q" not in options:
         _dump(shell, offset, buffer)
-    _report(shell, "read", options, offset, length, started)
+    _report(shell, "read", options, offset=offset, length=length, started_ns=started)
     return matches
 
 
@@ -380,7 +382,7 @@ async def _write_request(
             await shell.image.write_from(offset, data, fua=fua)
     except BlockIOError as error:
         raise _failed(shell, verb, error) from None
-    _report(shell, "wrote", options, offset, length, started)
+    _report(shell, "wrote", options, offset=offset, length=length, started_ns=started)
 
 
 def _file_pattern(path: str, length: int) -> memoryview:
@@ -449,7 +451,7 @@ async def _discard(shell: IoShell, name: str, args: list[str]) -> None:
         await shell.image.discard(offset, length)
     except BlockIOError as error:
         raise _failed(shell, "discard", error) from None
-    _report(shell, "discard", options, offset, length, started)
+    _report(shell, "discard", options, offset=offset, length=length, started_ns=started)
 
 
 async def _flush(shell: IoShell, name: str, args: list[str]) -> None:
