@@ -17,6 +17,7 @@ import attrs
 from qblock.errors import QBlockError
 from qblock.monitor.chardev import TcpAddress, UnixAddress
 from qblock.monitor.connecting import connect_socket
+from qblock.monitor.hub import MonitorHub
 from qblock.monitor.jsonstream import JsonError, JsonStream
 from qblock.monitor.link import Link, MemoryLink, SocketLink
 from qblock.monitor.qmp import encode
@@ -24,7 +25,7 @@ from qblock.monitor.session import MonitorSession
 
 if TYPE_CHECKING:
     from qblock.driver import Json
-    from qblock.monitor.hub import MonitorHub
+    from qblock.system import BlockSystem
 
 _MAX_REPLY = 256 << 20
 
@@ -59,6 +60,7 @@ class QmpClient:
         self.events: deque[QmpEvent] = deque()
         self._link: Link
         self._server: asyncio.Task[None] | None = None
+        self._own_hub: MonitorHub | None = None
         self._stream = JsonStream(max_message=_MAX_REPLY, max_tokens=_MAX_REPLY)
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Mapping[str, Json]]] = {}
@@ -74,9 +76,15 @@ class QmpClient:
         return await client._negotiate(enable)
 
     @classmethod
-    async def in_process(cls, hub: MonitorHub, *, enable: Sequence[str] = ()) -> QmpClient:
-        """A client of ``hub`` without a socket."""
+    async def in_process(cls, where: MonitorHub | BlockSystem, *, enable: Sequence[str] = ()) -> QmpClient:
+        """A client of this process, without a socket: of a hub, or of a system, which gets a hub for as long as it lasts."""
+        own_hub = None if isinstance(where, MonitorHub) else MonitorHub(where)
+        hub = where if isinstance(where, MonitorHub) else own_hub
+        assert hub is not None
         client, session = cls(), MonitorSession(hub)
+        if own_hub is not None:
+            client._own_hub = own_hub
+            own_hub.open()
         client._link, session.link = MemoryLink.pair(client, session)
         client._server = asyncio.create_task(client._serve(session), name="in-process monitor")
         return await client._negotiate(enable)
@@ -162,6 +170,9 @@ class QmpClient:
         self._link.close()
         if self._server is not None:
             await asyncio.wait({self._server})
+        if self._own_hub is not None:
+            hub, self._own_hub = self._own_hub, None
+            await hub.close()
 
     async def __aenter__(self) -> QmpClient:
         return self

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random as random_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -73,12 +73,12 @@ class Machine:
         random = random_module.Random(options.seed)
         reports: list[str] = []
         system = BlockSystem.create(clock=clock, policy=OpenPolicy.follow(), random=random, warn=reports.append)
-        hub = MonitorHub(system, report=reports.append)
+        hub = MonitorHub(system, report=reports.append, output=reports.append)
         machine = cls(system, hub, clock, random, virtual_time)
         machine._reports = reports
         machine.started_ns = clock.now_ns()
         system.events.subscribe(machine.events.record)
-        system.events.subscribe(machine._follow_run_state)
+        hub.on_run_state.append(machine._follow_run_state)
         hub.open()
         try:
             for text in options.blockdevs:
@@ -184,12 +184,10 @@ class Machine:
         await guest.stop()
         return guest.counters.bytes_written
 
-    def _follow_run_state(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> None:
+    def _follow_run_state(self, running: bool) -> None:
         """A stopped machine's guest does nothing until the machine goes on."""
-        del data, when
-        if name in ("STOP", "RESUME"):
-            change = self._change_run_state(running=name == "RESUME", before=self._run_state_change)
-            self._run_state_change = asyncio.get_running_loop().create_task(change, name=f"guests: {name.lower()}")
+        change = self._change_run_state(running=running, before=self._run_state_change)
+        self._run_state_change = asyncio.get_running_loop().create_task(change, name="guests follow the run state")
 
     async def _change_run_state(self, *, running: bool, before: asyncio.Task[None] | None) -> None:
         if before is not None:
