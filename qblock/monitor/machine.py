@@ -11,6 +11,7 @@ import asyncio
 import json
 import random as random_module
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -18,7 +19,7 @@ import attrs
 from qblock.clock import Clock, VirtualTime
 from qblock.errors import CommandError, DeviceNotFound
 from qblock.guest import Guest, Workload
-from qblock.monitor.chardev import parse_short
+from qblock.monitor.chardev import ChardevOptions, UnixAddress, parse_short
 from qblock.monitor.eventlog import EventLog
 from qblock.monitor.events import EVENTS
 from qblock.monitor.hub import MonitorHub
@@ -42,8 +43,13 @@ class MachineOptions:
 
     drives: Sequence[str] = ()
     blockdevs: Sequence[str] = ()
-    qmp: Sequence[str] = ()
+    qmp: Sequence[str | ChardevOptions] = ()
     seed: int | None = None
+
+
+def qmp_socket(path: str | Path) -> ChardevOptions:
+    """A QMP server on the unix socket at ``path``, whatever characters it has."""
+    return ChardevOptions("qmp", UnixAddress(str(path)), server=True, wait=False)
 
 
 @attrs.define(eq=False)
@@ -85,8 +91,8 @@ class Machine:
                 await machine.add_blockdev(text)
             for text in options.drives:
                 await machine.add_drive(text)
-            for number, text in enumerate(options.qmp):
-                await machine.serve(text, label=f"qmp{number}")
+            for number, where in enumerate(options.qmp):
+                await machine.serve(where, label=f"qmp{number}")
         except BaseException:
             await machine.close()
             raise
@@ -119,9 +125,10 @@ class Machine:
         node = await self.system.opener.open_blockdev(options, strings=not is_json)
         node.monitor_owned = True
 
-    async def serve(self, text: str, *, label: str) -> None:
-        """As -qmp: ``unix:PATH,server=on,wait=off`` and the like."""
-        server = MonitorServer(self.hub, parse_short(text, label))
+    async def serve(self, where: str | ChardevOptions, *, label: str) -> None:
+        """As -qmp: ``unix:PATH,server=on,wait=off`` and the like; the label is for text only."""
+        options = parse_short(where, label) if isinstance(where, str) else where
+        server = MonitorServer(self.hub, options)
         await server.start()
         self._servers.append(server)
 

@@ -21,7 +21,7 @@ from qblock.errors import QBlockError
 from qblock.monitor.client import QmpClient, QmpEvent
 from qblock.monitor.eventlog import MachineEvent
 from qblock.monitor.loopthread import LoopThread
-from qblock.monitor.machine import Machine, MachineOptions
+from qblock.monitor.machine import Machine, MachineOptions, qmp_socket
 from qblock.testing.simloop import SimLoop
 from qblock.units import SECOND_NS, format_duration, parse_duration
 
@@ -165,9 +165,7 @@ class ServedMachine:
 
     def __init__(self, socket_path: str | Path, options: MachineOptions | None = None) -> None:
         self.socket_path = str(socket_path)
-        self._options = attrs.evolve(
-            options or MachineOptions(seed=0), qmp=(f"unix:{self.socket_path},server=on,wait=off",)
-        )
+        self._options = attrs.evolve(options or MachineOptions(seed=0), qmp=(qmp_socket(socket_path),))
         self._thread = LoopThread(lambda: SimLoop(manual=True))
         self.machine: Machine
         self._qmp: QmpClient

@@ -23,7 +23,7 @@ from qblock.errors import QBlockError
 from qblock.guest import ContentMap, Workload, expected_bytes
 from qblock.monitor.client import QmpClient
 from qblock.monitor.drawing import GraphDrawing
-from qblock.monitor.machine import Machine, MachineOptions
+from qblock.monitor.machine import Machine, MachineOptions, qmp_socket
 from qblock.testing.images import make_chain
 from qblock.tools.arguments import UsageError
 from qblock.tools.console import complain, ending_quietly
@@ -171,9 +171,12 @@ class Demo:
 
     async def _tell(self) -> tuple[ContentMap, int]:
         """The part with the machine; returns what the disk must hold, and the time at the end."""
-        socket = self.directory / "qmp.sock"
+        with tempfile.TemporaryDirectory(prefix="qblock-qmp-") as own:  # the name of a socket must be short
+            return await self._tell_over(Path(own) / "qmp.sock")
+
+    async def _tell_over(self, socket: Path) -> tuple[ContentMap, int]:
         drive = f"if=virtio,id={DEVICE},file={str(self.directory / LAYERS[-1]).replace(',', ',,')},format=qcow2"
-        options = MachineOptions(drives=(drive,), qmp=(f"unix:{socket},server=on,wait=off",), seed=self.seed)
+        options = MachineOptions(drives=(drive,), qmp=(qmp_socket(socket),), seed=self.seed)
         self._machine = await start_machine(options)
         try:
             async with await QmpClient.connect(str(socket)) as self._client:

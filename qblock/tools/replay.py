@@ -14,7 +14,7 @@ import attrs
 
 from qblock.clock import RealClock
 from qblock.errors import QBlockError
-from qblock.monitor.machine import MachineOptions
+from qblock.monitor.machine import MachineOptions, qmp_socket
 from qblock.monitor.replay import (
     JsonTranscript,
     MonitorGuest,
@@ -128,7 +128,7 @@ async def _run_on_socket(address: str, steps: Sequence[Step], transcript: Transc
 async def _run_on_machine(options: MachineOptions, steps: Sequence[Step], transcript: Transcript) -> None:
     with tempfile.TemporaryDirectory(prefix="qblock-replay-") as directory:
         path = os.path.join(directory, "qmp")
-        machine = await start_machine(attrs.evolve(options, qmp=(f"unix:{path},server=on,wait=off",)))
+        machine = await start_machine(attrs.evolve(options, qmp=(qmp_socket(path),)))
         try:
             wire = await StreamWire.connect(path)
             try:
