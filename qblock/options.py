@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import enum
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 INT64_MAX: Final = (1 << 63) - 1
+MAX_DEPTH: Final = 250
+"""How deep options in text may be nested."""
+_SHOWN: Final = 200
+"""Characters of a value that a message repeats."""
 
 
 class Absent(enum.Enum):
@@ -181,7 +187,7 @@ def _choice(values: Sequence[Any], given: Any, path: str) -> Any:
     if not isinstance(given, str):
         raise InvalidParameter(path, "must be a string")
     if given not in values:
-        raise InvalidParameter(path, f"does not accept the value '{given}'; it takes {', '.join(map(str, values))}")
+        raise InvalidParameter(path, f"does not accept the value '{given:.{_SHOWN}}'; it takes {', '.join(map(str, values))}")
     return given
 
 
@@ -240,12 +246,25 @@ def _scalar(kind: Any, given: Any, path: str, strings: bool) -> Any:
     if strings and isinstance(given, str):
         return _parse_scalar(kind, given, path)
     if kind is float and isinstance(given, (int, float)) and not isinstance(given, bool):
-        return float(given)
+        return _finite(given, path)
     if not isinstance(given, kind) or (kind is int and isinstance(given, bool)):
         raise InvalidParameter(path, f"has the wrong type: it must be {_name(kind)}")
-    if kind is int and not -INT64_MAX - 1 <= given <= 2 * INT64_MAX + 1:
-        raise InvalidParameter(path, "does not fit into 64 bits")
+    return _in_int64(given, path) if kind is int else given
+
+
+def _in_int64(given: int, path: str) -> int:
+    if not -INT64_MAX - 1 <= given <= INT64_MAX:
+        raise InvalidParameter(path, "does not fit into 64 bits (with sign)")
     return given
+
+
+def _finite(given: float, path: str) -> float:
+    try:
+        if math.isfinite(given):
+            return float(given)
+    except OverflowError:
+        pass
+    raise InvalidParameter(path, "must be a finite number")
 
 
 def _parse_scalar(kind: Any, given: str, path: str) -> Any:
@@ -256,11 +275,16 @@ def _parse_scalar(kind: Any, given: str, path: str) -> Any:
             return True
         if given in ("off", "no", "false", "n"):
             return False
-        raise InvalidParameter(path, f"must be 'on' or 'off', not '{given}'")
+        raise InvalidParameter(path, f"must be 'on' or 'off', not '{given:.{_SHOWN}}'")
     try:
-        return parse_size(given) if kind is int and not given.startswith("-") else kind(given)
+        if kind is float:
+            return _finite(float(given), path)
+        return _in_int64(int(given) if _NEGATIVE.fullmatch(given) else parse_size(given), path)
     except ValueError:
-        raise InvalidParameter(path, f"must be {_name(kind)}, not '{given}'") from None
+        raise InvalidParameter(path, f"must be {_name(kind)}, not '{given:.{_SHOWN}}'") from None
+
+
+_NEGATIVE: Final = re.compile(r"-[0-9]{1,20}")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -282,55 +306,68 @@ def dump(value: Any) -> Any:
 
 # ----------------------------------------------------------------------------------------------------------- spellings
 
+_ITEM: Final = re.compile(r"((?:[^,]|,,)*)(?:,|\Z)")
+_INDEX: Final = re.compile(r"0|[1-9][0-9]{0,5}")
+
 
 def parse_keyval(text: str, *, implied_key: str | None = None) -> dict[str, Any]:
     """``a=1,b.c=x,,y`` as nested dicts of strings; a doubled comma stands for one. Raises `CommandError`.
 
-    A first item without ``=`` is the value of ``implied_key`` where there is one.
+    A first item without ``=`` is the value of ``implied_key`` where there is one. Of a key given twice the last one counts;
+    a comma at the end is allowed.
     """
     flat: dict[str, str] = {}
-    for index, item in enumerate(_split_commas(text)):
+    # The last match is the empty one at the end of the text.
+    for index, item in enumerate(match[1].replace(",,", ",") for match in list(_ITEM.finditer(text))[:-1]):
         key, equals, value = item.partition("=")
         if not equals:
             if index or implied_key is None:
-                raise CommandError(f"'{item}' is not of the form key=value")
+                raise CommandError(f"'{item:.{_SHOWN}}' is not of the form key=value")
             key, value = implied_key, item
-        if not key:
-            raise CommandError(f"A key is missing before '={value}'")
+        if not all(key.split(".")):
+            raise CommandError(f"'{key:.{_SHOWN}}' is not a key: a part of it is empty")
         flat[key] = value
     return unflatten_dotted(flat)
 
 
-def _split_commas(text: str) -> list[str]:
-    if not text:
-        return []
-    return [item.replace("\0", ",") for item in text.replace(",,", "\0").split(",")]
-
-
 def unflatten_dotted(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"file.driver": "file"}`` as ``{"file": {"driver": "file"}}``; keys 0, 1, … make lists. Raises `CommandError`."""
+    """``{"file.driver": "file"}`` as ``{"file": {"driver": "file"}}``; keys 0, 1, … make lists. Raises `CommandError`.
+
+    Objects may be nested in ``flat`` too, and are merged with what dotted keys say; nothing of ``flat`` itself is changed.
+    """
     nested: dict[str, Any] = {}
-    for key, value in flat.items():
+    _place(nested, flat, "", 0)
+    return {key: _lists(value, key) for key, value in nested.items()}
+
+
+def _place(nested: dict[str, Any], given: Mapping[str, Any], path: str, depth: int) -> None:
+    """Enter the leaves of ``given`` into ``nested``, in which every dict is one that was made here."""
+    for key, value in given.items():
+        where = f"{path}{key}"
         *parents, last = key.split(".")
+        below = depth + len(parents) + 1
+        if below > MAX_DEPTH:
+            raise CommandError(f"The options are nested more than {MAX_DEPTH} deep at '{where:.{_SHOWN}}…'")
         place = nested
         for part in parents:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
-                raise CommandError(f"'{key}' and a shorter key contradict each other")
-        if isinstance(place.get(last), dict):
-            if not isinstance(value, Mapping):
-                raise CommandError(f"'{key}' and a longer key contradict each other")
-            place[last].update(value)
+                raise CommandError(f"'{where}' and a shorter key contradict each other")
+        if isinstance(value, Mapping):
+            if not isinstance(place.setdefault(last, {}), dict):
+                raise CommandError(f"'{where}' and a shorter key contradict each other")
+            _place(place[last], value, f"{where}.", below)
+        elif last in place:
+            raise CommandError(f"'{where}' is given twice, or contradicts a longer key")
         else:
             place[last] = value
-    return {key: _lists(value, key) for key, value in nested.items()}
 
 
 def _lists(value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         return value
     items = {key: _lists(item, f"{path}.{key}") for key, item in value.items()}
-    if not items or not all(key.isdecimal() for key in items):
+    if not items or not all(_INDEX.fullmatch(key) for key in items):
         return items
     if sorted(map(int, items)) != list(range(len(items))):
         raise CommandError(f"The elements of '{path}' must be numbered from 0 without gaps")
@@ -341,10 +378,22 @@ def parse_json_filename(filename: str) -> dict[str, Any] | None:
     """The options in a ``json:{…}`` file name (dotted keys are allowed in it), or None for any other name."""
     if not filename.startswith("json:"):
         return None
+    shown = filename if len(filename) <= _SHOWN else f"{filename[:_SHOWN]}…"
     try:
-        value = json.loads(filename[5:])
+        value = json.loads(filename[5:], object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"The file name '{filename}' does not hold valid JSON behind 'json:': {error}") from None
+        raise CommandError(f"The file name '{shown}' does not hold valid JSON behind 'json:': {error}") from None
     if not isinstance(value, dict):
-        raise CommandError(f"The file name '{filename}' must hold a JSON object behind 'json:'")
+        raise CommandError(f"The file name '{shown}' must hold a JSON object behind 'json:'")
     return unflatten_dotted(value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a key is given twice")
+    return members
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

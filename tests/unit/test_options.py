@@ -186,6 +186,14 @@ def test_the_declaration_can_be_read_off_the_class() -> None:
 # ----------------------------------------------------------------------------------------------------------- spellings
 
 
+@attrs.frozen
+class Numbers:
+    """One of each kind."""
+
+    count: int = option(0, doc="a count")
+    rate: float = option(0.0, doc="a rate")
+
+
 @pytest.mark.parametrize(
     ("text", "nested"),
     [
@@ -197,6 +205,10 @@ def test_the_declaration_can_be_read_off_the_class() -> None:
         ("a=b=c", {"a": "b=c"}),
         ("l.0=x,l.1.k=y", {"l": ["x", {"k": "y"}]}),
         ("a=1,a=2", {"a": "2"}),
+        ("a=1,", {"a": "1"}),
+        ("a=x\0y", {"a": "x\0y"}),
+        ("l.00=x", {"l": {"00": "x"}}),
+        ("l." + "9" * 5000 + "=x", {"l": {"9" * 5000: "x"}}),
     ],
 )
 def test_keys_and_values_become_nested_options(text: str, nested: dict[str, Any]) -> None:
@@ -209,7 +221,7 @@ def test_the_first_item_may_stand_for_an_implied_key() -> None:
     assert parse_keyval("disk.img,if=virtio", implied_key="file") == {"file": "disk.img", "if": "virtio"}
 
 
-@pytest.mark.parametrize("text", ["a", "a=1,b", "=1", "a=1,a.b=2", "a.b=2,a=1", "l.0=x,l.2=y", "a=1,"])
+@pytest.mark.parametrize("text", ["a", "a=1,b", "=1", "a=1,a.b=2", "a.b=2,a=1", "l.0=x,l.2=y", ",a=1", "a..b=1"])
 def test_text_that_contradicts_itself_is_refused(text: str) -> None:
     """Better an error than a guess at what was meant."""
     with pytest.raises(CommandError):
@@ -230,9 +242,53 @@ def test_json_names_are_told_from_paths() -> None:
     assert parse_json_filename("plain.img") is None
     name = 'json:{"driver": "raw", "file.driver": "file", "file": {"filename": "x"}}'
     assert parse_json_filename(name) == {"driver": "raw", "file": {"driver": "file", "filename": "x"}}
-    for broken in ("json:{", "json:[1]", "json:" + "[" * 100_000):
-        with pytest.raises(CommandError):
-            parse_json_filename(broken)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        '{"a": 1, "a": 2}',
+        '{"a": {"b": 1}, "a.b": 2}',
+        '{"a": NaN}',
+        "[" * 100_000,
+        '{"a":' * 400 + "1" + "}" * 400,
+        '{"a": ' + "9" * 5000 + "}",
+    ],
+)
+def test_a_broken_json_name_is_refused_in_few_words(text: str) -> None:
+    """Its options may come from an image's header: an error, not an endless message and no other exception."""
+    with pytest.raises(CommandError) as refused:
+        parse_json_filename(f"json:{text}")
+    assert len(str(refused.value)) < 600
+
+
+def test_keys_cannot_be_nested_without_end() -> None:
+    """A line of text must not exhaust the stack."""
+    with pytest.raises(CommandError, match="nested"):
+        parse_keyval("a." * 100_000 + "b=1")
+
+
+def test_what_is_given_stays_as_it_is() -> None:
+    """The caller's nested options are merged into a copy."""
+    given = {"file": {"driver": "file"}, "file.filename": "x"}
+    unflatten_dotted(given)
+    assert given == {"file": {"driver": "file"}, "file.filename": "x"}
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 63) - 1, str(1 << 63), "-9223372036854775809", "-1_0", "1 "])
+def test_integers_are_those_of_64_bits_with_sign(number: object) -> None:
+    """As in QAPI's ``int``; text is read strictly too."""
+    with pytest.raises(InvalidParameter):
+        visit(Numbers, {"count": number}, strings=isinstance(number, str))
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", float("nan"), float("-inf"), 10**400])
+def test_numbers_are_finite(number: object) -> None:
+    """A rate of NaN compares with nothing."""
+    with pytest.raises(InvalidParameter):
+        visit(Numbers, {"rate": number}, strings=isinstance(number, str))
 
 
 def test_nested_and_dotted_keys_of_one_object_are_merged() -> None:
