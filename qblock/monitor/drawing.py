@@ -53,7 +53,7 @@ class GraphDrawing:
                 continue  # a job's own handle on what stands below the job already
             result.append(title)
             result += self._edges(edges, "")
-        for node in self.nodes:
+        for node in sorted(self.nodes, key=lambda node: bool(node.parents)):
             if node.node_name not in self._drawn and not self._is_folded(node):
                 result.append("monitor" if node.monitor_owned else "nobody")
                 result += self._node(node, "", self.strokes.last, "   ", "")
