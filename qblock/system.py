@@ -29,7 +29,7 @@ from qblock.registry import DriverRegistry
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
 
-IO_THREADS: Final = 8
+IO_THREADS: Final = 16
 """Threads for work that the loop's thread must not wait for."""
 
 EventListener: TypeAlias = Callable[[str, Mapping[str, Json], tuple[int, int]], None]

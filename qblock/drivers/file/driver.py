@@ -19,6 +19,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, TypeVarTuple, Unpack
 
@@ -27,6 +28,7 @@ from attrs import evolve, frozen
 from qblock.driver import CreateContext, Driver, Json, Limits
 from qblock.drivers.file import space
 from qblock.drivers.file.locks import FileLocks
+from qblock.drivers.file.threads import ThreadQueue
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Data, Extent, Zero
 from qblock.options import DriverOptions, option, required
@@ -126,6 +128,13 @@ def _size_of(fd: int) -> int:
     return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
 
 
+class _Bounce(threading.local):
+    """A thread's aligned buffer for O_DIRECT: making one for each request would cost more than a small request."""
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(mmap.mmap(-1, _BOUNCE))
+
+
 class FileDriver(Driver):
     """One open file. ``discards`` counts discards that worked, failed, and the bytes of the former."""
 
@@ -156,6 +165,7 @@ class FileDriver(Driver):
     async def open(self) -> None:
         """See `Driver`. Raises `BlockIOError` with the errno of opening, `CommandError` for what is not offered."""
         self._refuse_options()
+        self._threads = ThreadQueue(self.env.executor)
         node = self.node
         if not self.env.loop_is_shared:
             self._inline_read = self._inline_write = INLINE_ALONE
@@ -172,6 +182,7 @@ class FileDriver(Driver):
             if node.cache_direct:
                 self.limits = Limits(request_alignment=self._probe_alignment())
                 self._inline_read = 0
+                self._bounce = _Bounce()
             self._open_locks()
         except BaseException:
             os.close(self._fd)
@@ -239,18 +250,8 @@ class FileDriver(Driver):
     # ------------------------------------------------------------------------------------------------------- requests
 
     async def _run(self, function: Callable[[Unpack[_Args]], _Result], *args: *_Args) -> _Result:
-        """Run a blocking function in the executor.
-
-        A cancelled caller goes on only when the thread has let go of the descriptor and the buffer.
-        """
-        future = asyncio.get_running_loop().run_in_executor(self.env.executor, function, *args)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            while not future.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([future])
-            raise
+        """Run a blocking function in a thread; cancelling waits for its end."""
+        return await self._threads.run(function, *args)
 
     def length(self) -> int:
         """See `Driver`."""
@@ -302,20 +303,18 @@ class FileDriver(Driver):
 
     def _read_direct(self, fd: int, offset: int, buffer: memoryview) -> None:
         """Like `_read_fully`, through a buffer aligned as O_DIRECT needs it; offset and length are aligned."""
-        with mmap.mmap(-1, min(len(buffer), _BOUNCE)) as area, memoryview(area) as bounce:
-            for start in range(0, len(buffer), _BOUNCE):
-                count = min(_BOUNCE, len(buffer) - start)
-                with bounce[:count] as piece:
-                    _read_once_direct(fd, offset + start, piece)
-                    buffer[start : start + count] = piece
+        bounce = self._bounce.buffer
+        for start in range(0, len(buffer), _BOUNCE):
+            piece = bounce[: min(_BOUNCE, len(buffer) - start)]
+            _read_once_direct(fd, offset + start, piece)
+            buffer[start : start + len(piece)] = piece
 
     def _write_direct(self, fd: int, offset: int, buffer: memoryview) -> None:
-        with mmap.mmap(-1, min(len(buffer), _BOUNCE)) as area, memoryview(area) as bounce:
-            for start in range(0, len(buffer), _BOUNCE):
-                count = min(_BOUNCE, len(buffer) - start)
-                with bounce[:count] as piece:
-                    piece[:] = buffer[start : start + count]
-                    space.write_fully(fd, offset + start, piece)
+        bounce = self._bounce.buffer
+        for start in range(0, len(buffer), _BOUNCE):
+            piece = bounce[: min(_BOUNCE, len(buffer) - start)]
+            piece[:] = buffer[start : start + len(piece)]
+            space.write_fully(fd, offset + start, piece)
 
     async def flush(self) -> None:
         """See `Driver`. After one failure of a buffered file all flushes fail until it is reopened."""
