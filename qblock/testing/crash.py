@@ -24,7 +24,8 @@ SECTOR: Final = 512
 
 
 class Effect(NamedTuple):
-    """One thing that happened: ``write`` with its bytes, ``truncate`` (offset: new length), ``flush`` (offset: effects covered)."""
+    """One thing that happened: ``write`` with its bytes, ``truncate`` (offset: new length), ``flush`` (offset: how many
+    effects it covers)."""
 
     kind: str
     offset: int = 0

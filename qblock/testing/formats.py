@@ -19,7 +19,7 @@ from qblock.backend import BlockBackend
 from qblock.driver import CheckFix, CheckResult, Driver, Environment, SupportsCheck
 from qblock.errors import QBlockError
 from qblock.node import BlockDriverState
-from qblock.permissions import ChildRole
+from qblock.permissions import ChildRole, Perm
 from qblock.testing.crash import CrashStorage, CrashStorageOptions
 from qblock.testing.nodes import NodeBench
 
@@ -67,7 +67,12 @@ class FormatBench:
         self.content = bytes(self.storage.live)
 
     async def open(
-        self, *, backing: BlockDriverState | None = None, content: bytes | None = None, flags: dict[str, Any] | None = None, **options: Any
+        self,
+        *,
+        backing: BlockDriverState | None = None,
+        content: bytes | None = None,
+        flags: dict[str, Any] | None = None,
+        **options: Any,
     ) -> BlockBackend:
         """Open the image; ``flags`` are fields of its node, ``options`` the driver's."""
         self.bench = NodeBench() if backing is None else self.bench
@@ -105,8 +110,6 @@ class FormatBench:
 
 
 def _reader(bench: NodeBench, node: BlockDriverState) -> BlockBackend:
-    from qblock.permissions import Perm  # noqa: PLC0415
-
     return bench.backend(node, perm=Perm.CONSISTENT_READ)
 
 

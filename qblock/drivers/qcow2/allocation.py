@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 from qblock import requests
 from qblock.drivers.qcow2.layout import (
     COPIED,
+    L1_IN_USE,
     OFFSET_MASK,
     U64,
     ZERO,
@@ -319,7 +320,7 @@ class Allocator:
         while cluster < last:
             guest = cluster << bits
             self.file.check_writable()
-            if rule.skips_missing_tables and not clusters.l1[guest >> geometry.l1_shift] & OFFSET_MASK:
+            if rule.skips_missing_tables and not clusters.l1[guest >> geometry.l1_shift] & L1_IN_USE:
                 cluster = ((guest >> geometry.l1_shift) + 1) << geometry.l2_bits
                 continue
             table = await clusters.writable_slice(guest)

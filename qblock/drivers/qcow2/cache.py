@@ -44,7 +44,7 @@ class DirtyPart:
 
 
 class TableCache:
-    """Tables by key, at most ``capacity`` of them unless more are dirty than `clean_room` can write back."""
+    """Tables by key. When there are more than ``capacity`` since no other is clean, it is `crowded` and must be written back."""
 
     def __init__(
         self, capacity: int, *, entries_per_sector: int, encode: Callable[[array[int]], memoryview], sector: int = SECTOR
@@ -97,10 +97,14 @@ class TableCache:
             table.used = False
             self.tables[key] = table
 
+    def stored_bytes(self) -> int:
+        """What the cached tables take in the file."""
+        return sum(len(table.entries) for table in self.tables.values()) * self._sector // self._per_sector
+
     @property
     def crowded(self) -> bool:
-        """More than half of the room is taken by dirty tables: time to write back."""
-        return 2 * len(self.dirty) >= self.capacity
+        """There was no clean table to evict any more: time to write back."""
+        return len(self.tables) > self.capacity and bool(self.dirty)
 
     def mark_dirty(self, table: CachedTable, first: int, end: int) -> None:
         """Entries ``first`` to ``end`` (exclusive) of a cached table were changed."""

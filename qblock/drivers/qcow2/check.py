@@ -29,8 +29,8 @@ from qblock.drivers.qcow2.layout import (
     find_run,
     zeroes_u64,
 )
-from qblock.drivers.qcow2.references import ReferenceCounter
 from qblock.drivers.qcow2.refcounts import RefcountCodec, read_refcount_table
+from qblock.drivers.qcow2.references import ReferenceCounter
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.census import Census

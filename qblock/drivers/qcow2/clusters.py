@@ -27,6 +27,7 @@ from qblock.drivers.qcow2.compression import decompress
 from qblock.drivers.qcow2.header import encode_size_and_l1
 from qblock.drivers.qcow2.layout import (
     COPIED,
+    L1_IN_USE,
     L1_RESERVED,
     OFFSET_MASK,
     Geometry,
@@ -91,7 +92,7 @@ class ClusterMap:
         key = guest >> self.geometry.slice_shift
         while (table := self.cache.get(key)) is None:
             index = guest >> self.geometry.l1_shift
-            if index >= len(self.l1) or not self.l1[index] & OFFSET_MASK:
+            if index >= len(self.l1) or not self.l1[index] & L1_IN_USE:
                 return None
             await self._load(key, self._l2_offset(index))
         return table
@@ -114,6 +115,7 @@ class ClusterMap:
             self._cleaned_at = now
             self.cache.discard_clean(unused_only=True)
         owned = self.l1[key >> self._slices_shift] & COPIED
+        self.file.event("l2_load")
         await self.cache.load(
             key, self._slice_host(key, l2_offset), self._read_slice if owned else self._read_shared_slice
         )
@@ -148,12 +150,13 @@ class ClusterMap:
                 return table
 
     async def _trusted_l2_offset(self, index: int) -> int:
-        """As `_l2_offset` for a table that will be written: damage is fatal."""
+        """As `_l2_offset` for a table that will be written, or copied: damage is fatal."""
         try:
             offset = self._l2_offset(index)
         except BlockIOError as error:
             await self.file.fatal(error.strerror or "the L1 table is damaged", self.l1_host + 8 * index)
-        await self.file.check_overlap(offset, self.geometry.cluster_size, ignore=Area.ACTIVE_L2)
+        if self.l1[index] & COPIED:
+            await self.file.check_overlap(offset, self.geometry.cluster_size, ignore=Area.ACTIVE_L2)
         return offset
 
     async def _own_table(self, index: int, key: int) -> None:
@@ -163,7 +166,7 @@ class ClusterMap:
             return
         future = self._building[index] = asyncio.get_running_loop().create_future()
         try:
-            old = await self._trusted_l2_offset(index) if self.l1[index] & OFFSET_MASK else 0
+            old = await self._trusted_l2_offset(index) if self.l1[index] & L1_IN_USE else 0
             host = await self._write_table(old)
             self.file.check_writable()
             # From here on nothing waits.
@@ -179,7 +182,10 @@ class ClusterMap:
         assert refcounts is not None
         claim = await refcounts.allocate(1)
         try:
+            if old:
+                self.file.event("l2_alloc_cow_read")
             content = memoryview(await self.file.read(old, size)) if old else zero_view(size)
+            self.file.event("l2_alloc_write")
             await self.file.write_fresh_table(claim.host, content)
         except BlockIOError:
             await refcounts.release([Freed(claim.host >> self.geometry.cluster_bits, 1, False)])
@@ -243,6 +249,7 @@ class ClusterMap:
             try:
                 start = guest & (self.geometry.cluster_size - 1)
                 if kind is Kind.DATA:
+                    self.file.event("read_aio")
                     await requests.read_into(self.file.edge, (run.entry & OFFSET_MASK) + start, view)
                 else:
                     view[:] = (await self._unpack(run.entry))[start : start + len(view)]
@@ -255,10 +262,12 @@ class ClusterMap:
         if backing is None:
             fill_zero(view)
         else:
+            self.file.event("read_backing_aio")
             await requests.read_into(backing, guest, view)
 
     async def _unpack(self, entry: int) -> bytes:
         offset, length = compressed_location(entry, self.geometry.cluster_bits)
+        self.file.event("read_compressed")
         packed = await self.file.read(offset, length)
         return decompress(self.file.header.compression_type, packed, self.geometry.cluster_size)
 

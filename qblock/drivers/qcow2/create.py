@@ -57,7 +57,7 @@ class ImagePlan:
     @property
     def file_length(self) -> int:
         """Bytes of the new file."""
-        if self.l2_tables:
+        if self.l2_tables or not self.l1_clusters:
             return self.total << self.geometry.cluster_bits
         return self.header.l1_offset + self.header.l1_size * 8
 
@@ -144,7 +144,7 @@ def _header(options: Qcow2CreateOptions, geometry: Geometry, l1_size: int, l1_of
         cluster_bits=geometry.cluster_bits,
         size=options.size,
         l1_size=l1_size,
-        l1_offset=l1_offset,
+        l1_offset=l1_offset if l1_size else 0,
         refcount_table_offset=options.cluster_size,
         refcount_table_clusters=table_clusters,
         incompatible=head.COMPRESSION.mask if zstd else 0,

@@ -35,12 +35,12 @@ from qblock.drivers.qcow2.options import (
     refuse_lazy_refcounts_of_v2,
     refuse_unsupported,
 )
-from qblock.drivers.qcow2.refcounts import Freed, Refcounts, block_clusters, read_refcount_table
+from qblock.drivers.qcow2.refcounts import Refcounts, block_clusters, read_refcount_table
 from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
 from qblock.drivers.qcow2.writeback import WriteBack
-from qblock.errors import BlockIOError, CorruptImage, ImageError, ImagePoisoned, NotThisFormat, UnsupportedFeature
+from qblock.errors import BlockIOError, CorruptImage, ImagePoisoned, NotThisFormat, UnsupportedFeature
 from qblock.extents import Compressed, Data, Extent, Unallocated, Zero
 from qblock.options import DriverOptions
 from qblock.units import align_up
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from qblock.node import BdrvChild, BlockDriverState
 
 _SECTOR: Final = 512
-_IN_PLACE: Final = COPIED
-"""An L2 entry without its offset bits is this, and has an offset, when the cluster may be overwritten in place."""
 
 
 class Qcow2Driver(Driver):
@@ -77,6 +75,10 @@ class Qcow2Driver(Driver):
         self._writer: Allocator | None = None
         self._writeback: WriteBack | None = None
         self._size = 0
+        self._inactive = False
+        """Prepared for writing by a reopen, but nothing was written yet."""
+        self._reactivate = False
+        self._kept = self.options
 
     # ------------------------------------------------------------------------------------------------- open and close
 
@@ -93,7 +95,8 @@ class Qcow2Driver(Driver):
             self._check_may_write(header)
             if header.has(head.DIRTY):
                 await self._repair()
-            await self._start_writing()
+            await self._prepare_writing()
+            await self._activate()
 
     @property
     def _edge(self) -> BdrvChild:
@@ -156,7 +159,8 @@ class Qcow2Driver(Driver):
         header = await self._read_header()
         await self._build(header, cache_sizes(self.options, header))
 
-    async def _start_writing(self) -> None:
+    async def _prepare_writing(self) -> None:
+        """Read what writing needs. Nothing is written before `_activate`."""
         file, header = self._file, self._file.header
         table = await read_refcount_table(file)
         file.virgin = align_up(file.length(), header.cluster_size)
@@ -174,9 +178,13 @@ class Qcow2Driver(Driver):
             self._writeback,
             pass_discard=self.node.discard_unmap if pass_discard is None else pass_discard,
         )
-        file.writable = True
-        await self._clear_autoclear()
         self._metadata = file.metadata.all
+
+    async def _activate(self) -> None:
+        """Begin writing: at the end of opening, or with the first write after a change from read-only to read-write."""
+        await self._clear_autoclear()
+        self._inactive = False
+        self._file.writable = self.node.poisoned is None
 
     async def _protect(self, table: Any) -> MetadataMap:
         """Collect where metadata lie, for overlap protection."""
@@ -282,10 +290,13 @@ class Qcow2Driver(Driver):
                     if epoch.freed is not None:
                         self._epochs.advance()
                 return
-        await self._check_range(offset, len(buffer)).write(offset, Payload(buffer))
+        writer = await self._writing(offset, len(buffer))
+        await writer.write(offset, Payload(buffer))
 
-    def _check_range(self, offset: int, length: int) -> Allocator:
+    async def _writing(self, offset: int, length: int) -> Allocator:
         """What changes the mapping; raises when the node cannot be written or the range is no part of the disk."""
+        if self._inactive:
+            await self._activate()
         self._file.check_writable()
         if offset + length > align_up(self._size, _SECTOR):
             raise BlockIOError(errno.EIO, f"a request ends behind the end of '{self._image}'")
@@ -296,7 +307,7 @@ class Qcow2Driver(Driver):
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
         """See `Driver`; version 2 has no zero clusters."""
-        writer = self._check_range(offset, length)
+        writer = await self._writing(offset, length)
         if self._map.geometry.version < 3:
             raise BlockIOError(errno.ENOTSUP)
         await writer.zero(offset, length, unmap=may_unmap)
@@ -305,11 +316,12 @@ class Qcow2Driver(Driver):
 
     async def discard(self, offset: int, length: int) -> None:
         """See `Driver`."""
-        await self._check_range(offset, length).discard(offset, length)
+        writer = await self._writing(offset, length)
+        await writer.discard(offset, length)
 
     async def flush(self) -> None:
         """See `Driver`."""
-        if self._writeback is None:
+        if self._writeback is None or self._inactive:
             return
         if self.node.poisoned is not None:
             raise ImagePoisoned(self.node.node_name, self.node.poisoned)
@@ -368,11 +380,12 @@ class Qcow2Driver(Driver):
     async def receive_range(self, offset: int, source: BdrvChild, source_offset: int, length: int) -> None:
         """See `Driver`: space is allocated as for a write, and filled by the file."""
         payload = Payload(None, source=source, source_offset=source_offset, length=length)
-        await self._check_range(offset, length).write(offset, payload)
+        writer = await self._writing(offset, length)
+        await writer.write(offset, payload)
 
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """See `Driver`. Shrinking gives up what lies behind; the size changes last, and durably."""
-        writer = self._check_range(0, 0)
+        writer = await self._writing(0, 0)
         if preallocation != "off":
             raise BlockIOError(errno.ENOTSUP, f"preallocation={preallocation} when resizing is not supported")
         await resize(writer, length, has_snapshots=bool(self._snapshots.snapshots), adopt=self._adopt_size)
@@ -396,6 +409,11 @@ class Qcow2Driver(Driver):
             data["extended-l2"] = False
         return {"type": "qcow2", "data": data}
 
+    def cached_bytes(self) -> int:
+        """Bytes that cached L2 slices and refcounts take at present, in their stored form."""
+        refcounts = self._map.refcounts
+        return self._map.cache.stored_bytes() + (refcounts.cache.stored_bytes() if refcounts is not None else 0)
+
     @classmethod
     def probe(cls, head_bytes: bytes, filename: str) -> int:
         """See `Driver`."""
@@ -410,7 +428,8 @@ class Qcow2Driver(Driver):
             header = await self._read_header()
             await self._build(header, cache_sizes(self.options, header))
             if not self.node.read_only:
-                await self._start_writing()
+                await self._prepare_writing()
+                await self._activate()
         return result
 
     # ---------------------------------------------------------------------------------------------------- backing link
@@ -422,40 +441,63 @@ class Qcow2Driver(Driver):
 
     async def change_backing_link(self, link: BackingLink | None) -> None:
         """See `SupportsBacking`. ENOSPC when the name does not fit in the header's cluster; durable on return."""
-        self._file.check_writable()
+        await self._writing(0, 0)
         new = self._file.header.with_backing(link.filename if link else None, link.format if link else None)
         new = attrs.evolve(new, size=self._size, l1_size=len(self._map.l1), l1_offset=self._map.l1_host)
+        # Padded over what the old header had behind the new one's end.
         data = encode_header(new)
+        length = align_up(max(len(data), len(encode_header(self._file.header))), _SECTOR)
         await self._file.barrier()
-        await self._file.write_metadata(0, memoryview(data + bytes(-len(data) % _SECTOR)))
+        await self._file.write_metadata(0, memoryview(data.ljust(length, b"\0")))
         await self._file.barrier()
         self._file.header = new
 
     # --------------------------------------------------------------------------------------------------------- reopen
 
     def check_reopen(self, options: Any, *, read_only: bool) -> None:
-        """See `Driver`: cache and discard options take effect at once, children are the opener's."""
+        """See `Driver`. Options other than for caches and discards are no more than equal; a dirty image must be opened anew."""
         refuse_unsupported(options)
-        cache_sizes(options, self._file.header)
-        refuse_lazy_refcounts_of_v2(options, self._file.header, self._image)
+        header = self._file.header
+        cache_sizes(options, header)
+        refuse_lazy_refcounts_of_v2(options, header, self._image)
         if not read_only:
-            self._check_may_write(self._file.header)
+            self._check_may_write(header)
+            if self._writer is None and header.has(head.DIRTY):
+                raise CorruptImage(self._image, "it was not shut down cleanly; open it for writing anew to repair it")
 
     async def prepare_reopen(self, options: Any, *, read_only: bool) -> None:
-        """See `Driver`."""
+        """See `Driver`. Reads what writing needs, or writes back what is cached; other cache sizes take effect here."""
         if self._writeback is not None and self._file.writable:
             await self._writeback.finish()
+        if self.node.poisoned is not None:
+            # Reopening is the cure: everything is read again.
+            header = await self._read_header()
+            self._check_may_write(header)
+            await self._build(header, cache_sizes(options, header))
+        self._kept = self.options
+        self.options = options
+        try:
+            if not read_only and (self._writer is None or not self._file.writable or options != self._kept):
+                await self._prepare_writing()
+                self._reactivate = True
+        except BaseException:
+            self.options = self._kept
+            raise
 
     def commit_reopen(self, options: Any, *, read_only: bool) -> None:
         """See `Driver`."""
-        self.options = options
+        self.node.poisoned = None
         if read_only:
-            self._file.writable = False
+            self._file.writable = self._reactivate = False
+        elif self._reactivate:
+            self._reactivate, self._inactive, self._file.writable = False, True, False
+
+    def abort_reopen(self) -> None:
+        """See `Driver`."""
+        self.options = self._kept
+        self._reactivate = False
 
     @classmethod
     async def create(cls, options: Qcow2CreateOptions, context: CreateContext) -> None:
         """See `SupportsCreate`."""
         await create_image(options, context)
-
-
-__all__ = ["Freed", "ImageError", "Qcow2Driver"]

@@ -26,6 +26,8 @@ OFFSET_MASK: Final = ((1 << 56) - 1) & ~511
 L2_RESERVED: Final = ((1 << 63) - 1) & ~(OFFSET_MASK | ZERO | COMPRESSED)
 """Bits 1 to 8 and 56 to 61 of an L2 entry."""
 L1_RESERVED: Final = ((1 << 63) - 1) & ~OFFSET_MASK
+L1_IN_USE: Final = OFFSET_MASK | L1_RESERVED
+"""An L1 entry with none of these bits has no L2 table; with reserved ones it is damaged."""
 REFCOUNT_TABLE_OFFSET_MASK: Final = ((1 << 64) - 1) & ~511
 REFCOUNT_TABLE_RESERVED: Final = 511
 DEFAULT_SLICE_BYTES: Final = 64 * 1024
