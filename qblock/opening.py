@@ -132,8 +132,9 @@ class Opener:
         return node
 
     async def _open_layer(self, spec: NodeSpec, storage: BlockDriverState | None = None) -> BlockDriverState:
-        """Open one node with all its children but the backing; ``storage`` is its storage child if that is open already."""
+        """Open one node with all its children but the backing; ``storage`` is its storage child if it was opened for probing."""
         node = self._make_node(spec)
+        node.probed = storage is not None and spec.driver.name == "raw"
         self._pinned.add(node)
         try:
             for field in child_fields(spec.driver):
@@ -254,7 +255,6 @@ class Opener:
             if not storage.parents and not storage.closed:
                 await self._close_tree(storage)
             raise
-        node.probed = driver == "raw"
         return _Layer(node, spec)
 
     def _options_of(self, filename: str, fmt: str | None) -> dict[str, Json]:

@@ -233,6 +233,27 @@ def test_the_format_is_probed_and_raw_is_what_fits_nothing_else(tmp_path: Path) 
     with_system(work)
 
 
+def test_a_guest_cannot_turn_a_probed_raw_disk_into_an_image_by_pieces(tmp_path: Path) -> None:
+    """At the next start it would be opened as qcow2, with any file of the host behind it. Reopening does not forget."""
+    (tmp_path / "disk.img").write_bytes(bytes(SIZE))
+
+    async def work(system: BlockSystem) -> None:
+        opener = system.opener
+        node = await opener.open_image(str(tmp_path / "disk.img"), read_only=False)
+        node.monitor_owned = True
+        await opener.reopen(node, read_only=True)
+        await opener.reopen(node, read_only=False)
+        disk = BlockBackend(system.graph, perm=Perm.CONSISTENT_READ | Perm.WRITE, shared=Perm.ALL)
+        disk.insert(node)
+        await disk.write(1, b"FI\xfb")
+        with pytest.raises(BlockIOError) as refused:
+            await disk.write(0, b"Q")
+        assert refused.value.errno == errno.EPERM
+        assert await disk.read(0, 4) == b"\0FI\xfb"
+
+    with_system(work)
+
+
 def test_a_json_name_holds_options_with_dotted_keys_and_text(tmp_path: Path) -> None:
     """Scripts pass ``json:`` names wherever a file name goes."""
 
