@@ -24,7 +24,7 @@ from qblock.monitor.replies import (
     ImageInfoSpecific,
 )
 from qblock.nodespec import CommonOptions
-from qblock.options import fields
+from qblock.options import dump, fields
 from qblock.permissions import ChildRole
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def _link_of(node: BlockDriverState) -> BackingLink | None:
 def _options_of(node: BlockDriverState) -> dict[str, Json]:
     """The options from which ``node`` can be opened again, without those that do not change what it shows."""
     shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
-    options = {key: value for key, value in node.options_given.items() if key in shown}
+    values = dump(node.driver.options)
+    options = {key: values[key] for key in node.options_given if key in shown and key in values}
     name = node.driver.filename()
     shows_backing = name is None or _backing_differs(node, name)
     for child, edge in node.children.items():

@@ -168,7 +168,9 @@ class _Schema:
             return self._names["node options"]
         drivers = {name: self._registry.get(name) for name in sorted(self._registry.names())}
         entry = self._new("node options", "object")
-        members = [self._member(field, CommonOptions) for field in options.fields(CommonOptions) if field.wire != "driver"]
+        members = [
+            self._member(field, CommonOptions) for field in options.fields(CommonOptions) if field.wire != "driver"
+        ]
         driver = {"name": "driver", "type": self._enum("node drivers", list(drivers))}
         entry["members"] = [driver, *members]
         entry["tag"] = "driver"

@@ -36,7 +36,7 @@ DAEMONS = Pair(
 )
 _QMP = ("-qmp", "unix:{socket},server=on,wait=off")
 SYSTEMS = Pair(
-    real=("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-S", "-display", "none", "-nodefaults", *_QMP),
+    real=("qemu-system-x86_64", "-machine", "none", "-display", "none", "-nodefaults", *_QMP),
     ours=(sys.executable, "-m", "qblock", "-monitor", "none", *_QMP),
 )
 
@@ -173,7 +173,9 @@ def _graph_by_names(step: Json) -> Json:
     return step | {"reply": {"return": graph}}
 
 
-def both(pair: Pair, tmp_path: Path, script: Sequence[Step], prepare: Sequence[Sequence[str]] = ()) -> tuple[Json, Json]:
+def both(
+    pair: Pair, tmp_path: Path, script: Sequence[Step], prepare: Sequence[Sequence[str]] = ()
+) -> tuple[Json, Json]:
     """The comparable transcripts of the real program and of qblock, each in a directory of its own made by ``prepare``."""
     transcripts = []
     for name, argv in (("real", pair.real), ("ours", pair.ours)):

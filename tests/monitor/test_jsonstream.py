@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -13,7 +14,9 @@ from qblock.monitor.jsonstream import JsonError, JsonStream
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 FRAGMENTS = st.sampled_from(
@@ -25,7 +28,7 @@ FRAGMENTS = st.sampled_from(
 def feed(stream: JsonStream, data: bytes, cuts: list[int] | None = None) -> list[Any]:
     """All that comes of ``data``, fed in pieces that end at ``cuts``; mistakes are shown by their texts."""
     edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts or ())})
-    found = [item for a, b in zip(edges, edges[1:], strict=False) for item in stream.feed(data[a:b])]
+    found = [item for a, b in itertools.pairwise(edges) for item in stream.feed(data[a:b])]
     return [("mistake", str(item)) if isinstance(item, JsonError) else item for item in found]
 
 
@@ -95,7 +98,9 @@ def test_numbers_that_are_no_json_in_the_reply_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", [b"a", b"a ", b'","', b"[", b"1,", b"1", b"\\n"], ids=["x", "words", "strings", "nesting", "numbers", "digits", "escapes"]
+    "piece",
+    [b"a", b"a ", b'","', b"[", b"1,", b"1", b"\\n"],
+    ids=["x", "words", "strings", "nesting", "numbers", "digits", "escapes"],
 )
 @pytest.mark.parametrize("start", [b'{"execute":"', b'{"id":['])
 def test_a_message_beyond_the_limits_is_reported_once_and_not_kept(start: bytes, piece: bytes) -> None:
@@ -114,7 +119,9 @@ def test_a_message_just_within_the_limits_passes() -> None:
     """The limits are limits, not traps for long messages."""
     message = b'{"id":"' + b"a" * ((16 << 20) - 10) + b'"}'
     stream = JsonStream()
-    items = [item for start in range(0, len(message), 1 << 16) for item in stream.feed(message[start : start + (1 << 16)])]
+    items = [
+        item for start in range(0, len(message), 1 << 16) for item in stream.feed(message[start : start + (1 << 16)])
+    ]
     assert len(items) == 1
     assert not isinstance(items[0], JsonError)
 

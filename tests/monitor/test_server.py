@@ -16,6 +16,7 @@ from qblock.errors import CommandError
 from qblock.monitor.chardev import ChardevOptions, TcpAddress, UnixAddress, parse_chardev, parse_short
 from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.hub import MonitorHub
+from qblock.monitor.qmp import Phase
 from qblock.monitor.server import MonitorServer
 from qblock.monitor.session import MAX_BACKLOG
 from qblock.system import BlockSystem
@@ -33,6 +34,12 @@ def serve(options: ChardevOptions, test: Callable[[MonitorHub, MonitorServer], A
             await hub.close()
 
     asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until ``condition`` holds."""
+    while not condition():  # noqa: ASYNC110 - nobody signals what the tests look at
+        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -136,8 +143,7 @@ def test_descriptors_come_with_getfd_and_are_closed_when_nobody_claims_them(at: 
                 await client.execute("getfd", fdname="kept", fds=[file.fileno()])
                 output = await client.execute("human-monitor-command", {"command-line": "getfd h"}, fds=[file.fileno()])
                 assert output == ""
-        while hub.sessions:
-            await asyncio.sleep(0)
+        await until(lambda: not hub.sessions)
         assert held() == 0
 
     serve(at, test)
@@ -149,14 +155,12 @@ def test_a_client_that_does_not_read_is_cut_off_and_hurts_nobody(at: ChardevOpti
     async def test(hub: MonitorHub, server: MonitorServer) -> None:
         _, writer = await asyncio.open_unix_connection(path_of(at), limit=1)
         writer.write(b'{"execute":"qmp_capabilities"}')
-        while not (hub.sessions and hub.sessions[0].qmp.phase.name == "COMMANDS"):
-            await asyncio.sleep(0)
+        await until(lambda: bool(hub.sessions) and hub.sessions[0].qmp.phase is Phase.COMMANDS)
         (session,) = hub.sessions
         for _ in range(2 * MAX_BACKLOG // 10_000):
             hub.system.emit("TEST", {"text": "x" * 10_000})
             assert session.link.backlog <= MAX_BACKLOG + 20_000
-        while hub.sessions:
-            await asyncio.sleep(0)
+        await until(lambda: not hub.sessions)
         writer.close()
         async with await QmpClient.connect(path_of(at)) as client:
             await client.execute("query-version")
@@ -211,7 +215,8 @@ def test_chardev_options_are_read_as_qemu_reads_them(text: str, expected: Charde
 
 
 @pytest.mark.parametrize(
-    "text", ["socket,path=/p", "socket,id=c", "pipe,id=c", "socket,id=c,path=/p,bogus=1", "socket,id=c,path=/p,wait=off"]
+    "text",
+    ["socket,path=/p", "socket,id=c", "pipe,id=c", "socket,id=c,path=/p,bogus=1", "socket,id=c,path=/p,wait=off"],
 )
 def test_chardev_options_that_do_not_fit_are_refused(text: str) -> None:
     """No option is accepted and ignored."""

@@ -186,9 +186,7 @@ async def block_dirty_bitmap_merge(ctx: CommandContext, args: BitmapMergeArgumen
         target.merge(bitmap)
 
 
-@command(
-    "x-debug-block-dirty-bitmap-sha256", since="2.10", features=("unstable",), returns=BlockDirtyBitmapSha256
-)
+@command("x-debug-block-dirty-bitmap-sha256", since="2.10", features=("unstable",), returns=BlockDirtyBitmapSha256)
 async def x_debug_block_dirty_bitmap_sha256(ctx: CommandContext, args: BitmapArguments) -> BlockDirtyBitmapSha256:
     """Hash the bits of a bitmap, for tests."""
     _, bitmap = find_bitmap(ctx.system.graph, args.node, args.name)

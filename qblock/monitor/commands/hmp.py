@@ -16,9 +16,7 @@ class HumanMonitorCommandArguments:
     cpu_index: int | None = option(None, doc="CPU that the line is about; block commands are about none")
 
 
-@command(
-    "human-monitor-command", since="0.14", returns=str, features=("savevm-monitor-nodes",), dialects=SYSTEM_ONLY
-)
+@command("human-monitor-command", since="0.14", returns=str, features=("savevm-monitor-nodes",), dialects=SYSTEM_ONLY)
 async def human_monitor_command(ctx: CommandContext, args: HumanMonitorCommandArguments) -> str:
     """Execute a line of the human monitor and answer with what it prints; lines end with CR LF."""
     output = await ctx.hub.hmp.run(ctx, args.command_line)

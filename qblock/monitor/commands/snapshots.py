@@ -108,7 +108,9 @@ async def _create_overlay(system: BlockSystem, filename: str, fmt: str, node: Bl
     image = system.graph.skip_filters(node)
     name = image.driver.filename()
     if name is None:
-        raise CommandError(f"Node '{image.node_name}' has no plain file name for the overlay's header; use blockdev-snapshot")
+        raise CommandError(
+            f"Node '{image.node_name}' has no plain file name for the overlay's header; use blockdev-snapshot"
+        )
     driver = system.registry.get(fmt)
     if not driver.supports_backing or not issubclass(driver, SupportsBacking):
         raise CommandError(f"Images of format '{fmt}' cannot have a backing file")
