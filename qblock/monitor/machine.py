@@ -8,6 +8,7 @@ to write, and in that a drive is a virtio disk unless its ``if`` says otherwise.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random as random_module
 from collections.abc import Sequence
@@ -99,17 +100,21 @@ class Machine:
         return machine
 
     async def close(self) -> None:
-        """Stop the guests, end the monitors, cancel the jobs, flush and close all images."""
-        if self._run_state_change is not None:
-            await self._run_state_change
-        for guest in self._guests.values():
-            await guest.stop()
-        if not self.hub.quitting:
-            await self.hub.quit()
-        for server in self._servers:
-            await server.close()
-        await self.hub.close()
-        await self.system.close()
+        """Stop the guests, end the monitors, cancel the jobs, flush and close all images.
+
+        All of it is done also when a step of it fails; `GuestMismatch` when a guest has seen a wrong answer.
+        """
+        async with contextlib.AsyncExitStack() as steps:  # the last one pushed comes first
+            steps.push_async_callback(self.system.close)
+            steps.push_async_callback(self.hub.close)
+            for server in self._servers:
+                steps.push_async_callback(server.close)
+            if not self.hub.quitting:
+                steps.push_async_callback(self.hub.quit)
+            for guest in self._guests.values():
+                steps.push_async_callback(guest.stop)
+            if self._run_state_change is not None:
+                await self._run_state_change
 
     async def add_drive(self, text: str) -> None:
         """As -drive."""
@@ -164,11 +169,11 @@ class Machine:
 
     def guest(self, device: str) -> Guest:
         """The guest on a disk; raises `DeviceNotFound`."""
+        backend = next((b for b in self.system.graph.backends if b.name == device and device), None)
+        if backend is None:
+            raise DeviceNotFound(device)
         guest = self._guests.get(device)
-        if guest is None:
-            backend = next((b for b in self.system.graph.backends if b.name == device), None)
-            if backend is None or not device:
-                raise DeviceNotFound(device)
+        if guest is None or guest.backend is not backend:
             guest = self._guests[device] = Guest(backend, self.clock, random_module.Random(self.random.getrandbits(64)))
         return guest
 

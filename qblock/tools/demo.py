@@ -183,10 +183,11 @@ class Demo:
                 self._introduce()
                 await self._mirror()
                 await self._complete()
-            await self._guest_stops()
+            content = await self._guest_stops()
+            ended_ns = self._now()
         finally:
             await self._machine.close()
-        return self._machine.guest(DEVICE).content, self._now()
+        return content, ended_ns
 
     def _introduce(self) -> None:
         self.show.heading(
@@ -240,7 +241,7 @@ class Demo:
         await self._follow_until("BLOCK_JOB_COMPLETED")
         self._draw("after")
 
-    async def _guest_stops(self) -> None:
+    async def _guest_stops(self) -> ContentMap:
         guest = self._machine.guest(DEVICE)
         await self._machine.clock.sleep_ns(SECOND_NS)
         await guest.stop()
@@ -252,6 +253,7 @@ class Demo:
             f"The guest has gone on for another second and stops: {done.writes} writes, {done.zero_writes} zero writes, "
             f"{done.reads} reads (each compared), {done.flushes} flushes, {format_size(done.bytes_written)} in all.",
         )
+        return guest.content
 
     # --------------------------------------------------------------------------------------------------------- monitor
 

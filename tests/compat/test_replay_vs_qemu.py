@@ -39,20 +39,20 @@ def daemon(tmp_path: Path) -> Iterator[Path]:
 
 
 def outcome(text: str) -> list[str]:
-    """A transcript without times, and of replies and events only which there were."""
+    """A transcript without times, without the content of replies, and without events (when they come is a matter of luck)."""
     lines = [line.partition("] ")[2] for line in text.splitlines()]
-    return [re.sub(r"^<- .*?\"(return|error|event|QMP)\".*", r"<- \1", line) for line in lines]
+    return [re.sub(r"^<- .*?\"(return|error|QMP)\".*", r"<- \1", line) for line in lines if '"event"' not in line[:120]]
 
 
 def test_the_script_in_the_document_runs_on_the_real_daemon_too(
     script: Path, daemon: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same commands, the same replies and events: the document may say so."""
+    """Every expectation is met, every event awaited comes: the document may say so."""
     assert main(["replay", "--socket", str(daemon), str(script)]) == 0
     theirs = outcome(capsys.readouterr().out)
     assert main(["replay", str(script)]) == 0
     ours = outcome(capsys.readouterr().out)
-    assert sorted(ours) == sorted(theirs)
+    assert ours == theirs
 
 
 def test_the_real_qemu_img_confirms_the_demo(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,6 +178,52 @@ def test_what_cannot_be_started_says_so(
     piped("", monkeypatch)
     assert main(arguments) == code
     assert capsys.readouterr().err.startswith("qblock: ")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """A `qblock` without a prompt on virtual time, and a connection to its monitor."""
+    path = tmp_path / "qmp"
+    command = [sys.executable, "-m", "qblock", "-monitor", "none", "--clock", "virtual", "-qmp"]
+    with subprocess.Popen([*command, f"unix:{path},server=on,wait=off"]) as process:
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(path))
+            yield process, connection
+
+
+def ask(connection: socket.socket, command: str, **arguments: str) -> Any:
+    """Execute a QMP command on a bare socket; events are skipped."""
+    members = {name.replace("_", "-"): value for name, value in arguments.items()}
+    connection.sendall(json.dumps({"execute": command, "arguments": members}).encode())
+    text = ""
+    while True:
+        text += connection.recv(65536).decode()
+        for line in text.splitlines():
+            if line.startswith(('{"return"', '{"error"')):
+                return json.loads(line)
+
+
+def test_without_a_prompt_qmp_clients_move_time_and_end_the_machine(
+    server: tuple[subprocess.Popen[bytes], socket.socket],
+) -> None:
+    """The learning commands are part of the human monitor, which QMP reaches."""
+    process, connection = server
+    ask(connection, "qmp_capabilities")
+    assert ask(connection, "human-monitor-command", command_line="step 2s")["return"] == "the time is 2s\r\n"
+    assert ask(connection, "quit") == {"return": {}}
+    assert process.wait(timeout=30) == 0
+
+
+def test_without_a_prompt_a_signal_ends_the_machine_well(
+    server: tuple[subprocess.Popen[bytes], socket.socket],
+) -> None:
+    """Jobs are cancelled and images closed, as by the command."""
+    process, _ = server
+    process.terminate()
+    assert process.wait(timeout=30) == 0
 
 
 def test_help_and_version_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
