@@ -7,100 +7,21 @@ Differs from QEMU in that only commands of the block layer exist.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
-
-import attrs
+from collections.abc import Iterable, Iterator
 
 from qblock.errors import QBlockError
 from qblock.monitor.command import CommandContext, CommandTable
-from qblock.monitor.hmp_grammar import Argument, Cursor, HmpSyntaxError, Value, parse_arguments, parse_signature
+from qblock.monitor.hmp_command import HmpCall, HmpCommand, PlainError, hmp_command
+from qblock.monitor.hmp_commands import all_commands
+from qblock.monitor.hmp_grammar import Cursor, HmpSyntaxError, parse_arguments
 
-if TYPE_CHECKING:
-    from qblock.driver import Json
-
-
-class PlainError(Exception):
-    """What a few commands print without the word ``Error:`` before it."""
-
-
-@attrs.define(eq=False)
-class HmpCall:
-    """One execution of a command: its context, its arguments, and the output so far."""
-
-    context: CommandContext
-    monitor: HmpMonitor
-    values: Mapping[str, Value]
-    lines: list[str] = attrs.field(factory=list)
-
-    def say(self, text: str = "") -> None:
-        """Print a line (or several)."""
-        self.lines.append(text)
-
-    def text(self, name: str) -> str | None:
-        """A string argument, or None when it was left out."""
-        value = self.values.get(name)
-        return None if value is None else str(value)
-
-    def number(self, name: str) -> int | None:
-        """An integer or size argument, or None."""
-        value = self.values.get(name)
-        return None if value is None else int(value)
-
-    def flag(self, name: str) -> bool:
-        """Whether a flag was given."""
-        return bool(self.values.get(name))
-
-    async def qmp(self, command: str, arguments: Mapping[str, Json] | None = None, **members: Json) -> Json:
-        """Execute a QMP command; keywords' ``_`` stand for ``-``, and members that are None are left out."""
-        given = dict(arguments or {}) | {key.replace("_", "-"): value for key, value in members.items()}
-        present = {key: value for key, value in given.items() if value is not None}
-        return await self.monitor.commands.find(command).run(self.context, present)
-
-
-HmpHandler = Callable[[HmpCall], Awaitable[None]]
-
-
-@attrs.frozen
-class HmpCommand:
-    """A command of the human monitor.
-
-    ``name`` may list aliases (``stop|s``); the commands of ``info`` are called ``info block`` and so on. ``arguments`` is what
-    the grammar reads, ``parameters`` what help shows of it.
-    """
-
-    name: str
-    arguments: tuple[Argument, ...]
-    parameters: str
-    help: str
-    handler: HmpHandler
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names by which it can be called."""
-        return tuple(self.name.split("|"))
-
-    @property
-    def synopsis(self) -> str:
-        """The line that help shows."""
-        return f"{self.name} {self.parameters} -- {self.help}"
-
-
-def hmp_command(name: str, signature: str, parameters: str, text: str) -> Callable[[HmpHandler], HmpCommand]:
-    """Make an `HmpCommand` of an async function; ``text`` is the help."""
-
-    def decorate(function: HmpHandler) -> HmpCommand:
-        return HmpCommand(name, parse_signature(signature), parameters, text, function)
-
-    return decorate
+__all__ = ["HmpCall", "HmpCommand", "HmpMonitor", "hmp_command"]
 
 
 class HmpMonitor:
     """The human monitor of one program; `run` executes lines."""
 
     def __init__(self, commands: CommandTable, extra: Iterable[HmpCommand] = ()) -> None:
-        from qblock.monitor.hmp_commands import all_commands  # noqa: PLC0415 - they are written against this module
-
         self.commands = commands
         self._table: dict[str, HmpCommand] = {}
         for command in (*all_commands(), *extra):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qblock.errors import DeviceNotFound, QBlockError
 from qblock.monitor import drives, hmp_render
-from qblock.monitor.hmp import HmpCall, HmpCommand, PlainError, hmp_command
+from qblock.monitor.hmp_command import HmpCall, HmpCommand, PlainError, hmp_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

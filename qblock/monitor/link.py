@@ -117,6 +117,7 @@ class DescriptorLink:
         self._outbox = Outbox()
         self._open = self._can_read = self._can_write = True
         self._writing = self._reading = self._polled = False
+        self._was_blocking = {fd: os.get_blocking(fd) for fd in (reading, writing)}
         os.set_blocking(reading, False)
         os.set_blocking(writing, False)
         self.resume_reading()
@@ -165,7 +166,9 @@ class DescriptorLink:
             self._close_descriptors()
 
     def _close_descriptors(self) -> None:
-        """Standard input and output belong to the program."""
+        """Standard input and output belong to the program, and maybe to the shell that started it: as they were."""
+        for fd, was_blocking in self._was_blocking.items():
+            os.set_blocking(fd, was_blocking)
 
     def _read(self) -> tuple[bytes, Sequence[int]]:
         return os.read(self._in, READ_SIZE), ()

@@ -105,7 +105,7 @@ class MonitorServer:
             self._unlink()
         if self._session is not None:
             self._session.link.pause_reading()
-            self._session.ended()
+            self._session.stop()
         if self._task is not None:
             await self._task
         if self in self.hub.chardevs:

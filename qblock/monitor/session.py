@@ -41,6 +41,7 @@ class MonitorSession:
         self._queue: deque[tuple[QmpRequest | QmpFault, FdBatch]] = deque()
         self._wakeup = asyncio.Event()
         self._ended = False
+        self._stopping = False
         self._overtaking: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------------------------------ called by the link
@@ -81,7 +82,8 @@ class MonitorSession:
                 if len(self._queue) == MAX_QUEUE - 1:
                     self.link.resume_reading()
                 await self._serve(item, batch)
-                await self.link.drain()
+                if not self._stopping:
+                    await self.link.drain()
         finally:
             self.hub.sessions.remove(self)
             self._close()
@@ -96,6 +98,20 @@ class MonitorSession:
             self._wakeup.clear()
             await self._wakeup.wait()
         return not self.hub.quitting
+
+    def stop(self) -> None:
+        """End after the command that is executed; nobody waits for a client that does not read."""
+        self._stopping = True
+        self._forget_queue()
+        if self.link.backlog:
+            self.link.close()
+        self.ended()
+
+    def _forget_queue(self) -> None:
+        """Forget the requests that wait."""
+        for _, batch in self._queue:
+            self.fds.leave(batch)
+        self._queue.clear()
 
     def wake(self) -> None:
         """Look again whether the program quits."""
@@ -138,7 +154,5 @@ class MonitorSession:
         self.qmp.enter(Phase.CLOSED)
         for task in self._overtaking:
             task.cancel()
-        for _, batch in self._queue:
-            self.fds.leave(batch)
-        self._queue.clear()
+        self._forget_queue()
         self.fds.close()

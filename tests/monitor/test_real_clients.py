@@ -23,7 +23,8 @@ def daemon(tmp_path: Path) -> Iterator[str]:
     path = str(tmp_path / "qmp")
     argv = [
         sys.executable, "-m", "qblock.tools.storage_daemon",
-        "--blockdev", "driver=null-co,node-name=source,size=8M,read-zeroes=on", "--blockdev", "driver=memory,node-name=target,size=8M",
+        "--blockdev", "driver=null-co,node-name=source,size=8M,read-zeroes=on",
+        "--blockdev", "driver=memory,node-name=target,size=8M",
         "--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "chardev=c",
         "--pidfile", str(tmp_path / "pid"),
     ]  # fmt: skip

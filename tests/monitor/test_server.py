@@ -7,6 +7,9 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -166,6 +169,33 @@ def test_a_client_that_does_not_read_is_cut_off_and_hurts_nobody(at: ChardevOpti
             await client.execute("query-version")
 
     serve(at, test)
+
+
+def test_a_server_can_be_closed_while_a_client_does_not_read(at: ChardevOptions) -> None:
+    """Nobody may keep the program from ending."""
+
+    async def test(hub: MonitorHub, server: MonitorServer) -> None:
+        _, writer = await asyncio.open_unix_connection(path_of(at), limit=1)
+        writer.write(b'{"execute":"qmp_capabilities"}' + b'{"execute":"query-qmp-schema"}' * 100)
+        await until(lambda: bool(hub.sessions) and hub.sessions[0].link.backlog > 1 << 16)
+        await server.close()
+        assert not hub.sessions
+        writer.close()
+
+    serve(at, test)
+
+
+def test_standard_input_and_output_serve_a_client() -> None:
+    """``--chardev stdio``, fed from a pipe or a file."""
+    script = b'{"execute":"qmp_capabilities"}{"execute":"query-version","id":1}{"execute":"quit","id":2}'
+    argv = [sys.executable, "-m", "qblock.tools.storage_daemon", "--chardev", "stdio,id=c", "--monitor", "chardev=c"]
+    done = subprocess.run(argv, input=script, capture_output=True, timeout=60, check=True)
+    assert [json.loads(line).get("id") for line in done.stdout.splitlines()] == [None, None, 1, 2]
+    with tempfile.TemporaryFile() as file:
+        file.write(script)
+        file.seek(0)
+        done = subprocess.run(argv, stdin=file, capture_output=True, timeout=60, check=True)
+    assert [json.loads(line).get("id") for line in done.stdout.splitlines()] == [None, None, 1, 2]
 
 
 def test_a_hundred_megabytes_in_one_message_are_an_error_and_the_connection_lives(at: ChardevOptions) -> None:
