@@ -104,6 +104,18 @@ STREAM_AND_SNAPSHOTS = [
     do("block_resize", size=1), do("block_resize", node_name="sn", size=1000), do("block_resize", device="sn", size=1024),
     do("query-named-block-nodes", flat=True), do("quit"),
 ]  # fmt: skip
+CHANGE_BACKING = [
+    add("top", "top.qcow2"),
+    do("change-backing-file", device="nope", image_node_name="top", backing_file="x"),
+    do("change-backing-file", device="top", image_node_name="nope", backing_file="x"),
+    do("change-backing-file", device="top", backing_file="x"), add("ov", "ov.qcow2"),
+    do("change-backing-file", device="ov", image_node_name="ov", backing_file="x"),
+    do("change-backing-file", device="top", image_node_name="ov", backing_file="x"),
+    do("change-backing-file", device="top", image_node_name="top", backing_file="mid.qcow2"),
+    do("query-named-block-nodes", flat=True),
+    do("change-backing-file", device="top", image_node_name="top", backing_file="base.qcow2"),
+    do("query-named-block-nodes", flat=True),
+]  # fmt: skip
 CREATE = [
     do("blockdev-create", job_id="c", options={"driver": "file", "filename": "new.raw", "size": 1 << 20}),
     wait("JOB_STATUS_CHANGE", status="concluded"), do("query-jobs"), do("query-block-jobs"),
@@ -138,9 +150,10 @@ MACHINE = [
     ("pair", "script"),
     [
         (DAEMONS, NODES), (DAEMONS, BITMAPS), (DAEMONS, MIRROR), (DAEMONS, STREAM_AND_SNAPSHOTS), (DAEMONS, CREATE),
+        (DAEMONS, CHANGE_BACKING),
         (SYSTEMS, MACHINE),
     ],
-    ids=["nodes", "bitmaps", "mirror", "stream and snapshots", "create", "machine"],
+    ids=["nodes", "bitmaps", "mirror", "stream and snapshots", "create", "change backing file", "machine"],
 )  # fmt: skip
 def test_both_answer_alike(pair: Pair, script: list[dict[str, Any]], tmp_path: Path) -> None:
     """A client that was written for QEMU cannot tell the difference."""
