@@ -26,7 +26,7 @@ from qblock.tools.console import Progress
 from qblock.units import GiB, MiB, align_up
 from qblock.zeroes import ZERO_PIECE, all_zero, zero_view
 
-CHUNK: Final = MiB
+CHUNK: Final = 2 * MiB
 """Bytes that a worker copies at a time (or one cluster of the target, when that is larger)."""
 OFFLOAD_CHUNK: Final = 16 * MiB
 MAX_ZEROES: Final = GiB

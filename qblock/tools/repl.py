@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
 from qblock.errors import QBlockError
 from qblock.monitor.console import Console
 from qblock.monitor.loopthread import LoopThread
-from qblock.monitor.machine import Machine, MachineOptions
+from qblock.monitor.machine import MachineOptions
 from qblock.monitor.repl import Repl
 from qblock.monitor.repl_commands import install
 from qblock.tools.arguments import UsageError
@@ -23,6 +23,8 @@ from qblock.tools.machine_line import (
     parse_command_line,
     start_machine,
 )
+
+T = TypeVar("T")
 
 PROGRAM: Final = "qblock"
 
@@ -94,23 +96,31 @@ def _run_without_prompt(clock: str, options: MachineOptions) -> int:
 
 
 async def _serve(options: MachineOptions) -> None:
-    """Run until a client or a signal says quit."""
-    machine = await start_machine(options)
-    try:
-        install(machine)
-        _quit_on_signals(machine)
-        await machine.hub.wait_quit()
-    finally:
-        await machine.close()
-
-
-def _quit_on_signals(machine: Machine) -> None:
-    loop = asyncio.get_running_loop()
-    quitting: list[asyncio.Task[None]] = []
-
-    def begin() -> None:
-        if not quitting:
-            quitting.append(loop.create_task(machine.hub.quit(), name="quit on a signal"))
-
+    """Run until a client or a signal says quit; also a start that waits for a client can be ended by a signal."""
+    told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, begin)
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    try:
+        machine = await _first(start_machine(options), told)
+        if machine is None:
+            return
+        try:
+            install(machine)
+            await _first(machine.hub.wait_quit(), told)
+        finally:
+            await machine.close()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+
+async def _first(work: Coroutine[Any, Any, T], told: asyncio.Event) -> T | None:
+    """The result of ``work``; None, and ``work`` cancelled, when we are told to end before."""
+    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(told.wait())
+    try:
+        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, waiting):
+            task.cancel()
+        await asyncio.wait({working, waiting})

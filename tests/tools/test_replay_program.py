@@ -186,12 +186,25 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], socket.soc
     path = tmp_path / "qmp"
     command = [sys.executable, "-m", "qblock", "-monitor", "none", "--clock", "virtual", "-qmp"]
     with subprocess.Popen([*command, f"unix:{path},server=on,wait=off"]) as process:
-        while not path.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            with _connected(path, process) as connection:
+                yield process, connection
+        finally:
+            process.kill()
+
+
+def _connected(path: Path, process: subprocess.Popen[bytes]) -> socket.socket:
+    """A connection to the socket at ``path``, as soon as somebody listens there."""
+    while True:
+        assert process.poll() is None
+        connection = socket.socket(socket.AF_UNIX)
+        try:
             connection.connect(str(path))
-            yield process, connection
+        except OSError:
+            connection.close()
+            time.sleep(0.01)
+        else:
+            return connection
 
 
 def ask(connection: socket.socket, command: str, **arguments: str) -> Any:

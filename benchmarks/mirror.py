@@ -1,0 +1,107 @@
+"""blockdev-mirror of a three-layer qcow2 chain to a new qcow2, time to READY: the real daemon beside qblock's.
+
+    python benchmarks/mirror.py [--size MIB] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import BIN, Comparison, MiB, Run, best_of, chain, need_qemu, workspace
+
+
+class Monitor:
+    """A bare QMP client."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(path))
+        self.text = ""
+        self.next()
+        self.send("qmp_capabilities")
+        self.next()
+
+    def next(self) -> dict[str, Any]:
+        """The next message."""
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text)
+            except json.JSONDecodeError:
+                data = self.socket.recv(65536)
+                if not data:
+                    raise SystemExit("the daemon has gone") from None
+                self.text += data.decode()
+            else:
+                self.text = self.text[end:].lstrip()
+                return dict(value)
+
+    def send(self, command: str, arguments: dict[str, object] | None = None) -> None:
+        """Send a command."""
+        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments or {}}).encode())
+
+    def wait_for(self, event: str) -> None:
+        """Read on until this event; an error ends the benchmark."""
+        while (message := self.next()).get("event") != event:
+            if "error" in message or message.get("event") == "BLOCK_JOB_ERROR":
+                raise SystemExit(f"the mirror failed: {message}")
+
+
+def mirror(daemon: str | Path, top: Path, folder: Path) -> Run:
+    """One mirror: seconds from the command to BLOCK_JOB_READY, and the daemon's peak memory."""
+    target, path = folder / "target", folder / "qmp"
+    size = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", top]))["virtual-size"]
+    target.unlink(missing_ok=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", target, str(size)], check=True)
+    words = [
+        str(daemon),
+        "--blockdev", f"driver=qcow2,node-name=source,file.driver=file,file.filename={top}",
+        "--blockdev", f"driver=qcow2,node-name=target,discard=unmap,file.driver=file,file.filename={target}",
+        "--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "chardev=c",
+    ]  # fmt: skip
+    process = subprocess.Popen(words)
+    while not path.exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    monitor = Monitor(path)
+    started = time.perf_counter()
+    monitor.send("blockdev-mirror", {"job-id": "copy", "device": "source", "target": "target", "sync": "full"})
+    monitor.wait_for("BLOCK_JOB_READY")
+    seconds = time.perf_counter() - started
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    memory = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    monitor.send("block-job-complete", {"device": "copy"})
+    monitor.wait_for("BLOCK_JOB_COMPLETED")
+    monitor.send("quit")
+    process.wait(60)
+    monitor.socket.close()
+    path.unlink(missing_ok=True)
+    if subprocess.run(["qemu-img", "compare", "-q", top, target], check=False).returncode:
+        raise SystemExit(f"{daemon}: the copy differs")
+    return Run(seconds, memory)
+
+
+def main() -> None:
+    """Make the chain, mirror it by both in turns, print one line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=2048, help="MiB of the disk (default 2048)")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    need_qemu("qemu-img", "qemu-io", "qemu-storage-daemon")
+    with workspace() as folder:
+        top = chain(folder, options.size * MiB)
+        real, ours = best_of(
+            lambda: mirror("qemu-storage-daemon", top, folder),
+            lambda: mirror(BIN / "qblock-storage-daemon", top, folder),
+            rounds=options.rounds,
+        )
+    Comparison("mirror of a three-layer chain, to READY", real, ours, options.size, "MiB/s").show()
+
+
+if __name__ == "__main__":
+    main()
