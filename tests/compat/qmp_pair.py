@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import socket
@@ -94,7 +95,7 @@ def _connect(path: Path, process: subprocess.Popen[bytes]) -> socket.socket:
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stderr and process.stderr.read().decode()
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(10)
+        sock.settimeout(30)
         try:
             sock.connect(str(path))
         except OSError:
@@ -110,28 +111,29 @@ Step = Json
 
 
 def transcript(argv: Sequence[str], place: Path, script: Sequence[Step]) -> list[Json]:
-    """What the program answers to the script: per step the events and the reply."""
+    """What the program answers to the script: per step the events and the reply.
+
+    Events of a command that a wait follows are shown with the wait, since they may come before or after the reply.
+    """
     place.mkdir(exist_ok=True)
     result: list[Json] = []
     with running(argv, place) as connection:
         connection.execute({"execute": "qmp_capabilities"})
         seen: list[Json] = []
-        for step in script:
+        for step, following in itertools.zip_longest(script, script[1:], fillvalue={}):
             if "wait" in step:
                 while not any(_matches(event, step["wait"]) for event in seen):
-                    try:
-                        message = connection.receive()
-                    except TimeoutError:
-                        message = {"event": "none comes", "data": step["wait"].get("data", {})}
-                        step = {"wait": message}
+                    message = connection.receive()
                     assert message is not None, f"the program has gone while waiting for {step['wait']}"
                     seen.append(message)
                 result.append({"step": step, "events": seen})
                 seen = []
             else:
                 events, reply = connection.execute(step)
-                result.append({"step": step, "reply": reply, "events": seen + events})
-                seen = []
+                seen += events
+                waits = "wait" in following
+                result.append({"step": step, "reply": reply, "events": [] if waits else seen})
+                seen = seen if waits else []
     return result
 
 
