@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -31,11 +32,18 @@ def daemon(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "qmp"
     chardev = f"socket,id=c,path={path},server=on,wait=off"
     with subprocess.Popen(["qemu-storage-daemon", "--chardev", chardev, "--monitor", "c"]) as process:
-        while not path.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        yield path
-        process.terminate()
+        try:
+            while not _listening(path):
+                assert process.poll() is None
+                time.sleep(0.01)
+            yield path
+        finally:
+            process.terminate()
+
+
+def _listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def outcome(text: str) -> list[str]:
