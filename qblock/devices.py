@@ -17,9 +17,10 @@ from qblock.backend import BlockBackend
 from qblock.clock import Clock
 from qblock.driver import Json
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
+from qblock.graph import check_identifier
 from qblock.node import BlockDriverState
 from qblock.opening import merge
-from qblock.options import option, parse_keyval, unflatten_dotted, visit
+from qblock.options import option, split_keyval, unflatten_dotted, visit
 from qblock.permissions import Perm
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class DriveOptions:
     id: str | None = option(None, doc="name of the drive; made from interface and index when absent")
     index: int | None = option(None, doc="number of the drive on its interface")
     cache: CacheMode = option("writeback", doc="cache mode")
+    writeback: bool | None = option(None, doc="the disk has a write cache; overrides the mode", name="cache.writeback")
     aio: Literal["threads", "native", "io_uring"] = option("threads", doc="how the file driver runs requests")
     discard: Literal["ignore", "off", "unmap", "on"] = option("ignore", doc="whether discards reach the image")
     detect_zeroes: Literal["off", "on", "unmap"] = option("off", doc="turn writes of zeroes into zero writes")
@@ -69,15 +71,25 @@ _OWN: Final = frozenset(field.name.replace("_", "-") for field in attrs.fields(D
 
 def parse_drive(options: str | Mapping[str, Json], *, default_interface: str = "none") -> DriveOptions:
     """``-drive`` options from text or a nested object; raises `CommandError` and `InvalidParameter`."""
-    given = parse_keyval(options, implied_key="file") if isinstance(options, str) else unflatten_dotted(options)
+    flat = dict(split_keyval(options, implied_key="file") if isinstance(options, str) else options)
     own: dict[str, Json] = {"if": default_interface}
+    # These stand beside members of the nodes' options of the same names (file.locking), which overrule them.
+    own |= {key: flat.pop(key) for key in ("file", "cache") if isinstance(flat.get(key), str)}
+    given = unflatten_dotted(flat)
     own |= {key: value for key, value in given.items() if key in _OWN and not isinstance(value, Mapping)}
-    rest = {key: value for key, value in given.items() if key not in own}
+    rest = {key: value for key, value in given.items() if key not in own or isinstance(value, Mapping)}
     if "driver" in rest:
         if "format" in own:
             raise CommandError("'format' and 'driver' are the same option of a drive; give one of them")
         own["format"] = rest.pop("driver")
+    if isinstance(cache := rest.get("cache"), Mapping) and "writeback" in cache:
+        rest["cache"] = dict(cache)
+        own["cache.writeback"] = rest["cache"].pop("writeback")
+    if "readonly" in own and "read-only" in own:
+        raise CommandError("'readonly' and 'read-only' are the same option of a drive; give one of them")
     drive: DriveOptions = visit(DriveOptions, own, strings=True)
+    if drive.file == "":
+        drive = attrs.evolve(drive, file=None)
     if drive.detect_zeroes == "unmap" and drive.discard not in ("on", "unmap"):
         raise InvalidParameter("detect-zeroes", "can be 'unmap' only together with discard=unmap")
     return attrs.evolve(drive, rest=rest)
@@ -178,23 +190,39 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend
     """Open a drive's image and connect it as its interface says. On failure nothing stays."""
     name = drive.id or _free_name(system, drive)
     _, _, writethrough = CACHE_MODES[drive.cache]
+    check_identifier(name, parameter="id")
     system.graph.check_name_is_free(name, kind="device")
     node = await _open_medium(system, drive)
-    backend = BlockBackend(system.graph, name, perm=Perm.CONSISTENT_READ, shared=Perm.ALL)
-    backend.writethrough = writethrough
-    backend.on_write_error = drive.werror
-    backend.on_read_error = drive.rerror
+    backend: BlockBackend | None = None
     try:
+        # The name may have been taken since it was looked at.
+        backend = BlockBackend(system.graph, name, perm=Perm.CONSISTENT_READ, shared=Perm.ALL)
+        backend.writethrough = writethrough if drive.writeback is None else not drive.writeback
+        backend.on_write_error = drive.werror
+        backend.on_read_error = drive.rerror
         if node is not None:
             backend.insert(node)
-            node.copy_on_read = int(drive.copy_on_read)
+            _prepare_medium(system, drive, node)
         if drive.interface != "none":
             attach_disk(system, backend)
     except BaseException:
-        backend.close()
+        if backend is not None:
+            backend.close()
         await system.opener.close_orphans()
         raise
     return backend
+
+
+def _prepare_medium(system: BlockSystem, drive: DriveOptions, node: BlockDriverState) -> None:
+    if drive.copy_on_read and node.read_only:
+        system.env.warn(f"Drive '{drive.file}' is read-only: nothing can be copied into it on reads")
+    elif drive.copy_on_read:
+        node.copy_on_read = 1
+    if node.probed:
+        system.env.warn(
+            f"No format was given for '{drive.file}', and it was guessed to be raw: writes to its first sector are restricted. "
+            "Give format=raw to lift that"
+        )
 
 
 async def _open_medium(system: BlockSystem, drive: DriveOptions) -> BlockDriverState | None:

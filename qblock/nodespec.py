@@ -152,6 +152,17 @@ class SpecReader:
         }
         return NodeSpec(driver, common, options, flags, children, dict(given))
 
+    def flags(self, given: Mapping[str, Json], inherited: NodeFlags) -> NodeFlags:
+        """The common flags that the options of a node set, whose driver may not be known yet; raises `InvalidParameter`."""
+        shared = {key: value for key, value in given.items() if key in _COMMON}
+        return inherited.apply(visit(CommonOptions, {"driver": "", **shared}, strings=self.strings))
+
+    def read_file(self, given: Mapping[str, Json], inherited: NodeFlags, *, path: str, depth: int = 0) -> NodeSpec:
+        """As `read`; in text a child with a ``filename`` and without a ``driver`` is a file."""
+        if self.strings and "driver" not in given and "filename" in given:
+            given = {"driver": "file", **given}
+        return self.read(given, inherited, path=path, depth=depth)
+
     def _child(
         self, field: Field, ref: Any, flags: NodeFlags, path: str, depth: int
     ) -> NodeSpec | NodeReference | None:
@@ -160,7 +171,7 @@ class SpecReader:
             return None
         if isinstance(ref, str):
             return NodeReference(ref, path)
-        return self.read(ref, flags.for_child(field.role), path=path, depth=depth + 1)
+        return self.read_file(ref, flags.for_child(field.role), path=path, depth=depth + 1)
 
 
 def _check_combination(common: CommonOptions, flags: NodeFlags, prefix: str) -> None:

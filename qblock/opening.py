@@ -244,7 +244,9 @@ class Opener:
             return _Layer(await self._open_layer(spec), spec)
         if not isinstance(given.get("file"), Mapping):
             raise CommandError(f"'{shown}' tells neither a driver nor a file to probe for one")
-        below = reader.read(given["file"], flags.for_child(ChildRole.STORAGE), path="file")
+        # What is opened for probing stays, so it is opened as the format's child that it will be.
+        inherited = reader.flags(given, flags).for_child(ChildRole.STORAGE)
+        below = reader.read_file(given["file"], inherited, path="file")
         storage = await self._open_tree(below)
         self._pinned.add(storage)
         try:
@@ -258,10 +260,10 @@ class Opener:
         return _Layer(node, spec)
 
     def _options_of(self, filename: str, fmt: str | None) -> dict[str, Json]:
-        """Options for a file name: those in a ``json:`` name, or a plain file below ``fmt``."""
+        """Options for a file name: those in a ``json:`` name, or a plain file; ``fmt`` is the driver of the top node then."""
         parsed = parse_json_filename(filename)
         if parsed is not None:
-            return parsed if fmt is None or "driver" in parsed else {**parsed, "driver": fmt}
+            return parsed if fmt is None else {**parsed, "driver": fmt}
         path = filename.removeprefix("file:")
         if path == filename and has_protocol(filename):
             raise CommandError(

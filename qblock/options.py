@@ -316,6 +316,11 @@ def parse_keyval(text: str, *, implied_key: str | None = None) -> dict[str, Any]
     A first item without ``=`` is the value of ``implied_key`` where there is one. Of a key given twice the last one counts;
     a comma at the end is allowed.
     """
+    return unflatten_dotted(split_keyval(text, implied_key=implied_key))
+
+
+def split_keyval(text: str, *, implied_key: str | None = None) -> dict[str, str]:
+    """The keys of such a text, dots and all, with their values; raises as `parse_keyval`."""
     flat: dict[str, str] = {}
     # The last match is the empty one at the end of the text.
     for index, item in enumerate(match[1].replace(",,", ",") for match in list(_ITEM.finditer(text))[:-1]):
@@ -327,7 +332,7 @@ def parse_keyval(text: str, *, implied_key: str | None = None) -> dict[str, Any]
         if not all(key.split(".")):
             raise CommandError(f"'{key:.{_SHOWN}}' is not a key: a part of it is empty")
         flat[key] = value
-    return unflatten_dotted(flat)
+    return flat
 
 
 def unflatten_dotted(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -227,6 +227,50 @@ def test_a_drive_that_makes_no_sense_is_refused(text: str) -> None:
     with_system(work)
 
 
+@pytest.mark.parametrize("text", ["id=x,node-name=x", "id=9x", "id=x,node-name=x,if=virtio"])
+def test_a_drive_whose_name_cannot_be_had_leaves_nothing_open(text: str) -> None:
+    """The name is needed only when the image is open already."""
+
+    async def work(system: BlockSystem) -> None:
+        with pytest.raises(CommandError):
+            await system.drive_add(f"{MEMORY},{text}")
+        assert not system.graph.nodes and not system.graph.backends and not system.devices
+
+    with_system(work)
+
+
+def test_a_drive_whose_format_is_probed_has_its_file_opened_as_it_says(tmp_path: Path) -> None:
+    """The file is open before the format is known; cache modes must reach it all the same."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(64 * 1024))
+    warnings: list[str] = []
+
+    async def main() -> None:
+        async with BlockSystem.create(policy=OpenPolicy.follow(), warn=warnings.append) as system:
+            backend = await system.drive_add(f"file.filename={image},cache=unsafe,cache.writeback=off")
+            assert backend.writethrough
+            storage = backend.node.children["file"].node
+            assert backend.node.probed and storage.cache_no_flush and storage.auto_read_only and not storage.read_only
+            other = await system.drive_add(f"file={image},file.locking=off,readonly=on,copy-on-read=on")
+            assert other.node.children["file"].node.driver.options.locking == "off"
+            storage = other.node.children["file"].node
+            assert storage.read_only and not other.node.copy_on_read
+
+    run(main)
+    assert ["guessed to be raw" in text for text in warnings] == [True, False, True]
+
+
+def test_a_format_overrules_the_driver_of_a_json_name() -> None:
+    """An option that was given is not passed over in silence."""
+
+    async def work(system: BlockSystem) -> None:
+        name = 'json:{"driver":"qcow2",,"file":{"driver":"memory",,"size":4096}}'
+        backend = await system.drive_add(f"file={name},format=raw")
+        assert backend.node.driver.name == "raw"
+
+    with_system(work)
+
+
 def test_removing_a_drive_closes_its_image_and_leaves_its_device_empty() -> None:
     """drive_del: the guest gets errors from then on; the name is free again."""
 
