@@ -120,7 +120,8 @@ class Qcow2Driver(Driver):
         return header
 
     async def _build(self, header: Header, sizes: CacheSizes) -> None:
-        file = self._file = ImageFile(self.node, self.env, self._edge, header)
+        traced = self._edge.node.driver.wants_debug_events
+        file = self._file = ImageFile(self.node, self.env, self._edge, header, traced=traced)
         geometry = Geometry.of(header, sizes.l2_entry)
         l1 = decode_u64(await file.read(header.l1_offset, header.l1_size * 8))
         self._map = ClusterMap(file, geometry, l1, sizes.l2, sizes.clean_interval)
@@ -131,7 +132,8 @@ class Qcow2Driver(Driver):
         self.limits = Limits(zero_alignment=cluster, discard_alignment=cluster)
         # Hot paths use these; they are the same objects for the life of the image.
         self._storage = self._edge
-        self._tables = self._map.tables
+        # The fast path announces no steps, so that a file that is told of them gets none of it.
+        self._tables = {} if traced else self._map.tables
         self._epochs = self._map.epochs
         self._slice_shift, self._cluster_bits = geometry.slice_shift, geometry.cluster_bits
         self._slice_mask, self._cluster_mask = (1 << geometry.slice_bits) - 1, cluster - 1
@@ -162,6 +164,7 @@ class Qcow2Driver(Driver):
     async def _prepare_writing(self) -> None:
         """Read what writing needs. Nothing is written before `_activate`."""
         file, header = self._file, self._file.header
+        file.event("reftable_load")
         table = await read_refcount_table(file)
         file.virgin = align_up(file.length(), header.cluster_size)
         file.metadata = await self._protect(table)
@@ -278,6 +281,7 @@ class Qcow2Driver(Driver):
                 host
                 and entry & ~self._offset_mask == COPIED
                 and start + len(buffer) <= self._cluster_mask + 1
+                and host < self._file.virgin
                 and host >> self._cluster_bits not in self._metadata
             ):
                 table.used = True
@@ -325,6 +329,7 @@ class Qcow2Driver(Driver):
             return
         if self.node.poisoned is not None:
             raise ImagePoisoned(self.node.node_name, self.node.poisoned)
+        self._file.event("flush_to_os")
         await self._writeback.flush()
 
     async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:

@@ -185,13 +185,17 @@ class ImageFile:
             raise BlockIOError(errno.EPERM, f"Node '{self.node.node_name}' is read-only")
 
     def overlaps(self, offset: int, length: int) -> bool:
-        """Would a write to this part of the file perhaps hit metadata? Then `check_overlap` decides."""
+        """Would a write to this part of the file perhaps hit metadata, or lie outside of it? Then `check_overlap` decides."""
+        if offset >= self.virgin:
+            return True
         metadata = self.metadata
         bits = self.header.cluster_bits
         return metadata is not None and metadata.touches(offset >> bits, ((offset + length - 1) >> bits) + 1)
 
     async def check_overlap(self, offset: int, length: int, *, ignore: Area | None = None) -> None:
         """Raise (after marking the image corrupt) when a write to this part of the file would hit metadata."""
+        if offset >= self.virgin or offset + length > MAX_OFFSET:
+            await self.fatal("a write was stopped that lies behind everything in the file", offset, length)
         metadata = self.metadata
         if metadata is None or not metadata.protected:
             return
@@ -199,8 +203,6 @@ class ImageFile:
         area = metadata.hit(offset >> bits, ((offset + length - 1) >> bits) + 1, ignore=ignore)
         if area is not None:
             await self.fatal(f"a write was stopped that would have hit metadata ({area.value})", offset, length)
-        if offset + length > MAX_OFFSET:
-            await self.fatal("a write was stopped that lies behind what the format can address", offset, length)
 
     # --------------------------------------------------------------------------------------------------- corruption
 
