@@ -252,6 +252,7 @@ class Refcounts:
                 return
             host = cluster << self.geometry.cluster_bits
             self.file.event("refblock_alloc")
+            self.file.virgin = max(self.file.virgin, host + self.geometry.cluster_size)
             await self.file.check_overlap(host, self.geometry.cluster_size)
             self.file.event("refblock_alloc_write")
             await self._write_zero_blocks(host, 1)
