@@ -183,7 +183,10 @@ async def _driver_status(node: BlockDriverState, offset: int, length: int, *, wa
     alignment = driver.limits.request_alignment
     start = align_down(offset, alignment)
     extent = await driver.block_status(start, align_up(offset + length, alignment) - start, want_zero=want_zero)
-    assert extent.length > offset - start, f"{node.node_name}: empty block status"
+    assert extent.length > 0, f"{node.node_name}: empty block status"
+    if extent.length <= offset - start:
+        # The driver ends inside this block, before what was asked: the rest of the block reads as zeroes.
+        return Zero(min(length, start + alignment - offset))
     return clip(extent, offset - start, length)
 
 

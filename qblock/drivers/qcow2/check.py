@@ -93,13 +93,18 @@ class _Checker:
             leaks=self.leaks,
             corruptions_fixed=self.corruptions_fixed,
             leaks_fixed=self.leaks_fixed,
-            image_end_offset=self.census.end() << self.geometry.cluster_bits,
+            image_end_offset=self._image_end() << self.geometry.cluster_bits,
             total_clusters=self.geometry.clusters(self.file.header.size),
             allocated_clusters=self.counter.allocated,
             fragmented_clusters=self.counter.fragmented,
             compressed_clusters=self.counter.compressed,
             findings=tuple(self.findings),
         )
+
+    def _image_end(self) -> int:
+        """One more than the highest cluster that is in use or counted as such (leaked)."""
+        leaked = max((cluster + 1 for cluster, count in self._stored.items() if count), default=0)
+        return max(self.census.end(), leaked)
 
     def _corruption(self, text: str, *, fixed: bool) -> None:
         self.corruptions += 1
