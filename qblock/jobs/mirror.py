@@ -129,9 +129,8 @@ async def start_drive_mirror(
         fmt = fmt or _format_of(source)
         await _create_target(system, target.filename, fmt, size=source.length, backing=layer_below)
     node = await system.opener.open_image(
-        target.filename, fmt=fmt, read_only=False, backing=False, node_name=target.node_name,
-        options={"discard": "unmap"} if request.unmap else {},
-    )  # fmt: skip
+        target.filename, fmt=fmt, read_only=False, backing=False, node_name=target.node_name
+    )
     # The backend keeps the node alive while this waits for other things.
     backend = BlockBackend(graph, perm=Perm.NONE, shared=Perm.ALL)
     backend.insert(node)

@@ -246,6 +246,38 @@ def test_a_soft_cancel_when_ready_leaves_a_copy_and_the_source_in_place(tmp_path
     run(main)
 
 
+def test_a_soft_cancel_after_complete_does_not_take_the_switch_back(tmp_path: Path) -> None:
+    """Seen on the real program: complete was accepted first, so the disk moves; complete cannot be said again."""
+
+    async def main() -> None:
+        async with desk(tmp_path) as made:
+            job = await made.drive_mirror(target={"node_name": "n"})
+            await made.ready(job)
+            made.system.jobs.complete(job)
+            await made.system.jobs.cancel(job, force=False)
+            with pytest.raises(CommandError, match="cancel"):
+                made.system.jobs.complete(job)
+            await made.system.jobs.wait(job)
+            assert job.error is None
+            assert made.disk.node is made.node("n")
+
+    run(main)
+
+
+@pytest.mark.parametrize("mode", NewImageMode)
+def test_a_new_target_needs_no_zeroing(tmp_path: Path, mode: NewImageMode) -> None:
+    """Seen on the real program: an existing target is written as a whole, a new one gets what is allocated."""
+
+    async def main() -> None:
+        async with desk(tmp_path) as made:
+            await made.create("new")
+            job = await made.drive_mirror(target={"mode": mode})
+            await made.ready(job)
+            assert job.progress_total == (SIZE if mode is NewImageMode.EXISTING else 2 * MiB + 64 * KiB)
+
+    run(main)
+
+
 def test_a_pending_mirror_holds_guest_writes_until_finalized(tmp_path: Path) -> None:
     """Between the end of the copy and the switch nothing may part the two sides."""
 
