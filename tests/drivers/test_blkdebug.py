@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qblock.backend import BlockBackend
+from qblock.driver import CheckFix, SupportsCheck
 from qblock.drivers.blkdebug import BlkdebugDriver, InjectError, SetState, read_config
 from qblock.errors import BlockIOError, CommandError, InvalidParameter, PermissionConflict
 from qblock.permissions import Perm
@@ -335,3 +336,63 @@ def test_a_wrong_configuration_file_is_refused_with_its_line(tmp_path: Path, tex
     assert told in str(refused.value)
     with pytest.raises(CommandError):
         read_config(tmp_path / "missing.cfg")
+
+
+QCOW2_STEPS = [
+    "cluster_alloc", "cluster_free", "cow_read", "cow_write", "flush_to_disk", "flush_to_os", "l1_grow_activate_table",
+    "l1_grow_alloc_table", "l1_grow_write_table", "l1_shrink_write_table", "l1_update", "l2_alloc_write", "l2_load",
+    "l2_update", "read_aio", "refblock_alloc", "refblock_alloc_hookup", "refblock_alloc_write", "refblock_load",
+    "refblock_update_part", "write_aio",
+]  # fmt: skip
+"""Steps that the work below leads qcow2 through."""
+
+
+async def work_on(disk: BlockBackend) -> list[BlockIOError]:
+    """Write, overwrite, read, zero, discard, grow and shrink, going on after errors; gives those."""
+    errors = []
+    blocks = [disk.write(offset, b"y" * 700) for offset in range(0, 512 * KiB, 2560)]
+    steps = [disk.flush(), disk.write(0, b"z" * 100), disk.read(0, 4096), disk.write_zeroes(4096, 8192)]
+    steps += [disk.discard(16 * KiB, 32 * KiB), disk.flush(), disk.truncate(64 << 20), disk.truncate(512 * KiB), disk.flush()]
+    for request in [*blocks, *steps]:
+        try:
+            await request
+        except BlockIOError as error:
+            errors.append(error)
+    return errors
+
+
+async def image_of(system: BlockSystem, path: Path, **rules: Any) -> BlockBackend:
+    """The qcow2 image ``path`` on blkdebug with these rules."""
+    image = {"driver": "file", "filename": str(path)}
+    below = {"driver": "blkdebug", "image": image, **rules}
+    node = await system.opener.open_blockdev({"driver": "qcow2", "file": below, "discard": "unmap"}, root=False)
+    disk = BlockBackend(system.graph, perm=Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, shared=Perm.ALL)
+    disk.insert(node)
+    return disk
+
+
+@pytest.mark.parametrize("event", QCOW2_STEPS)
+def test_a_qcow2_image_fails_at_the_step_that_a_rule_names_and_stays_consistent(event: str, tmp_path: Path) -> None:
+    """The error paths of a format are the ones that nobody walks by chance: at worst they may leak clusters."""
+    path = tmp_path / "disk.qcow2"
+
+    async def main() -> None:
+        async with BlockSystem.create(warn=lambda text: None) as system:
+            await system.opener.create_image("file", {"filename": str(path), "size": 0})
+            options = {"file": {"driver": "file", "filename": str(path)}, "size": 512 * KiB, "cluster-size": 512}
+            await system.opener.create_image("qcow2", options)
+            errors: list[BlockIOError] = []
+            for _ in range(2):  # some steps are for empty images, others for images with tables
+                rule = {"event": event, "once": True, "errno": errno.ENOSPC}
+                disk = await image_of(system, path, **{"inject-error": [rule]})
+                errors = errors or await work_on(disk)
+                disk.close()
+                await system.opener.close_orphans()
+            assert errors and errors[0].errno == errno.ENOSPC and f"'{event}'" in str(errors[0])
+            again = await image_of(system, path)
+            driver = again.node.driver
+            assert isinstance(driver, SupportsCheck)
+            result = await driver.check(CheckFix.NONE)
+            assert (result.corruptions, result.check_errors) == (0, 0)
+
+    run(main)
