@@ -217,7 +217,7 @@ class Opener:
             )
         image = image or node.node_name
         if "\0" in link.filename:
-            raise CorruptImage(image, f"the name of its backing file has a zero byte in it: {link.filename!r}")
+            raise CorruptImage(image, "the name of its backing file has a zero byte in it")
         filename = combine_filename(image, link.filename)
         self.policy.check(Mention(image, filename, "backing file", link.format))
         # Checked before the file is opened, which its locks may forbid, and after, since a json: name hides which file it is.
