@@ -199,12 +199,16 @@ async def discard(edge: BdrvChild, offset: int, length: int) -> None:
 
 def _check_write(edge: BdrvChild) -> None:
     """Raise when the node refuses writes; a user without the write permission is a bug."""
-    node = edge.node
+    _check_changeable(edge.node)
+    assert edge.may_write, f"{edge!r} writes without the permission"
+
+
+def _check_changeable(node: BlockDriverState) -> None:
+    """Raise when the node refuses to be changed, by whomever."""
     if node.read_only:
         raise BlockIOError(errno.EPERM, f"Node '{node.node_name}' is read-only")
     if node.poisoned is not None:
         raise ImagePoisoned(node.node_name, node.poisoned)
-    assert edge.may_write, f"{edge!r} writes without the permission"
     for bitmap in node.dirty_bitmaps:
         if bitmap.readonly:
             raise BlockIOError(
@@ -292,7 +296,7 @@ async def truncate(edge: BdrvChild, length: int, *, exact: bool = True, prealloc
     ``exact=False`` allows a storage that cannot shrink to stay longer. ``preallocation`` is a ``PreallocMode``.
     """
     node = edge.node
-    _check_write(edge)
+    _check_changeable(node)
     assert edge.may_resize, f"{edge!r} resizes without the permission"
     enter(node)
     try:

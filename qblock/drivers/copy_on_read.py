@@ -7,17 +7,21 @@ through it and the child can be written.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import errno
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
 
 from qblock import requests
 from qblock.chain import backing_chain, chain_next, skip_filters, whole_chain
-from qblock.errors import CommandError, NodeNotFound
+from qblock.errors import BlockIOError, CommandError, NodeNotFound
 from qblock.filtering import FilterDriver
 from qblock.node import BlockDriverState
 from qblock.options import ChildRef, DriverOptions, child, option
 from qblock.permissions import ANY_WRITE, ChildRole, Perm, PermissionPair
+
+if TYPE_CHECKING:
+    from qblock.node import BdrvChild
 
 
 @frozen
@@ -62,6 +66,12 @@ class CopyOnReadDriver(FilterDriver):
         done = 0
         while done < len(buffer):
             done += await self._read_run(offset + done, buffer[done:])
+
+    async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
+        """See `Driver`: a copy inside the storage would leave nothing here, so while copying up it is refused (``ENOTSUP``)."""
+        if not self.child.node.read_only:
+            raise BlockIOError(errno.ENOTSUP)
+        await super().copy_range(offset, target, target_offset, length)
 
     async def _read_run(self, offset: int, buffer: memoryview) -> int:
         """Read one run of the same kind: with a copy if a layer from the one below the child to the bottom holds it."""

@@ -201,7 +201,6 @@ def test_a_snapshot_by_node_name_needs_a_name_for_the_overlay(tmp_path: Path) ->
     with_client(body)
 
 
-@pytest.mark.xfail(reason="requests.truncate asks for the write permission, where resize is enough", strict=False)
 def test_sizes_are_changed_by_node_or_device_and_never_below_zero() -> None:
     """``device`` is a device's name; nodes have their own member."""
 
