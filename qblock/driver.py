@@ -127,6 +127,9 @@ class Driver(abc.ABC):
     supports_discard: ClassVar[bool] = False
     supports_copy_range: ClassVar[bool] = False
 
+    prefers_copy_range: bool = False
+    """True while `copy_range` into this node costs less than a copy by buffer: storage that shares blocks (reflinks)."""
+
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:

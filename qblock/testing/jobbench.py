@@ -21,7 +21,7 @@ from qblock.drivers.memory import MemoryDriver
 from qblock.errors import BlockIOError
 from qblock.jobs.job import Job
 from qblock.jobs.state import JobStatus
-from qblock.node import BlockDriverState
+from qblock.node import BdrvChild, BlockDriverState
 from qblock.opening import OpenPolicy
 from qblock.permissions import Perm
 from qblock.system import BlockSystem
@@ -50,7 +50,10 @@ class ShakyMemory(MemoryDriver):
 
     name: ClassVar[str] = "shaky-memory"
 
+    supports_copy_range: ClassVar[bool] = True
+
     random: Random | None = None
+    offloads_left: int = 0
     faults: Faults = Faults()
 
     async def _dawdle(self) -> None:
@@ -92,6 +95,16 @@ class ShakyMemory(MemoryDriver):
         await self._dawdle()
         await super().discard(offset, length)
         await self._dawdle()
+
+    async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
+        """See `Driver`: between two of these, until the target's ``offloads_left`` are used up."""
+        other = target.node.driver
+        if not isinstance(other, ShakyMemory) or not other.offloads_left:
+            raise BlockIOError(errno.ENOTSUP)
+        other.offloads_left -= 1
+        buffer = memoryview(bytearray(length))
+        await self.read_into(offset, buffer)
+        await other.write_from(target_offset, buffer)
 
     async def flush(self) -> None:
         """See `MemoryDriver`."""
