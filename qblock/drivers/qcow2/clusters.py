@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Final
 from qblock import requests
 from qblock.drivers.qcow2.cache import SECTOR, CachedTable, TableCache
 from qblock.drivers.qcow2.compression import decompress
-from qblock.drivers.qcow2.header import encode_size_and_l1
 from qblock.drivers.qcow2.layout import (
     COPIED,
     L1_IN_USE,
@@ -42,7 +41,7 @@ from qblock.drivers.qcow2.layout import (
 )
 from qblock.drivers.qcow2.refcounts import Freed, Refcounts
 from qblock.drivers.qcow2.storage import Area, ImageFile
-from qblock.drivers.qcow2.writeback import Epochs
+from qblock.drivers.qcow2.writeback import Epochs, MappingLocation
 from qblock.errors import BlockIOError
 from qblock.zeroes import fill_zero, zero_view
 
@@ -317,13 +316,12 @@ class ClusterMap:
             parts.append((self.l1_host + first * 8, encode_u64(self.l1[first : first + _ENTRIES_PER_SECTOR])))
         return parts
 
-    def take_header(self) -> tuple[int, memoryview] | None:
+    def take_header(self) -> MappingLocation | None:
         """See `writeback.TableSnapshot`."""
         if not self.changed_header:
             return None
         self.changed_header = False
-        at, data = encode_size_and_l1(self.length, len(self.l1), self.l1_host)
-        return at, memoryview(data)
+        return MappingLocation(self.length, len(self.l1), self.l1_host)
 
     @property
     def is_dirty(self) -> bool:

@@ -24,7 +24,7 @@ from qblock.drivers.qcow2.allocation import Allocator, Payload
 from qblock.drivers.qcow2.check import check_image
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
-from qblock.drivers.qcow2.header import Header, encode_header
+from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
 from qblock.drivers.qcow2.options import (
     CacheSizes,
@@ -355,11 +355,11 @@ class Qcow2Driver(Driver):
         """See `Driver`: plain data are copied in the file, zeroes are written as such, the rest is the backing node's."""
         done = 0
         while done < length:
-            kind, count, host = await self._map.status(offset + done, length - done)
-            # No wait since the answer but in the map: an epoch entered now covers it.
+            # Entered before the question, so that what it answers is not given to anybody else meanwhile.
             epoch = self._epochs.current
             epoch.count += 1
             try:
+                kind, count, host = await self._map.status(offset + done, length - done)
                 await self._copy_run(
                     kind, offset + done, host, target=target, target_offset=target_offset + done, length=count
                 )
@@ -374,7 +374,12 @@ class Qcow2Driver(Driver):
         if kind is Kind.COMPRESSED:
             raise BlockIOError(errno.ENOTSUP)
         if kind is Kind.DATA and host is not None:
-            await requests.copy_range(self._edge, host, target, target_offset, length)
+            # The file may end in the middle of its last cluster.
+            inside = max(0, min(length, self._storage.node.length - host))
+            if inside:
+                await requests.copy_range(self._storage, host, target, target_offset, inside)
+            if inside < length:
+                await requests.write_zeroes(target, target_offset + inside, length - inside)
         elif kind is Kind.UNALLOCATED and backing is not None and offset + length <= backing.node.length:
             await requests.copy_range(backing, offset, target, target_offset, length)
         elif kind is Kind.UNALLOCATED and backing is not None and offset < backing.node.length:
@@ -447,15 +452,9 @@ class Qcow2Driver(Driver):
     async def change_backing_link(self, link: BackingLink | None) -> None:
         """See `SupportsBacking`. ENOSPC when the name does not fit in the header's cluster; durable on return."""
         await self._writing(0, 0)
-        new = self._file.header.with_backing(link.filename if link else None, link.format if link else None)
-        new = attrs.evolve(new, size=self._size, l1_size=len(self._map.l1), l1_offset=self._map.l1_host)
-        # Padded over what the old header had behind the new one's end.
-        data = encode_header(new)
-        length = align_up(max(len(data), len(encode_header(self._file.header))), _SECTOR)
-        await self._file.barrier()
-        await self._file.write_metadata(0, memoryview(data.ljust(length, b"\0")))
-        await self._file.barrier()
-        self._file.header = new
+        assert self._writeback is not None
+        filename, fmt = (link.filename, link.format) if link else (None, None)
+        await self._writeback.rewrite_header(lambda header: header.with_backing(filename, fmt))
 
     # --------------------------------------------------------------------------------------------------------- reopen
 

@@ -365,7 +365,7 @@ def encode_header(header: Header) -> bytes:
 
 
 def encode_size_and_l1(size: int, l1_size: int, l1_offset: int) -> tuple[int, bytes]:
-    """Offset and bytes of the header part that switches size and L1 table in one write (no encryption)."""
+    """Offset and bytes of the header part that switches size and L1 table (``l1_size`` entries) in one write; no encryption."""
     return 24, struct.pack(">QIIQ", size, 0, l1_size, l1_offset)
 
 

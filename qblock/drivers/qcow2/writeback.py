@@ -26,11 +26,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from qblock.drivers.qcow2.cache import DirtyPart, TableCache
-from qblock.drivers.qcow2.header import encode_refcount_location
+import attrs
+
+from qblock.drivers.qcow2.cache import SECTOR, DirtyPart, TableCache
+from qblock.drivers.qcow2.header import Header, encode_header, encode_refcount_location, encode_size_and_l1
 from qblock.drivers.qcow2.refcounts import Freed, Refcounts
+from qblock.units import align_up
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.storage import ImageFile
@@ -75,6 +79,14 @@ class Epochs:
             self.ready += self._closed.popleft().freed or ()
 
 
+class MappingLocation(NamedTuple):
+    """What the header says of the mapping: disk size in bytes, entries and file offset of the L1 table."""
+
+    size: int
+    l1_size: int
+    l1_offset: int
+
+
 class TableSnapshot(Protocol):
     """What the write-back needs of the L1 and L2 tables (`clusters.ClusterMap`)."""
 
@@ -85,8 +97,8 @@ class TableSnapshot(Protocol):
     def take_l1(self) -> list[tuple[int, memoryview]]:
         """Dirty sectors of the L1 table as (file offset, bytes); they count as clean then."""
 
-    def take_header(self) -> tuple[int, memoryview] | None:
-        """The header part for size and L1 location, if they changed."""
+    def take_header(self) -> MappingLocation | None:
+        """What the header must say of disk size and L1 table, if that changed."""
 
     @property
     def is_dirty(self) -> bool:
@@ -150,7 +162,7 @@ class WriteBack:
         table_at, table_length = refcounts.table_host, len(refcounts.table) * 8
         slices = tables.cache.take_dirty()
         l1_moved = tables.moved_l1
-        l1_parts, header_part = tables.take_l1(), tables.take_header()
+        l1_parts, location = tables.take_l1(), tables.take_header()
         freed, refcounts.pending = refcounts.pending, []
 
         await self._write(counts, step="refblock_update_part")
@@ -162,26 +174,58 @@ class WriteBack:
             if table_moved:
                 await file.barrier()
                 file.event("refblock_alloc_switch_table")
-                offset, location = encode_refcount_location(table_at, table_length >> file.header.cluster_bits)
-                await file.write_metadata(offset, memoryview(location))
+                await self._switch_refcount_table(table_at, table_length >> file.header.cluster_bits)
         refcounts.cache.settle(counts)
-        if slices or l1_parts or header_part:
+        if slices or l1_parts or location:
             await file.barrier()
             await self._write(slices, step="l2_update")
             for offset, data in l1_parts:
                 file.event("l1_grow_write_table" if l1_moved else "l1_update")
                 await file.write_metadata(offset, data)
-            if header_part:
+            if location:
                 await file.barrier()
                 if l1_moved:
                     file.event("l1_grow_activate_table")
-                await file.write_metadata(*header_part)
+                await self._switch_mapping(location)
             tables.cache.settle(slices)
-        if durable or freed or header_part:
+        if durable or freed or location:
             await file.barrier()
         if freed:
             self.epochs.defer(freed)
         await self.release_ready()
+
+    async def _switch_refcount_table(self, table_offset: int, clusters: int) -> None:
+        at, data = encode_refcount_location(table_offset, clusters)
+        await self.file.write_metadata(at, memoryview(data))
+        self.file.header = attrs.evolve(
+            self.file.header, refcount_table_offset=table_offset, refcount_table_clusters=clusters
+        )
+
+    async def _switch_mapping(self, location: MappingLocation) -> None:
+        at, data = encode_size_and_l1(*location)
+        await self.file.write_metadata(at, memoryview(data))
+        size, l1_size, l1_offset = location
+        self.file.header = attrs.evolve(self.file.header, size=size, l1_size=l1_size, l1_offset=l1_offset)
+
+    async def rewrite_header(self, change: Callable[[Header], Header]) -> None:
+        """Write the whole first cluster anew, between two rounds, when ``file.header`` is what the file says. Durable."""
+        while self._running is not None:
+            await asyncio.shield(self._running)
+        self.file.check_writable()
+        old = self.file.header
+        new = change(old)
+        # Padded over what the old header had behind the new one's end.
+        data = encode_header(new)
+        data = data.ljust(align_up(max(len(data), len(encode_header(old))), SECTOR), b"\0")
+        done = self._running = asyncio.get_running_loop().create_future()
+        try:
+            await self.file.barrier()
+            await self.file.write_metadata(0, memoryview(data))
+            self.file.header = new
+            await self.file.barrier()
+        finally:
+            self._running = None
+            done.set_result(None)
 
     async def _write(self, parts: list[DirtyPart], *, step: str) -> None:
         for part in parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import struct
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -13,13 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qblock import requests
-from qblock.driver import BackingLink
-from qblock.drivers.memory import MemoryDriver, MemoryOptions
+from qblock.backend import BlockBackend
+from qblock.driver import BackingLink, CheckFix
+from qblock.drivers.file.driver import FileDriver, FileOptions
 from qblock.drivers.qcow2.driver import Qcow2Driver
-from qblock.drivers.qcow2.options import OverlapChecks
+from qblock.drivers.qcow2.options import OverlapChecks, Qcow2Options
 from qblock.errors import BlockIOError, CorruptImage, ImagePoisoned, InvalidParameter, QBlockError
 from qblock.extents import Data, Unallocated, Zero
+from qblock.permissions import ChildRole
 from qblock.testing.formats import FormatBench
+from qblock.testing.nodes import NodeBench
 from qblock.testing.simloop import run
 from qblock.units import GiB, KiB, MiB
 
@@ -334,23 +338,54 @@ def test_block_status_gives_long_runs() -> None:
     run(main)
 
 
-def test_copies_between_images_go_through_the_storage() -> None:
-    """copy_range: plain data are offered to the storage, zeroes stay zeroes, and what cannot be is ENOTSUP."""
+async def on_file(bench: NodeBench, path: Path, content: bytes) -> BlockBackend:
+    """An image in a real file, open for writing."""
+    path.write_bytes(content)
+    storage = await bench.add(FileDriver, FileOptions(filename=str(path)), discard_unmap=True)
+    node = await bench.add(Qcow2Driver, Qcow2Options(file="x"), children={"file": (storage, ChildRole.STORAGE)})
+    return bench.backend(node)
+
+
+def test_copies_between_images_go_through_the_storage(tmp_path: Path) -> None:
+    """copy_range: plain data go from file to file, zeroes stay zeroes, and clusters written in part keep their rest."""
 
     async def main() -> None:
-        bench = await made()
-        source = await bench.open()
-        await source.write(0, b"s" * 100_000)
-        storage = await bench.bench.add(MemoryDriver, MemoryOptions(size=0))
-        await storage.driver.truncate(0)
-        target_bench = await made()
-        await storage.driver.write_from(0, memoryview(target_bench.content))
-        requests.refresh_length(storage)
-        root = source.root
-        assert root is not None
-        with pytest.raises(BlockIOError) as refused:
-            await requests.copy_range(root, 0, root, MiB, 100_000)
-        assert refused.value.errno == errno.ENOTSUP, "this storage cannot copy"
+        fresh, bench = (await made(cluster_size=4096)).content, NodeBench()
+        source, target = [await on_file(bench, tmp_path / name, fresh) for name in ("source", "target")]
+        data = Random(1).randbytes(300_000)
+        await source.write(1000, data)
+        await source.write_zeroes(100_000, 50_000)
+        await target.write(0, b"t" * 600_000)
+        assert source.root is not None and target.root is not None
+        await requests.copy_range(source.root, 500, target.root, 7777, 310_000)
+        assert await target.read(7777, 310_000) == await source.read(500, 310_000)
+        assert await target.read(7000, 777) == b"t" * 777 and await target.read(317_777, 100) == b"t" * 100
+        for backend in (source, target):
+            await backend.node.driver.close()
+            assert backend.node.storage is not None
+            await backend.node.storage.node.driver.close()
+        result = await FormatBench(Qcow2Driver).check((tmp_path / "target").read_bytes())
+        assert (result.corruptions, result.leaks) == (0, 0)
+
+    run(main)
+
+
+def test_the_header_is_rewritten_with_what_has_moved_meanwhile() -> None:
+    """Refcount and L1 tables may lie elsewhere than when the image was opened; a new backing link must not bring them back."""
+
+    async def main() -> None:
+        bench = await made(cluster_size=512, refcount_bits=64, size=MiB)
+        disk = await bench.open()
+        await disk.truncate(6 * MiB)
+        await disk.write(0, b"x" * (5 * MiB))
+        driver = bench.node.driver
+        assert isinstance(driver, Qcow2Driver)
+        await asyncio.gather(driver.change_backing_link(BackingLink("b", "raw")), disk.write(5 * MiB, b"y" * (MiB // 2)))
+        assert ((await driver.check(CheckFix.NONE)).leaks, (await driver.check(CheckFix.NONE)).corruptions) == (0, 0)
+        await bench.close()
+        assert ((await bench.check()).leaks, (await bench.check()).corruptions) == (0, 0)
+        disk = await bench.open()
+        assert disk.length == 6 * MiB and await disk.read(4 * MiB, MiB + 10) == b"x" * MiB + b"y" * 10
 
     run(main)
 
