@@ -335,9 +335,14 @@ class Opener:
         """
         assert not node.parents, f"{node!r} is still in use"
         self._pinned.add(node)
-        await wait_idle(node)
-        if opened:
-            await self._shut(node)
+        try:
+            await wait_idle(node)
+            if opened:
+                await self._shut(node)
+        except BaseException:
+            # Cancelled: whoever closes orphans next closes this one.
+            self._pinned.discard(node)
+            raise
         with Transaction() as change:
             for edge in list(node.children.values()):
                 self.graph.detach(edge, change)

@@ -76,6 +76,8 @@ def _spec(opener: Opener, node: BlockDriverState, options: Mapping[str, Json]) -
     spec = SpecReader(opener.registry).read(options, NodeFlags(discard_unmap=node.discard_unmap))
     if spec.driver is not type(node.driver):
         raise InvalidParameter("driver", f"cannot be changed: node '{node.node_name}' is a {node.driver.name} node")
+    if spec.common.node_name not in (None, node.node_name):
+        raise InvalidParameter("node-name", f"cannot be changed: the node is called '{node.node_name}'")
     for field in child_fields(spec.driver):
         _check_child(node, field.wire, spec)
     # Children are compared as nodes above, so they do not count as changed options here.

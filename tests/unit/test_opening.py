@@ -525,6 +525,18 @@ def test_a_refused_reopen_changes_nothing(tmp_path: Path) -> None:
     with_system(work)
 
 
+def test_reopening_gives_a_node_no_other_name() -> None:
+    """The name says which node is meant; another one must not be passed over."""
+
+    async def work(system: BlockSystem) -> None:
+        node = await system.opener.open_blockdev({"driver": "null-co", "node-name": "n"})
+        node.monitor_owned = True
+        with pytest.raises(InvalidParameter, match="node-name"):
+            await system.opener.reopen(node, options={"driver": "null-co", "node-name": "m"})
+
+    with_system(work)
+
+
 def test_reopening_takes_a_complete_description_and_keeps_what_cannot_change() -> None:
     """As blockdev-reopen: omitted options revert to defaults, a change the driver cannot make is refused by name."""
 

@@ -85,6 +85,29 @@ def test_closing_flushes_and_closes_everything_and_may_be_repeated(tmp_path: Pat
     asyncio.run(system.close())
 
 
+@pytest.mark.parametrize("steps", range(6))
+def test_closing_that_was_interrupted_can_be_repeated(steps: int, tmp_path: Path) -> None:
+    """Ctrl-C while a system ends: what is left open then is closed by the next try, with its locks."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(64 * 1024))
+
+    async def main() -> None:
+        system = BlockSystem.create()
+        backend = await system.drive_add(f"format=raw,if=virtio,file={image}")
+        await backend.write(0, b"x" * 512)
+        closing = asyncio.create_task(system.close())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        await system.close()
+        assert not system.graph.nodes
+        async with BlockSystem.create() as other:
+            await other.drive_add(f"format=raw,if=virtio,file={image}")
+
+    run(main)
+
+
 def test_closing_waits_for_a_guest_that_is_still_working() -> None:
     """Requests under way end well, those that come later find no medium; nothing hangs."""
 
