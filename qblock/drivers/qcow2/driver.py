@@ -375,7 +375,7 @@ class Qcow2Driver(Driver):
             raise BlockIOError(errno.ENOTSUP)
         if kind is Kind.DATA and host is not None:
             # The file may end in the middle of its last cluster.
-            inside = max(0, min(length, self._storage.node.length - host))
+            inside = max(0, min(length, self._file.length() - host))
             if inside:
                 await requests.copy_range(self._storage, host, target, target_offset, inside)
             if inside < length:
