@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import shutil
 import subprocess
-from pathlib import Path
+import tempfile
 from random import Random
 
 import attrs
@@ -148,10 +148,11 @@ def qemu_agrees(image: bytes) -> None:
     """The real qemu-img finds nothing wrong (when it is installed)."""
     if shutil.which("qemu-img") is None:
         return
-    path = Path("/dev/shm/qblock-model.qcow2")
-    path.write_bytes(image)
-    done = subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], capture_output=True, text=True, check=False)
-    path.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".qcow2") as file:
+        file.write(image)
+        file.flush()
+        command = ["qemu-img", "check", "-f", "qcow2", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
