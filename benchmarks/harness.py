@@ -23,10 +23,11 @@ BIN = Path(sys.executable).parent
 
 
 class Run(NamedTuple):
-    """Wall-clock seconds and peak resident memory in bytes of one run."""
+    """Wall-clock seconds, peak resident memory in bytes, and processor seconds (0 where not measured) of one run."""
 
     seconds: float
     memory: int
+    processor: float = 0
 
 
 class Comparison(NamedTuple):
@@ -43,7 +44,8 @@ class Comparison(NamedTuple):
         real, ours = self.amount / self.real.seconds, self.amount / self.ours.seconds
         print(
             f"{self.title:<42} QEMU {real:10.1f} {self.unit:<6} qblock {ours:10.1f} {self.unit:<6} "
-            f"ratio {ours / real:5.2f}   memory {self.real.memory / MiB:6.1f} / {self.ours.memory / MiB:6.1f} MiB",
+            f"ratio {ours / real:5.2f}   memory {self.real.memory / MiB:6.1f} / {self.ours.memory / MiB:6.1f} MiB"
+            + (f"   processor {self.real.processor:.2f} / {self.ours.processor:.2f} s" if self.ours.processor else ""),
             flush=True,
         )
 
@@ -101,7 +103,7 @@ def run_program(words: Sequence[str | Path]) -> Run:
     seconds = time.perf_counter() - started
     if os.waitstatus_to_exitcode(status):
         raise SystemExit(f"failed: {' '.join(map(str, words))}")
-    return Run(seconds, usage.ru_maxrss * 1024)
+    return Run(seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
 
 
 def best_of(real: Callable[[], Run], ours: Callable[[], Run], *, rounds: int) -> tuple[Run, Run]:
@@ -110,5 +112,8 @@ def best_of(real: Callable[[], Run], ours: Callable[[], Run], *, rounds: int) ->
     for _ in range(rounds):
         runs[0].append(real())
         runs[1].append(ours())
-    best = [Run(min(run.seconds for run in side), max(run.memory for run in side)) for side in runs]
+    best = [
+        Run(min(run.seconds for run in side), max(run.memory for run in side), min(run.processor for run in side))
+        for side in runs
+    ]
     return best[0], best[1]

@@ -1,7 +1,7 @@
 """The documents are true: their code runs, their commands work, their links lead somewhere.
 
 Blocks of a document are run in order, in one empty directory. ``sh`` blocks run with the installed programs first in PATH, and
-must succeed; ``python`` blocks share one namespace per document; ``console`` blocks are for `test_transcripts`, others only shown.
+must succeed; ``python`` blocks share one namespace per document; ``console`` blocks belong to `test_transcripts`.
 """
 
 from __future__ import annotations
