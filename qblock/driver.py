@@ -236,7 +236,15 @@ class Driver(abc.ABC):
     def abort_reopen(self) -> None:
         """Drop what `prepare_reopen` made."""
 
-    # -------------------------------------------------------------------------------------------------------- probing
+    # --------------------------------------------------------------------------------------------- names and probing
+
+    @classmethod
+    def parse_filename(cls, filename: str, parse: Callable[[str], dict[str, Json]]) -> dict[str, Json] | None:
+        """The options, ``driver`` among them, for a file name that begins with the driver's name and a colon.
+
+        ``parse`` gives those of a file name inside of it. None: the driver has no such names. Raises `CommandError`.
+        """
+        return None
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:

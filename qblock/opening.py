@@ -25,7 +25,7 @@ from qblock.errors import CommandError, CorruptImage, InvalidParameter, QBlockEr
 from qblock.filenames import combine_filename, has_protocol
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
-from qblock.nodespec import NodeFlags, NodeReference, NodeSpec, SpecReader, child_fields
+from qblock.nodespec import MAX_NESTING, NodeFlags, NodeReference, NodeSpec, SpecReader, child_fields
 from qblock.options import parse_json_filename, unflatten_dotted
 from qblock.permissions import ChildRole, Perm
 from qblock.policy import Mention, OpenPolicy
@@ -266,17 +266,29 @@ class Opener:
         parsed = parse_json_filename(filename)
         if parsed is not None:
             return parsed if fmt is None else {**parsed, "driver": fmt}
+        file = self._storage_of(filename)
+        if fmt is None:
+            return {"file": file}
+        if fmt == file["driver"] or self.registry.get(fmt).is_protocol:
+            return {**file, "driver": fmt}
+        return {"driver": fmt, "file": file}
+
+    def _storage_of(self, filename: str, depth: int = 0) -> dict[str, Json]:
+        """Options of the storage that a file name stands for: a file, or what the driver of its protocol makes of it."""
+        if depth > MAX_NESTING:
+            raise CommandError(f"'{filename:.40}…' is nested more than {MAX_NESTING} deep")
         path = filename.removeprefix("file:")
-        if path == filename and has_protocol(filename):
+        if path != filename or not has_protocol(filename):
+            return {"driver": "file", "filename": path}
+        protocol = filename.partition(":")[0]
+        options = None
+        if protocol in self.registry.names():
+            options = self.registry.get(protocol).parse_filename(filename, lambda name: self._storage_of(name, depth + 1))
+        if options is None:
             raise CommandError(
                 f"'{filename}' begins with a protocol that there is no driver for; write './…' for a file"
             )
-        file = {"driver": "file", "filename": path}
-        if fmt is None:
-            return {"file": file}
-        if self.registry.get(fmt).is_protocol:
-            return {**file, "driver": fmt}
-        return {"driver": fmt, "file": file}
+        return options
 
     async def probe(self, storage: BlockDriverState, filename: str) -> str:
         """The name of the format that the content of ``storage`` looks most like; ``raw`` when nothing else fits."""

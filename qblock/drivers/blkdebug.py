@@ -6,10 +6,10 @@ compared with the rules in force, in the order in which they were given (configu
 about it decides. The events ``pwritev``, ``pwritev_zero`` and ``pwritev_done`` are raised here, around the node's own writes;
 ``pwritev_done`` comes also after a write that failed.
 
-Differs from QEMU in that there are no breakpoints and no ``blkdebug:CONFIG:IMAGE`` file names, that a configuration file
-takes the members of the two rule sections only (but all of them: QEMU's takes no ``iotype``), and that a negative errno is
-refused. The border raises the events of its own work here too: ``pwritev_rmw_*`` (alignment.py), ``cor_write``
-(copying_up.py); which others come is for the format above to say.
+Differs from QEMU in that there are no breakpoints, that a configuration file takes the members of the two rule sections
+only (but all of them: QEMU's takes no ``iotype``), and that a negative errno is refused. The border raises the events of its
+own work here too: ``pwritev_rmw_*`` (alignment.py), ``cor_write`` (copying_up.py); which others come is for the format above to
+say.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from attrs import evolve, frozen
 
-from qblock.driver import Environment, Limits
+from qblock.driver import Environment, Json, Limits
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Extent
 from qblock.filtering import FilterDriver
@@ -207,6 +208,26 @@ class BlkdebugDriver(FilterDriver):
         """See `Driver`."""
         await self._meet_rules("block-status", offset, length)
         return await super().block_status(offset, length, want_zero=want_zero)
+
+    def allocated_size(self) -> int | None:
+        """See `Driver`: not told, as in QEMU."""
+        return None
+
+    def filename(self) -> str | None:
+        """See `Driver`: ``blkdebug:CONFIG:IMAGE``, unless rules or limits were given beside the configuration file."""
+        image = self.child.node.driver.filename()
+        config = self.options.config
+        named = image is not None and self.options == BlkdebugOptions(image=self.options.image, config=config)
+        return f"blkdebug:{config or ''}:{image}" if named else None
+
+    @classmethod
+    def parse_filename(cls, filename: str, parse: Callable[[str], dict[str, Json]]) -> dict[str, Json] | None:
+        """See `Driver`: ``blkdebug:CONFIG:IMAGE``, in which CONFIG may be empty."""
+        config, colon, image = filename.removeprefix("blkdebug:").partition(":")
+        if not colon:
+            raise CommandError(f"'{filename}' is not of the form blkdebug:CONFIG:IMAGE; CONFIG may be empty")
+        rules = {"config": config} if config else {}
+        return {"driver": cls.name, **rules, "image": parse(image)}
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
         """See `Driver`: with those of the options added and withheld."""

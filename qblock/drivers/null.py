@@ -6,12 +6,13 @@ as it is unless ``read-zeroes`` is on. The two names differ in QEMU by how a req
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from attrs import frozen
 
-from qblock.driver import Driver
-from qblock.errors import InvalidParameter
+from qblock.driver import Driver, Json
+from qblock.errors import CommandError, InvalidParameter
 from qblock.extents import Data, Extent, Zero
 from qblock.options import DriverOptions, option
 from qblock.units import GiB
@@ -78,6 +79,17 @@ class NullDriver(Driver):
     def allocated_size(self) -> int | None:
         """See `Driver`: nothing is kept."""
         return 0
+
+    def filename(self) -> str | None:
+        """See `Driver`: ``null-co://``, unless an option was given that changes what the disk shows."""
+        return None if self.node.options_given.keys() & {"size", "read-zeroes"} else f"{self.name}://"
+
+    @classmethod
+    def parse_filename(cls, filename: str, parse: Callable[[str], dict[str, Json]]) -> dict[str, Json] | None:
+        """See `Driver`: only ``null-co://`` itself."""
+        if filename != f"{cls.name}://":
+            raise CommandError(f"'{filename}' is no file name of {cls.name}: the only one is '{cls.name}://'")
+        return {"driver": cls.name}
 
 
 class NullCoDriver(NullDriver):

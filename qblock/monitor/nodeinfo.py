@@ -39,7 +39,6 @@ _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
 _AFTER_DRIVER: Final = ("size", "file", "filename")
 """Options that QEMU prints behind the driver in ``json:`` names; the others come before it."""
 _SHOWN: Final[Mapping[str, frozenset[str]]] = {
-    "blkdebug": frozenset({"config", "inject-error", "set-state"}),
     "copy-on-read": frozenset({"bottom"}),
     "file": frozenset({"filename"}),
     "null-aio": frozenset({"read-zeroes", "size"}),
@@ -75,7 +74,8 @@ def filename_of(node: BlockDriverState) -> str:
     if node.filtered is not None and not node.options_given:
         return filename_of(node.filtered.node)  # a job has put it there: nobody could ask for it by options
     name = node.driver.filename()
-    return name if name is not None and not _backing_differs(node, name) else "json:" + json.dumps(_options_of(node))
+    is_enough = name is not None and (node.driver.is_filter or not _backing_differs(node, name))
+    return name if name is not None and is_enough else "json:" + json.dumps(_options_of(node))
 
 
 def _backing_differs(node: BlockDriverState, name: str) -> bool:

@@ -600,3 +600,59 @@ def test_a_name_cannot_be_used_twice() -> None:
         assert list(system.graph.nodes) == ["n"]
 
     with_system(work)
+
+
+# ------------------------------------------------------------------------------------------------------- protocol names
+
+
+@pytest.mark.parametrize(
+    ("filename", "driver", "shown"),
+    [
+        ("null-co://", "null-co", "null-co://"),
+        ("null-aio://", "null-aio", "null-aio://"),
+        ("blkdebug::disk.raw", "blkdebug", "blkdebug::disk.raw"),
+        ("blkdebug:rules.conf:disk.raw", "blkdebug", "blkdebug:rules.conf:disk.raw"),
+        ("blkdebug::file:disk.raw", "blkdebug", "blkdebug::disk.raw"),
+        ("blkdebug::blkdebug::null-co://", "blkdebug", "blkdebug::blkdebug::null-co://"),
+    ],
+)
+def test_names_of_protocols_open_their_drivers(
+    filename: str, driver: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`blkdebug:CONFIG:FILE` and `null-co://` are names like those of files, and are shown again as they were given."""
+    monkeypatch.chdir(tmp_path)
+    Path("disk.raw").write_bytes(bytes(4096))
+    Path("rules.conf").write_text('[inject-error]\nevent = "flush_to_disk"\n')
+
+    async def work(system: BlockSystem) -> None:
+        node = await system.opener.open_image(filename, fmt="raw")
+        storage = node.children["file"].node
+        assert storage.driver.name == driver
+        assert storage.driver.filename() == node.driver.filename() == shown
+
+    with_system(work)
+
+
+@pytest.mark.parametrize("filename", ["null-co:", "null-co://disk", "blkdebug:disk", "blkdebug:", "blkdebug::" * 3000 + "disk"])
+def test_names_that_a_protocol_does_not_have_are_refused(filename: str) -> None:
+    """Each with what such a name looks like, however deep it goes."""
+
+    async def work(system: BlockSystem) -> None:
+        with pytest.raises(CommandError, match=r"is no file name of null-co|not of the form blkdebug:|nested more than|''"):
+            await system.opener.open_image(filename)
+
+    with_system(work)
+
+
+@pytest.mark.parametrize(
+    "options", [{"driver": "null-co", "size": 4096}, {"driver": "blkdebug", "align": 512, "image": {"driver": "null-co"}}]
+)
+def test_options_that_change_a_disk_leave_it_without_a_plain_name(options: dict[str, Any]) -> None:
+    """Who opened it again by a plain name would get another disk."""
+
+    async def work(system: BlockSystem) -> None:
+        node = await system.opener.open_blockdev({**options, "node-name": "n"})
+        node.monitor_owned = True
+        assert node.driver.filename() is None
+
+    with_system(work)
