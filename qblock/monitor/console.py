@@ -17,8 +17,6 @@ from qblock.monitor.hmp import HmpCommand, HmpMonitor
 from qblock.monitor.machine import Machine
 from qblock.monitor.repl_commands import LEARNING_COMMANDS, install
 
-_COMPLAINTS: Final = ("Error: ", "unknown command: ", 'Try "help ')
-"""How the lines begin by which HMP says that a command has failed."""
 _FILE_ARGUMENTS: Final = frozenset({"target", "file", "filename", "snapshot-file", "base"})
 """Arguments that QEMU's grammar calls strings and that are file names."""
 
@@ -60,11 +58,10 @@ class Console:
         if words[0] in ("help", "?") and len(words) == 2 and words[1] in LEARNING_COMMANDS:
             command = LEARNING_COMMANDS[words[1]]
             return Answer(f"{command.name} {command.usage} -- {command.summary}\n{command.details}")
-        text = await self._monitor.run(CommandContext(self.machine.hub), line)
-        text = "".join(self.machine.take_reports()) + text
+        output = await self._monitor.run(CommandContext(self.machine.hub), line)
         await self.machine.settle()
-        failed = any(text_line.startswith(_COMPLAINTS) for text_line in text.splitlines())
-        return Answer(text, failed=failed, quit=self.machine.hub.quitting)
+        text = "".join(self.machine.take_reports()) + output.text
+        return Answer(text, failed=output.failed, quit=self.machine.hub.quitting)
 
     # --------------------------------------------------------------------------------------------------- while typing
 

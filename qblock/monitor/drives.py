@@ -41,10 +41,11 @@ async def delete(context: CommandContext, name: str) -> None:
         raise DeviceNotFound(name)
 
 
-async def run_io(context: CommandContext, name: str, line: str, *, is_qdev: bool) -> None:
+async def run_io(context: CommandContext, name: str, line: str, *, is_qdev: bool) -> bool:
     """Run a qemu-io command on a device or a node; what it prints goes to the program's standard output.
 
-    A node gets a backend for as long as the command takes. Raises `CommandError` when there is nothing of that name.
+    Returns whether it has done what it says. A node gets a backend for as long as the command takes. Raises `CommandError`
+    when there is nothing of that name.
     """
     system = context.system
     backend = find_backend(context, name, is_qdev=is_qdev)
@@ -61,7 +62,7 @@ async def run_io(context: CommandContext, name: str, line: str, *, is_qdev: bool
             raise
     perm, shared = backend.perm, backend.shared
     try:
-        await run_command(backend, line, context.hub.output, clock=system.env.clock)
+        return await run_command(backend, line, context.hub.output, clock=system.env.clock) == 0
     finally:
         if temporary is not None:
             temporary.close()

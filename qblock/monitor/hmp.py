@@ -9,13 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import attrs
+
 from qblock.errors import QBlockError
 from qblock.monitor.command import CommandContext, CommandTable
 from qblock.monitor.hmp_command import HmpCall, HmpCommand, PlainError, hmp_command
 from qblock.monitor.hmp_commands import all_commands
 from qblock.monitor.hmp_grammar import Cursor, HmpSyntaxError, parse_arguments
 
-__all__ = ["HmpCall", "HmpCommand", "HmpMonitor", "hmp_command"]
+__all__ = ["HmpCall", "HmpCommand", "HmpMonitor", "HmpOutput", "hmp_command"]
+
+
+@attrs.frozen
+class HmpOutput:
+    """What came of a line: the ``text``, each of its lines ended by a newline, and whether the command ``failed``.
+
+    QEMU only prints; that a line was a mistake or has failed is known nowhere else.
+    """
+
+    text: str
+    failed: bool = False
 
 
 class HmpMonitor:
@@ -54,23 +67,23 @@ class HmpMonitor:
                 name = f"info {cursor.word() or ''}"
         return name, cursor.rest
 
-    async def run(self, context: CommandContext, line: str) -> str:
-        """Execute a line; gives the output, lines ended by a newline. Mistakes and failures are part of the output."""
+    async def run(self, context: CommandContext, line: str) -> HmpOutput:
+        """Execute a line. Mistakes and failures are part of the output."""
         name, rest = self.split(line)
         if not name:
-            return ""
+            return HmpOutput("")
         command = self.find(name)
         if command is None:
-            return f"unknown command: '{name}'\n"
+            return HmpOutput(f"unknown command: '{name}'\n", failed=True)
         try:
             values = parse_arguments(command.arguments, rest, name=command.name.removeprefix("info "))
         except HmpSyntaxError as error:
-            return f'{error}\nTry "help {name}" for more information\n'
+            return HmpOutput(f'{error}\nTry "help {name}" for more information\n', failed=True)
         call = HmpCall(context, self, values)
         try:
             await command.handler(call)
         except PlainError as error:
-            call.say(str(error))
+            call.fail(str(error))
         except QBlockError as error:
-            call.say(f"Error: {error}")
-        return "".join(f"{line}\n" for line in call.lines)
+            call.fail(f"Error: {error}")
+        return HmpOutput("".join(f"{line}\n" for line in call.lines), call.failed)

@@ -24,16 +24,23 @@ class PlainError(Exception):
 
 @attrs.define(eq=False)
 class HmpCall:
-    """One execution of a command: its context, its arguments, and the output so far."""
+    """One execution of a command: its context, its arguments, the output so far, and whether it has ``failed``."""
 
     context: CommandContext
     monitor: HmpMonitor
     values: Mapping[str, Value]
     lines: list[str] = attrs.field(factory=list)
+    failed: bool = False
 
     def say(self, text: str = "") -> None:
         """Print a line (or several)."""
         self.lines.append(text)
+
+    def fail(self, text: str | None = None) -> None:
+        """The command has not done what it was to do; ``text`` says why, unless that has been said elsewhere."""
+        self.failed = True
+        if text is not None:
+            self.say(text)
 
     def text(self, name: str) -> str | None:
         """A string argument, or None when it was left out."""

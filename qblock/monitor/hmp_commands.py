@@ -215,7 +215,8 @@ async def drive_del(call: HmpCall) -> None:
 async def qemu_io(call: HmpCall) -> None:
     """Runs the command; what it prints goes to the program's standard output, as in QEMU."""
     line = call.text("command") or ""
-    await drives.run_io(call.context, call.text("device") or "", line, is_qdev=call.flag("qdev"))
+    if not await drives.run_io(call.context, call.text("device") or "", line, is_qdev=call.flag("qdev")):
+        call.fail()
 
 
 # ------------------------------------------------------------------------------------------------------------ program
@@ -259,7 +260,10 @@ async def help_command(call: HmpCall) -> None:
         _list_info(call)
     elif name:
         command = call.monitor.find(name)
-        call.say(f"unknown command: '{name}'" if command is None else command.synopsis)
+        if command is None:
+            call.fail(f"unknown command: '{name}'")
+        else:
+            call.say(command.synopsis)
     else:
         for command in call.monitor:
             if not command.name.startswith("info "):

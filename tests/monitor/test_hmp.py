@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qblock.monitor.client import QmpClient
+from qblock.monitor.command import CommandContext
 from qblock.monitor.hmp_grammar import HmpSyntaxError, parse_arguments, parse_signature
 from qblock.monitor.hub import MonitorHub
 from qblock.policy import OpenPolicy
@@ -215,5 +216,40 @@ def test_commands_can_be_added_and_are_found_by_help() -> None:
                 assert await client.hmp("help learn") == "learn|l n -- says the number\n"
                 assert "learn|l" in await client.hmp("help")
                 assert "info block " in await client.hmp("info")
+
+    run(main)
+
+
+# ------------------------------------------------------------------------------------------------------ what has failed
+
+
+@pytest.mark.parametrize(
+    ("line", "failed"),
+    [
+        ("info block", False),
+        ("help info block", False),
+        ("", False),
+        ("nosuch", True),
+        ("help nosuch", True),
+        ("info block -x", True),
+        ("block_job_pause nojob", True),
+        ("drive_del nothing", True),
+        ("drive_add 0 if=none,id=bad!", True),
+        ('qemu-io disk "read 0 512"', False),
+        ('qemu-io disk "read 1G 512"', True),
+        ('qemu-io disk "read -P 9 0 512"', True),
+        ('qemu-io disk "nosuch"', True),
+    ],
+)
+def test_failures_are_told_apart_by_more_than_their_text(line: str, failed: bool) -> None:
+    """Whoever runs lines knows which have failed, also those whose output does not begin with ``Error:``."""
+
+    async def main() -> None:
+        async with BlockSystem.create() as system:
+            hub = MonitorHub(system, output=lambda text: None)
+            context = CommandContext(hub)
+            added = await hub.hmp.run(context, "drive_add -n 0 driver=null-co,node-name=disk,size=1M,read-zeroes=on")
+            assert not added.failed
+            assert (await hub.hmp.run(context, line)).failed is failed
 
     run(main)

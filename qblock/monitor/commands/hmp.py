@@ -20,4 +20,4 @@ class HumanMonitorCommandArguments:
 async def human_monitor_command(ctx: CommandContext, args: HumanMonitorCommandArguments) -> str:
     """Execute a line of the human monitor and answer with what it prints; lines end with CR LF."""
     output = await ctx.hub.hmp.run(ctx, args.command_line)
-    return output.replace("\n", "\r\n")
+    return output.text.replace("\n", "\r\n")
