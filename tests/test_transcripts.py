@@ -25,7 +25,7 @@ import pytest
 DOCS: Final = Path(__file__).parent.parent / "docs"
 PAGES: Final = ("tutorial.md", "live-block-operations.md", "how-to-write-a-driver.md")
 BLOCK: Final = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PYTHON_FILE: Final = re.compile(r'^```python title="([\w.]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+PYTHON_FILE: Final = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROMPT: Final = "(qblock) "
 GREETING: Final = "qblock: type `help` for the commands, `quit` or Ctrl-D to leave\n"
 """What the program says on a terminal and not in a pipe; the pages show the terminal."""
@@ -36,7 +36,7 @@ class Session:
 
     def __init__(self, command: str, directory: Path) -> None:
         self._process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"],
+            ["bash", "-c", f"exec env {command}"],
             cwd=directory,
             env=environment(),
             stdin=subprocess.PIPE,
@@ -93,7 +93,7 @@ class Performer:
                     self.session.kill()
                     self.session = None
                     yield "Killed\n"
-            elif re.match(r"\$ qblock +-", typed):
+            elif re.match(r"\$ (\w+=\S+ )*qblock +-", typed):
                 assert self.session is None, f"qblock is running already: {typed!r}"
                 self.session = Session(shell_text(typed), self.directory)
                 yield GREETING + self.session.answer("")  # it is up, and so are its sockets
@@ -141,13 +141,13 @@ def run_shell(command: str, directory: Path) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The programs that belong to this Python come first, and it finds the page's modules."""
+    """The programs that belong to this Python come first."""
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": programs, "PYTHONPATH": "lib", "LC_ALL": "C.UTF-8"}
+    return {**os.environ, "PATH": programs, "LC_ALL": "C.UTF-8"}
 
 
 def perform_page(page: str, directory: Path) -> str:
-    """The page as it should read. Python blocks with a title are files beside the commands."""
+    """The page as it should read. A Python block that begins with the name of a file is that file, there from the start."""
     performer = Performer(directory)
     for name, text in PYTHON_FILE.findall(page):
         (directory / name).write_text(text)
