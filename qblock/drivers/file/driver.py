@@ -155,6 +155,7 @@ class FileDriver(Driver):
     _locks: FileLocks | None = None
     _new_fd: int | None = None
     _inline_read = INLINE_READ
+    _read_flags = os.RWF_NOWAIT
     _inline_write = INLINE_WRITE
     _discards_ok = 0
     _discards_failed = 0
@@ -179,6 +180,8 @@ class FileDriver(Driver):
         try:
             self._is_device = stat.S_ISBLK(os.fstat(self._fd).st_mode)
             self._length = _size_of(self._fd)
+            if space.is_in_memory(self._fd):
+                self._read_flags = 0
             if node.cache_direct:
                 self.limits = Limits(request_alignment=self._probe_alignment())
                 self._inline_read = 0
@@ -262,7 +265,7 @@ class FileDriver(Driver):
         done = 0
         if len(buffer) <= self._inline_read:
             try:
-                done = os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT)
+                done = os.preadv(self._fd, (buffer,), offset, self._read_flags)
                 if done == len(buffer):
                     return
                 if offset + done >= self._length:

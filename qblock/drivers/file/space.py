@@ -31,6 +31,14 @@ _XFLAG_EXTSIZE: Final = 0x00000800
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
+_fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
+_MEMORY_FILE_SYSTEMS: Final = (0x01021994, 0x858458F6)  # tmpfs, ramfs (statfs(2))
+
+
+def is_in_memory(fd: int) -> bool:
+    """Whether the file lives in memory only, so that reading it never waits for a disk."""
+    answer = (ctypes.c_long * 64)()  # struct statfs begins with the type, a long, and is shorter than this
+    return _fstatfs(fd, answer) == 0 and answer[0] in _MEMORY_FILE_SYSTEMS
 
 
 def _change_space(fd: int, mode: int, offset: int, length: int) -> None:
