@@ -6,14 +6,15 @@ closed again here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
 import attrs
 
 from qblock.backend import BlockBackend
-from qblock.driver import Environment, Json, SupportsCreate
+from qblock.driver import BackingLink, Environment, Json, SupportsCreate
 from qblock.errors import CommandError, InvalidParameter
+from qblock.formatting import formatting_line
 from qblock.options import visit
 from qblock.permissions import Perm
 
@@ -95,6 +96,26 @@ class OpenerCreateContext:
             await opener.close_orphans()
             raise
         return NodeTarget(opener, backend)
+
+
+async def create_image_file(
+    opener: Opener, filename: str, fmt: str, *, size: int, backing: BackingLink | None, announce: Callable[[str], None]
+) -> None:
+    """Make the image file of a command that takes a file name; ``announce`` is told what, as QEMU prints it.
+
+    ``backing`` is for the header and is not looked at. Raises as `create_image`.
+    """
+    shown: dict[str, Json] = {"size": size}
+    options: dict[str, Json] = {"size": size}
+    if backing is not None:
+        shown |= {"backing_file": backing.filename, "backing_fmt": backing.format}
+        options |= {"backing-file": backing.filename, "backing-fmt": backing.format}
+    announce(formatting_line(filename, fmt, shown))
+    if fmt == "raw":
+        await create_image(opener, "file", {"filename": filename, "size": size})
+        return
+    await create_image(opener, "file", {"filename": filename, "size": 0})
+    await create_image(opener, fmt, {"file": {"driver": "file", "filename": filename}, **options})
 
 
 async def create_image(opener: Opener, driver: str, options: Mapping[str, Json], *, strings: bool = False) -> None:

@@ -83,10 +83,20 @@ class ContentMap:
                 runs[end] = (stop, old)
         runs[offset] = (end, tag)
 
+    def resize(self, size: int) -> None:
+        """The disk has got another size: what is cut off is forgotten, what is added are zeroes."""
+        old = self.size
+        if size > old:
+            self._runs[old] = (size, 0)
+        elif size < old:
+            self.assign(size, old - size, 0)
+            del self._runs[size]
+        self.size = size
+
     def runs(self, offset: int = 0, length: int | None = None) -> Iterator[tuple[ByteRange, int]]:
         """The runs inside a range with their tags, in ascending order."""
         end = self.size if length is None else offset + length
-        if end <= offset:
+        if end <= offset or not self._runs:
             return
         first = self._runs.keys()[self._runs.bisect_right(offset) - 1]
         for start in list(self._runs.irange(first, end, inclusive=(True, False))):
@@ -157,6 +167,15 @@ class Guest:
         self.content = ContentMap(self.backend.length)
         self.content.assign(0, self.content.size, UNKNOWN)
         self._sleep = CoSleep(self.clock)
+
+    def notice_size(self) -> None:
+        """See whether the disk has got another size. The content that a disk gains are zeroes (see `requests.truncate`).
+
+        A guest looks before each request; who changes a size tells it at once, so that it misses no area that was cut off and
+        came back.
+        """
+        if self.backend.root is not None and self.backend.length != self.content.size:
+            self.content.resize(self.backend.length)
 
     # ------------------------------------------------------------------------------------------------ single requests
 
@@ -292,6 +311,7 @@ class Guest:
     # --------------------------------------------------------------------------------------------------------- inside
 
     def _check_range(self, offset: int, length: int) -> None:
+        self.notice_size()
         if offset % SECTOR or length % SECTOR or length <= 0:
             raise BlockIOError(errno.EINVAL, f"A guest's request must be whole sectors of {SECTOR} bytes")
 
@@ -309,7 +329,8 @@ class Guest:
         except BlockIOError as error:
             self._note(error)
             raise
-        self.content.assign(offset, length, tag)
+        if offset < self.content.size:  # it may have been cut off meanwhile
+            self.content.assign(offset, min(length, self.content.size - offset), tag)
 
     def _note(self, error: BlockIOError) -> None:
         self.counters.failed += 1

@@ -59,6 +59,10 @@ def _warn_on_stderr(text: str) -> None:
     print(f"qblock: warning: {text}", file=sys.stderr)  # noqa: T201 - the default for programs; libraries pass their own
 
 
+def _keep_silent(text: str) -> None:
+    """A library prints nothing of its own accord."""
+
+
 @attrs.define(eq=False)
 class BlockSystem:
     """See the module. Make one with `create`; use it as an async context manager, or call `close` at the end."""
@@ -70,6 +74,8 @@ class BlockSystem:
     opener: Opener
     jobs: JobRunner
     objects: ObjectTable
+    announce: Callable[[str], None]
+    """Told in a line which image file a command is making; QEMU prints that to its standard output."""
     devices: dict[str, GuestDevice] = attrs.field(factory=dict)
     _owns_executor: bool = False
 
@@ -82,6 +88,7 @@ class BlockSystem:
         random: random_module.Random | None = None,
         executor: Executor | None = None,
         warn: Callable[[str], None] = _warn_on_stderr,
+        announce: Callable[[str], None] = _keep_silent,
     ) -> BlockSystem:
         """A new, empty system: by default on real time, with threads of its own, opening nothing that images only mention."""
         clock = clock if clock is not None else RealClock()
@@ -93,7 +100,8 @@ class BlockSystem:
         registry = DriverRegistry()
         opener = Opener(graph, registry, env, policy or OpenPolicy.deny())
         jobs = JobRunner(graph, clock, events.emit, opener)
-        return cls(env, events, graph, registry, opener, jobs, ObjectTable(), owns_executor=executor is None)
+        table = ObjectTable()
+        return cls(env, events, graph, registry, opener, jobs, table, announce, owns_executor=executor is None)
 
     @property
     def clock(self) -> Clock:

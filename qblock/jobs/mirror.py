@@ -15,8 +15,9 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.blockers import OpType
+from qblock.creating import create_image_file
 from qblock.drain import drained
-from qblock.driver import Json
+from qblock.driver import BackingLink
 from qblock.errors import CommandError, InvalidParameter, NodeNotFound
 from qblock.jobs.mirror_job import BackingAtEnd, MirrorJob, MirrorPlan
 from qblock.jobs.mirror_top import MirrorTop
@@ -291,18 +292,13 @@ async def _create_target(
     system: BlockSystem, filename: str, fmt: str, *, size: int, backing: BlockDriverState | None
 ) -> None:
     """Make an image of ``size`` bytes whose header names ``backing`` as its backing file."""
-    options: dict[str, Json] = {"size": size}
+    link = None
     if backing is not None:
         image = system.graph.skip_filters(backing)
         name = image.driver.filename()
         if name is None:
             raise NodeNotFound(image.node_name, detail="No file name for a header to name the backing node by:")
-        options |= {"backing-file": name, "backing-fmt": _format_of(image)}
-    if fmt == "raw":
-        options.pop("backing-fmt", None)
-        if options.pop("backing-file", None) is not None:
+        link = BackingLink(name, _format_of(image))
+        if fmt == "raw":
             raise CommandError("A raw image cannot have a backing file; choose another format or sync=full")
-        await system.opener.create_image("file", {"filename": filename, **options})
-        return
-    await system.opener.create_image("file", {"filename": filename, "size": 0})
-    await system.opener.create_image(fmt, {"file": {"driver": "file", "filename": filename}, **options})
+    await create_image_file(system.opener, filename, fmt, size=size, backing=link, announce=system.announce)

@@ -6,6 +6,7 @@ websockets and reconnecting are refused as unknown options.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final, TypeAlias
 
@@ -53,6 +54,7 @@ class ChardevOptions:
     wait: bool = True
 
 
+_ITEM: Final = re.compile(r"(?:[^,]|,,)+")
 _SOCKET: Final = frozenset({"path", "host", "port", "server", "wait"})
 
 
@@ -77,11 +79,14 @@ def chardev_from(options: Mapping[str, object]) -> ChardevOptions:
 
 
 def parse_short(text: str, label: str) -> ChardevOptions:
-    """``unix:PATH[,server=on][,wait=off]``, ``tcp:HOST:PORT[,…]`` or ``stdio``, as -qmp and -monitor take it."""
-    first, _, rest = text.partition(",")
+    """``unix:PATH[,server=on][,wait=off]``, ``tcp:HOST:PORT[,…]`` or ``stdio``, as -qmp takes it.
+
+    A comma in the path is written twice.
+    """
+    first, *rest = [item.replace(",,", ",") for item in _ITEM.findall(text)] or [""]
     kind, _, where = first.partition(":")
     given: dict[str, object] = {}
-    for part in filter(None, rest.split(",")):
+    for part in rest:
         key, found, value = part.partition("=")
         given[key.removeprefix("no") if not found and key.startswith("no") else key] = (
             value if found else "off" if key.startswith("no") else "on"

@@ -60,7 +60,7 @@ class Console:
             return Answer(f"{command.name} {command.usage} -- {command.summary}\n{command.details}")
         output = await self._monitor.run(CommandContext(self.machine.hub), line)
         await self.machine.settle()
-        text = "".join(self.machine.take_reports()) + output.text
+        text = "".join(report.text for report in self.machine.reports.take()) + output.text
         return Answer(text, failed=output.failed, quit=self.machine.hub.quitting)
 
     # --------------------------------------------------------------------------------------------------- while typing

@@ -63,7 +63,8 @@ class MonitorHub:
 
     ``name`` is the machine's name if it has one, ``package`` names the program in the greeting. ``report`` tells the person at
     the console what went wrong, ``output`` is the program's standard output (HMP's qemu-io prints there). ``on_run_state``
-    are told when the guest stops (False) or goes on (True). Call `open` before use and `close` at the end.
+    are told when the guest stops (False) or goes on (True), ``on_resize`` when a disk may have got another size. Call `open`
+    before use and `close` at the end.
     """
 
     system: BlockSystem
@@ -74,6 +75,7 @@ class MonitorHub:
     output: Callable[[str], None] = _to_stdout
     package: str = "qblock"
     on_run_state: list[Callable[[bool], None]] = attrs.field(factory=list, init=False, repr=False)
+    on_resize: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
     commands: CommandTable = attrs.field(init=False, repr=False)
     hmp: HmpMonitor = attrs.field(init=False, repr=False)
     sessions: list[MonitorSession] = attrs.field(factory=list, init=False)

@@ -23,7 +23,8 @@ from qblock.guest import Guest, Workload
 from qblock.monitor.chardev import ChardevOptions, UnixAddress, parse_short
 from qblock.monitor.eventlog import EventLog
 from qblock.monitor.events import EVENTS
-from qblock.monitor.hub import MonitorHub
+from qblock.monitor.hub import MonitorHub, RunState
+from qblock.monitor.reports import Reports
 from qblock.monitor.server import MonitorServer
 from qblock.options import parse_keyval
 from qblock.policy import OpenPolicy
@@ -40,12 +41,16 @@ DEFAULT_INTERFACE: Final = "virtio"
 
 @attrs.frozen
 class MachineOptions:
-    """What a machine starts with, as on the command line: values of -drive, -blockdev and -qmp, and a seed for its chances."""
+    """What a machine starts with, as on the command line: values of -drive, -blockdev and -qmp, and a seed for its chances.
+
+    ``paused`` is -S: the guest begins with the command cont.
+    """
 
     drives: Sequence[str] = ()
     blockdevs: Sequence[str] = ()
     qmp: Sequence[str | ChardevOptions] = ()
     seed: int | None = None
+    paused: bool = False
 
 
 def qmp_socket(path: str | Path) -> ChardevOptions:
@@ -64,6 +69,7 @@ class Machine:
     hub: MonitorHub
     clock: Clock
     random: random_module.Random
+    reports: Reports
     virtual_time: VirtualTime | None = None
     watching: bool = False
     started_ns: int = attrs.field(init=False)
@@ -71,21 +77,30 @@ class Machine:
     _servers: list[MonitorServer] = attrs.field(init=False, factory=list)
     _guests: dict[str, Guest] = attrs.field(init=False, factory=dict)
     _workloads: dict[str, Workload] = attrs.field(init=False, factory=dict)
-    _reports: list[str] = attrs.field(init=False, factory=list)
     _run_state_change: asyncio.Task[None] | None = attrs.field(init=False, default=None)
 
     @classmethod
-    async def open(cls, options: MachineOptions, *, clock: Clock, virtual_time: VirtualTime | None = None) -> Machine:
+    async def open(
+        cls,
+        options: MachineOptions,
+        *,
+        clock: Clock,
+        virtual_time: VirtualTime | None = None,
+        reports: Reports | None = None,
+    ) -> Machine:
         """Start a machine; raises `QBlockError` or `OSError` with nothing left open."""
         random = random_module.Random(options.seed)
-        reports: list[str] = []
-        system = BlockSystem.create(clock=clock, policy=OpenPolicy.follow(), random=random, warn=reports.append)
-        hub = MonitorHub(system, report=reports.append, output=reports.append)
-        machine = cls(system, hub, clock, random, virtual_time)
-        machine._reports = reports
+        reports = reports or Reports()
+        system = BlockSystem.create(
+            clock=clock, policy=OpenPolicy.follow(), random=random, warn=reports.warn, announce=reports.say
+        )
+        hub = MonitorHub(system, report=reports.complain, output=reports.say)
+        hub.run_state = RunState.PRELAUNCH if options.paused else RunState.RUNNING
+        machine = cls(system, hub, clock, random, reports, virtual_time)
         machine.started_ns = clock.now_ns()
         system.events.subscribe(machine.events.record)
         hub.on_run_state.append(machine._follow_run_state)
+        hub.on_resize.append(machine._tell_guests_their_size)
         hub.open()
         try:
             for text in options.blockdevs:
@@ -141,12 +156,6 @@ class Machine:
         """On virtual time: wait until everything has happened that takes no time. On real time this returns at once."""
         if self.virtual_time is not None:
             await self.virtual_time.settle()
-
-    def take_reports(self) -> list[str]:
-        """What was printed for the person at the console since the last call; each text ends in a newline."""
-        taken = [text if text.endswith("\n") else text + "\n" for text in self._reports]
-        self._reports.clear()
-        return taken
 
     # ----------------------------------------------------------------------------------------------------------- names
 
@@ -210,6 +219,10 @@ class Machine:
                 guest.start(workload)
             elif not running:
                 await guest.stop()
+
+    def _tell_guests_their_size(self) -> None:
+        for guest in self._guests.values():
+            guest.notice_size()
 
     def guest_activity(self, device: str) -> str:
         """What the guest does on a disk, in a few words."""

@@ -21,6 +21,7 @@ from qblock.monitor.console import Answer, Console, Suggestion
 from qblock.monitor.drawing import UNICODE, progress_bar
 from qblock.monitor.eventlog import MachineEvent
 from qblock.monitor.loopthread import LoopThread
+from qblock.monitor.reports import Report
 from qblock.units import format_duration
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Repl:
         """Execute all lines, up to ``quit`` or the end; returns the exit code: 1 when one of them failed."""
         events: list[MachineEvent] = []
         self.console.machine.events.listener = events.append
+        reports = self.console.machine.reports
+        reports.listener = None  # they come with the answers, so that the order of the lines is always the same
         failed = False
         for line in lines:
             answer = self.execute(line)
@@ -62,6 +65,8 @@ class Repl:
             self._print_events(events)
             if answer.quit:
                 break
+        for report in reports.take():
+            self.out(report.text)
         return int(failed)
 
     def _print_events(self, events: list[MachineEvent]) -> None:
@@ -78,6 +83,7 @@ class Repl:
 
         with patch_stdout(raw=True):
             self.console.machine.events.listener = self._announce
+            self.console.machine.reports.listener = self._pass_on
             self.thread.when_done(self.console.machine.hub.wait_quit(), lambda: _leave_prompt(session))
             while not self.console.machine.hub.quitting:
                 try:
@@ -92,6 +98,9 @@ class Repl:
                 except KeyboardInterrupt:
                     self.out("interrupted; what was started goes on\n")
         return 0
+
+    def _pass_on(self, report: Report) -> None:
+        self.out(report.text)
 
     def _announce(self, event: MachineEvent) -> None:
         if self.console.machine.watching:

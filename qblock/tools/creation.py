@@ -1,7 +1,7 @@
-"""Making new image files: the creation options of -o, the line that tells what is made, and the making.
+"""Making new image files: the texts of -o, the checks of qemu-img, and the making.
 
-Models option names, defaults and the "Formatting" line of qemu-img 7.2 for raw and qcow2. Options that qblock does not support
-(encryption, data files' luks, nocow, ...) are refused by name.
+Models ``qemu-img create`` and the output of ``convert`` for raw and qcow2; the options are those of `qblock.formatting`. Options
+that qblock does not support (encryption, data files' luks, nocow, ...) are refused by name.
 """
 
 from __future__ import annotations
@@ -10,78 +10,18 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-import attrs
-
 from qblock.driver import Json
 from qblock.errors import CommandError, QBlockError
 from qblock.filenames import combine_filename
+from qblock.formatting import CreateOption, options_of
 from qblock.options import parse_keyval
 from qblock.tools.arguments import size_of
 from qblock.tools.images import ImageArguments, ImageSession
 from qblock.units import align_up
 
 SECTOR: Final = 512
-
-
-@attrs.frozen
-class CreateOption:
-    """One option of -o. ``kind`` is how the value is written; ``wire`` its name in ``blockdev-create``."""
-
-    name: str
-    kind: str
-    doc: str
-    default: Json = None
-    wire: str = ""
-
-    def parse(self, text: str) -> Json:
-        """The value that the text of -o stands for."""
-        if self.kind == "size":
-            return size_of(text, f"value of '{self.name}'")
-        if self.kind == "num":
-            if not text.isdigit():
-                raise CommandError(f"Parameter '{self.name}' expects a number, not '{text}'")
-            return int(text)
-        if self.kind == "bool (on/off)":
-            if text not in ("on", "off"):
-                raise CommandError(f"Parameter '{self.name}' expects 'on' or 'off', not '{text}'")
-            return text == "on"
-        return text
-
-    def shown(self, value: Json) -> str:
-        """The value as the "Formatting" line prints it."""
-        if isinstance(value, bool):
-            return "on" if value else "off"
-        return str(value).replace(",", ",,")
-
-
-QCOW2_OPTIONS: Final = (
-    CreateOption("cluster_size", "size", "Size of a cluster, 512 to 2M", 65536, "cluster-size"),
-    CreateOption("extended_l2", "bool (on/off)", "Subclusters (extended L2 tables)", False, "extended-l2"),
-    CreateOption("preallocation", "str", "What to allocate at once: off, metadata, falloc, full", None, "preallocation"),
-    CreateOption("compression_type", "str", "How clusters are compressed: zlib, zstd", "zlib", "compression-type"),
-    CreateOption("size", "size", "Size of the disk", None, "size"),
-    CreateOption("compat", "str", "Version of the format: v2 [0.10] or v3 [1.1]", None, "version"),
-    CreateOption("backing_file", "str", "File that holds what is not in this one", None, "backing-file"),
-    CreateOption("backing_fmt", "str", "Format of the backing file", None, "backing-fmt"),
-    CreateOption("data_file", "str", "File that holds the data, while this one holds metadata", None, "data-file"),
-    CreateOption("data_file_raw", "bool (on/off)", "Keep the data file usable as a raw image", None, "data-file-raw"),
-    CreateOption("lazy_refcounts", "bool (on/off)", "Write reference counts late", False, "lazy-refcounts"),
-    CreateOption("refcount_bits", "num", "Width of a reference count", 16, "refcount-bits"),
-)
-RAW_OPTIONS: Final = (
-    CreateOption("size", "size", "Size of the disk", None, "size"),
-    CreateOption("preallocation", "str", "What to allocate at once: off, falloc, full", None, "preallocation"),
-)
-FORMATS: Final[Mapping[str, tuple[CreateOption, ...]]] = {"qcow2": QCOW2_OPTIONS, "raw": RAW_OPTIONS}
 VERSIONS: Final = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
 UNSUPPORTED: Final = frozenset({"encryption", "encrypt", "nocow", "extent_size_hint", "data_file", "data_file_raw"})
-
-
-def options_of(fmt: str) -> tuple[CreateOption, ...]:
-    """The options of a format that can be created; raises for any other."""
-    if fmt not in FORMATS:
-        raise CommandError(f"images of the format '{fmt}' cannot be created; these can: {', '.join(sorted(FORMATS))}")
-    return FORMATS[fmt]
 
 
 def wants_help(texts: Iterable[str]) -> bool:
@@ -97,6 +37,21 @@ def print_help(fmt: str) -> None:
             print(f"  {option.name + '=<' + option.kind + '>':<22} - {option.doc}")
 
 
+def parse_value(option: CreateOption, text: str) -> Json:
+    """The value that the text of -o stands for."""
+    if option.kind == "size":
+        return size_of(text, f"value of '{option.name}'")
+    if option.kind == "num":
+        if not text.isdigit():
+            raise CommandError(f"Parameter '{option.name}' expects a number, not '{text}'")
+        return int(text)
+    if option.kind == "bool (on/off)":
+        if text not in ("on", "off"):
+            raise CommandError(f"Parameter '{option.name}' expects 'on' or 'off', not '{text}'")
+        return text == "on"
+    return text
+
+
 def parse_options(fmt: str, texts: Iterable[str]) -> dict[str, Json]:
     """The values of all -o texts, by option name."""
     table = {option.name: option for option in options_of(fmt)}
@@ -107,7 +62,7 @@ def parse_options(fmt: str, texts: Iterable[str]) -> dict[str, Json]:
                 raise CommandError(f"the creation option '{name}' is not supported")
             if name not in table or not isinstance(value, str):
                 raise CommandError(f"'{name}' is no creation option of the format '{fmt}'; see -o help")
-            values[name] = table[name].parse(value)
+            values[name] = parse_value(table[name], value)
     return values
 
 
@@ -132,16 +87,6 @@ def check_backing(filename: str, values: Mapping[str, Json]) -> None:
         raise CommandError(f"{filename}: an image cannot be its own backing file")
     if backing_fmt is None:
         raise CommandError(f"{filename}: a backing file needs its format too (-F): it is never guessed")
-
-
-def formatting_line(filename: str, fmt: str, values: Mapping[str, Json]) -> str:
-    """The line that tells what is being made."""
-    words = [f"Formatting '{filename}', fmt={fmt}"]
-    for option in options_of(fmt):
-        value = values.get(option.name, option.default)
-        if value is not None:
-            words.append(f"{option.name}={option.shown(value)}")
-    return " ".join(words)
 
 
 async def backing_length(session: ImageSession, filename: str, values: Mapping[str, Json]) -> int:

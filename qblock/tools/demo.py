@@ -26,10 +26,11 @@ from qblock.monitor.drawing import GraphDrawing
 from qblock.monitor.machine import Machine, MachineOptions, qmp_socket
 from qblock.testing.images import make_chain
 from qblock.tools.arguments import UsageError
+from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
 from qblock.tools.console import complain, ending_quietly
 from qblock.tools.demo_proofs import collect_proofs
 from qblock.tools.demo_show import JsonPresenter, Presenter, Proof, TextPresenter
-from qblock.tools.machine_line import CommandLine, loop_factory, parse_command_line, start_machine
+from qblock.tools.machine_line import loop_factory, start_machine
 from qblock.units import MILLISECOND_NS, SECOND_NS, KiB, MiB, align_up, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        valued, flags = frozenset({"size", "clock", "seed", "dir"}), frozenset({"hmp", "json", "keep", "h", "help"})
+        valued, flags = frozenset({"size", "clock", "seed", "dir"}), HELP_FLAGS | {"hmp", "json", "keep"}
         line = parse_command_line(argv, valued=valued, flags=flags)
         if line.has("h") or line.has("help"):
             print(HELP)

@@ -15,6 +15,7 @@ from qblock.backend import BlockBackend
 from qblock.chain import chain_next, find_backing_image, skip_filters
 from qblock.errors import CommandError
 from qblock.filenames import combine_filename
+from qblock.formatting import options_of
 from qblock.node import BlockDriverState
 from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
 from qblock.tools.console import Progress
@@ -23,7 +24,6 @@ from qblock.tools.creation import (
     add_backing,
     check_backing,
     create_file,
-    options_of,
     parse_options,
     print_help,
     remove_file,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from qblock.errors import CommandError
+from qblock.formatting import formatting_line, options_of
 from qblock.tools.arguments import Arguments, UsageError, check_objects, size_of
 from qblock.tools.creation import (
     add_backing,
     backing_length,
     check_backing,
     create_file,
-    formatting_line,
-    options_of,
     parse_options,
     print_help,
     wants_help,

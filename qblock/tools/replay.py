@@ -25,15 +25,9 @@ from qblock.monitor.replay import (
 )
 from qblock.monitor.script import ScriptError, Step, parse_script
 from qblock.tools.arguments import UsageError
+from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
 from qblock.tools.console import complain, ending_quietly
-from qblock.tools.machine_line import (
-    MACHINE_OPTIONS,
-    CommandLine,
-    loop_factory,
-    machine_options,
-    parse_command_line,
-    start_machine,
-)
+from qblock.tools.machine_line import loop_factory, machine_options, start_machine
 
 PROGRAM: Final = "qblock replay"
 OK, UNMET, UNUSABLE = 0, 1, 2
@@ -53,6 +47,9 @@ Performs a script of QMP commands and expectations (see docs/replay.md); '-' rea
 Exit code: 0 everything was as expected, 1 something was not, 2 the script or the command line is wrong."""
 
 
+_VALUED: Final = frozenset({"socket", "define", "output", "clock", "seed", "drive", "blockdev"})
+
+
 def main(argv: Sequence[str]) -> int:
     """The sub-command; returns the exit code."""
     return ending_quietly(lambda: _run(argv))
@@ -60,8 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        valued = (MACHINE_OPTIONS - {"qmp"}) | {"socket", "define", "output"}
-        line = parse_command_line(argv, valued=valued, flags=frozenset({"h", "help"}))
+        line = parse_command_line(argv, valued=_VALUED, flags=HELP_FLAGS)
         if line.has("h") or line.has("help"):
             print(HELP)
             return OK

@@ -1,7 +1,8 @@
 """``qblock-storage-daemon``: block nodes and jobs without a machine, driven over QMP.
 
 Takes the command line of qemu-storage-daemon 7.2: options are carried out in the order given. Differs from QEMU: exports
-(--export, --nbd-server) are refused, monitors speak QMP only (mode=control), and a chardev that no monitor uses is an error.
+(--export, --nbd-server) are refused, monitors speak QMP only (mode=control), and a chardev that no monitor uses is an error. The
+line that tells about a new image goes to standard error while a monitor speaks on standard output.
 """
 
 from __future__ import annotations
@@ -139,8 +140,11 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
     from qblock.policy import OpenPolicy
     from qblock.system import BlockSystem
 
+    def announce(text: str) -> None:
+        print(text, flush=True, file=sys.stderr if setup.talks_on_stdio else sys.stdout)
+
     async with AsyncExitStack() as stack:
-        system = await stack.enter_async_context(BlockSystem.create(policy=OpenPolicy.follow()))
+        system = await stack.enter_async_context(BlockSystem.create(policy=OpenPolicy.follow(), announce=announce))
         clock = system.env.clock
         stack.callback(system.events.subscribe(tracer.qmp_event))
         hub = MonitorHub(system, dialect=Dialect.STORAGE_DAEMON)
@@ -224,7 +228,7 @@ class _Setup:
                 raise CommandError(f"--{name}: {NO_EXPORTS}")
 
     async def _blockdev(self, text: str) -> None:
-        options, strings = _mapping(text)
+        options, strings = _mapping(text, implied_key="driver")
         if "node-name" not in options:
             raise InvalidParameter("node-name", "is missing: without a name nobody could use the node")
         node = await self.system.opener.open_blockdev(options, strings=strings)
@@ -265,6 +269,11 @@ class _Setup:
     async def _object(self, text: str) -> None:
         options, strings = _mapping(text, implied_key="qom-type")
         await self.system.add_object(options, strings=strings)
+
+    @property
+    def talks_on_stdio(self) -> bool:
+        """Whether a monitor speaks QMP on standard output, where nothing else may be printed then."""
+        return any(self.chardevs[label].address is None for label in self.used)
 
     def check_chardevs(self) -> None:
         """Raise when a character device has no user: nobody would ever answer there."""

@@ -111,6 +111,8 @@ async def block_resize(ctx: CommandContext, args: BlockResizeArguments) -> None:
             await backend.truncate(args.size)
     finally:
         backend.close()
+        for listener in ctx.hub.on_resize:
+            listener()
 
 
 @command("change-backing-file", since="2.1")

@@ -11,8 +11,9 @@ import contextlib
 import attrs
 
 from qblock.blockers import OpType
+from qblock.creating import create_image_file
 from qblock.drain import drained
-from qblock.driver import Json, SupportsBacking
+from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, DuplicateName, InvalidParameter, QBlockError
 from qblock.jobs.mirror import NewImageMode
 from qblock.monitor.command import CommandContext, command
@@ -114,6 +115,5 @@ async def _create_overlay(system: BlockSystem, filename: str, fmt: str, node: Bl
     driver = system.registry.get(fmt)
     if not driver.supports_backing or not issubclass(driver, SupportsBacking):
         raise CommandError(f"Images of format '{fmt}' cannot have a backing file")
-    options: dict[str, Json] = {"size": node.length, "backing-file": name, "backing-fmt": image.driver.name}
-    await system.opener.create_image("file", {"filename": filename, "size": 0})
-    await system.opener.create_image(fmt, {"file": {"driver": "file", "filename": filename}, **options})
+    link = BackingLink(name, image.driver.name)
+    await create_image_file(system.opener, filename, fmt, size=node.length, backing=link, announce=system.announce)

@@ -1,0 +1,70 @@
+"""The options of new images as people write them, and the line that tells what is being made.
+
+Models option names, their order and their defaults in QEMU 7.2 for raw and qcow2: what qemu-img takes with ``-o``, and what all
+programs print when they make an image. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+
+from qblock.errors import CommandError
+
+
+@attrs.frozen
+class CreateOption:
+    """One option of -o. ``kind`` is how the value is written; ``wire`` its name in ``blockdev-create``."""
+
+    name: str
+    kind: str
+    doc: str
+    default: Any = None
+    wire: str = ""
+
+    def shown(self, value: Any) -> str:
+        """The value as the "Formatting" line prints it."""
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return str(value).replace(",", ",,")
+
+
+QCOW2_OPTIONS: Final = (
+    CreateOption("cluster_size", "size", "Size of a cluster, 512 to 2M", 65536, "cluster-size"),
+    CreateOption("extended_l2", "bool (on/off)", "Subclusters (extended L2 tables)", False, "extended-l2"),
+    CreateOption("preallocation", "str", "What to allocate at once: off, metadata, falloc, full", None, "preallocation"),
+    CreateOption("compression_type", "str", "How clusters are compressed: zlib, zstd", "zlib", "compression-type"),
+    CreateOption("size", "size", "Size of the disk", None, "size"),
+    CreateOption("compat", "str", "Version of the format: v2 [0.10] or v3 [1.1]", None, "version"),
+    CreateOption("backing_file", "str", "File that holds what is not in this one", None, "backing-file"),
+    CreateOption("backing_fmt", "str", "Format of the backing file", None, "backing-fmt"),
+    CreateOption("data_file", "str", "File that holds the data, while this one holds metadata", None, "data-file"),
+    CreateOption("data_file_raw", "bool (on/off)", "Keep the data file usable as a raw image", None, "data-file-raw"),
+    CreateOption("lazy_refcounts", "bool (on/off)", "Write reference counts late", False, "lazy-refcounts"),
+    CreateOption("refcount_bits", "num", "Width of a reference count", 16, "refcount-bits"),
+)
+RAW_OPTIONS: Final = (
+    CreateOption("size", "size", "Size of the disk", None, "size"),
+    CreateOption("preallocation", "str", "What to allocate at once: off, falloc, full", None, "preallocation"),
+)
+_ALWAYS: Final = tuple(option for option in QCOW2_OPTIONS if option.name in ("size", "backing_file", "backing_fmt"))
+FORMATS: Final[Mapping[str, tuple[CreateOption, ...]]] = {"qcow2": QCOW2_OPTIONS, "raw": RAW_OPTIONS}
+
+
+def options_of(fmt: str) -> tuple[CreateOption, ...]:
+    """The options of a format that can be created; raises for any other."""
+    if fmt not in FORMATS:
+        raise CommandError(f"images of the format '{fmt}' cannot be created; these can: {', '.join(sorted(FORMATS))}")
+    return FORMATS[fmt]
+
+
+def formatting_line(filename: str, fmt: str, values: Mapping[str, Any]) -> str:
+    """The line that tells what is being made; of a format that is not known here, size and backing file only."""
+    words = [f"Formatting '{filename}', fmt={fmt}"]
+    for option in FORMATS.get(fmt, _ALWAYS):
+        value = values.get(option.name, option.default)
+        if value is not None:
+            words.append(f"{option.name}={option.shown(value)}")
+    return " ".join(words)
