@@ -141,6 +141,8 @@ class Header:
     compression_type: int = 0
     tail: bytes = b""
     extensions: tuple[Extension, ...] = ()
+    backing_offset: int = attrs.field(default=0, eq=False)
+    """Where the name lies in the file; 0 in a header that was not read from one."""
 
     @property
     def cluster_size(self) -> int:
@@ -207,6 +209,7 @@ def parse_header(raw: bytes, image: str) -> Header:
         limit = min(limit, backing_offset)
     extensions = _parse_extensions(raw, fields["header_length"], limit, image)
     backing = _parse_backing(raw, backing_offset, backing_size, image) if backing_offset else None
+    fields["backing_offset"] = backing_offset
     header = Header(backing_file=backing, compression_type=compression, tail=tail, extensions=extensions, **fields)
     fmt = header.extension(EXT_BACKING_FORMAT)
     if fmt is not None and len(fmt) > MAX_BACKING_FORMAT:
@@ -217,7 +220,9 @@ def parse_header(raw: bytes, image: str) -> Header:
 def _parse_v3_fields(raw: bytes, cluster_size: int, image: str) -> dict[str, int]:
     if len(raw) < 104:
         raise CorruptImage(image, "the file ends inside the header", offset=len(raw))
-    fields: dict[str, int] = {f.name: struct.unpack_from(">" + f.code, raw, f.offset)[0] for f in V3_FIELDS[len(V2_FIELDS) :]}
+    fields: dict[str, int] = {
+        f.name: struct.unpack_from(">" + f.code, raw, f.offset)[0] for f in V3_FIELDS[len(V2_FIELDS) :]
+    }
     length = fields["header_length"]
     if length < 104 or length % 8 or length > min(cluster_size, len(raw)):
         raise CorruptImage(image, f"header length {length} is out of range", offset=100)
@@ -233,7 +238,9 @@ def _parse_extensions(raw: bytes, position: int, limit: int, image: str) -> tupl
         if kind == EXT_END:
             break
         if length > limit - position - 8:
-            raise CorruptImage(image, f"header extension {kind:#010x} is longer than the header's cluster", offset=position)
+            raise CorruptImage(
+                image, f"header extension {kind:#010x} is longer than the header's cluster", offset=position
+            )
         found.append(Extension(kind, bytes(raw[position + 8 : position + 8 + length])))
         position += 8 + align_up(length, 8)
     return tuple(found)
@@ -295,7 +302,9 @@ def _place(table: _Table) -> tuple[int, int]:
 def _check_table(table: _Table, file_length: int, cluster: int, image: str) -> None:
     name, offset, length, limit = table
     if length > limit:
-        raise CorruptImage(image, f"the {name} of {length} bytes is larger than the format allows ({limit})", offset=offset)
+        raise CorruptImage(
+            image, f"the {name} of {length} bytes is larger than the format allows ({limit})", offset=offset
+        )
     if length and offset % cluster:
         raise CorruptImage(image, f"the {name} does not begin at a cluster boundary", offset=offset)
     # Whole clusters belong to the table, but the last one of the file need not be written to its end.
@@ -309,11 +318,15 @@ def _check_features(header: Header, image: str) -> None:
     if unsupported:
         raise UnsupportedFeature(image, ", ".join(feature_names(header, 0, unsupported)))
     if header.crypt_method:
-        raise UnsupportedFeature(image, CRYPT_NAMES.get(header.crypt_method, f"encryption method {header.crypt_method}"))
+        raise UnsupportedFeature(
+            image, CRYPT_NAMES.get(header.crypt_method, f"encryption method {header.crypt_method}")
+        )
     if header.compression_type not in COMPRESSION_NAMES:
         raise UnsupportedFeature(image, f"compression type {header.compression_type}")
     if bool(header.compression_type) != header.has(COMPRESSION):
-        raise CorruptImage(image, "compression type and its feature bit contradict each other", offset=COMPRESSION_TYPE_OFFSET)
+        raise CorruptImage(
+            image, "compression type and its feature bit contradict each other", offset=COMPRESSION_TYPE_OFFSET
+        )
 
 
 def feature_names(header: Header, word: int, bits: int) -> Iterator[str]:
@@ -338,6 +351,90 @@ def feature_table() -> bytes:
 
 def encode_header(header: Header) -> bytes:
     """The bytes from file offset 0 up to the end of the backing file name. ENOSPC when they do not fit in the first cluster."""
+    name = _encode_name(header)
+    extensions = _encode_extensions(header)
+    out = _encode_fields(header, name, header.header_length + len(extensions)) + extensions + name
+    if len(out) > header.cluster_size:
+        raise BlockIOError(28, "header, extensions and backing file name do not fit in the first cluster")
+    return out
+
+
+def encode_switch(old: Header, new: Header, sector: int) -> tuple[Header, list[tuple[int, bytes]]]:
+    """Writes (file offset, bytes) that turn ``old`` into ``new``, to be done in this order with a barrier behind each.
+
+    All that is parsed is brought into the first sector, whose write is not torn, and a new backing file name goes where the
+    old one is not: so there is one link or the other at every moment. For that the feature name table, which is only for
+    messages, loses the names that have no room; the header as it will be is returned too. Where an unknown extension
+    leaves no room even so, the whole header is written at once. Raises as `encode_header`.
+    """
+    whole = encode_header(new)
+    if len(whole) <= sector:
+        return _placed(new, len(whole)), [(0, whole.ljust(sector, b"\0")), *_wiped(old, sector, sector, b"")]
+    short = _with_short_table(new, sector)
+    extensions = _encode_extensions(short)
+    place = _free_place(old, short, sector)
+    if short.header_length + len(extensions) > sector or place is None:
+        return _placed(new, len(whole)), [(0, whole.ljust(align_up(len(whole), sector), b"\0"))]
+    name = _encode_name(short)
+    short = attrs.evolve(short, backing_offset=place if name else 0)
+    first = (_encode_fields(short, name, place) + extensions).ljust(sector, b"\0")
+    writes = [(place, name), (0, first)] if name else [(0, first)]
+    return short, [*writes, *_wiped(old, sector, place, name)]
+
+
+def _wiped(old: Header, sector: int, place: int, name: bytes) -> list[tuple[int, bytes]]:
+    """The write that clears what ``old`` had behind the first sector, when nothing refers to it any more, but for ``name``."""
+    end = max(len(encode_header(old)), _name_place(old)[1])
+    if end <= sector:
+        return []
+    cleared = bytearray(max(end - sector, place - sector + len(name)))
+    cleared[place - sector : place - sector + len(name)] = name
+    return [(sector, bytes(cleared))]
+
+
+def _placed(header: Header, end: int) -> Header:
+    """The header whose encoding ends, with the backing file name, at ``end``."""
+    name = _encode_name(header)
+    return attrs.evolve(header, backing_offset=end - len(name) if name else 0)
+
+
+def _free_place(old: Header, new: Header, sector: int) -> int | None:
+    """A place in the first cluster behind ``sector`` for the new name that is clear of all that ``old`` refers to."""
+    start, end = _name_place(old)
+    parsed = max(old.header_length + len(_encode_extensions(old)), sector)
+    length = len(_encode_name(new))
+    for place in (parsed, align_up(max(end, parsed), 8)):
+        clear = place + length <= start or place >= end
+        if clear and place + length <= new.cluster_size:
+            return place
+    return None
+
+
+def _name_place(header: Header) -> tuple[int, int]:
+    """Where the backing file name of a header that was read or written begins and ends; (0, 0) when there is none."""
+    return header.backing_offset, header.backing_offset + len(_encode_name(header))
+
+
+def _with_short_table(header: Header, sector: int) -> Header:
+    """The header with as many entries of the feature name table as leave the extensions inside ``sector``."""
+    others = tuple(ext for ext in header.extensions if ext.kind != EXT_FEATURE_TABLE)
+    table = header.extension(EXT_FEATURE_TABLE) or b""
+    without = attrs.evolve(header, extensions=others)
+    room = (sector - header.header_length - len(_encode_extensions(without)) - 8) // 48 * 48
+    if room <= 0 or not table:
+        return without
+    return attrs.evolve(header, extensions=(*others, Extension(EXT_FEATURE_TABLE, table[:room])))
+
+
+def _encode_name(header: Header) -> bytes:
+    name = (header.backing_file or "").encode("utf-8", "surrogateescape")
+    if len(name) > MAX_BACKING_NAME:
+        raise BlockIOError(22, f"a backing file name may have at most {MAX_BACKING_NAME} bytes")
+    return name
+
+
+def _encode_extensions(header: Header) -> bytes:
+    """The extensions in the order that 7.2 writes, and their end mark."""
     extensions = sorted(
         header.extensions, key=lambda ext: EXT_ORDER.index(ext.kind) if ext.kind in EXT_ORDER else len(EXT_ORDER)
     )
@@ -345,22 +442,19 @@ def encode_header(header: Header) -> bytes:
     for ext in extensions:
         body += struct.pack(">II", ext.kind, len(ext.data)) + ext.data
         body += bytes(-len(body) % 8)
-    body += bytes(8)
-    name = (header.backing_file or "").encode("utf-8", "surrogateescape")
-    if len(name) > MAX_BACKING_NAME:
-        raise BlockIOError(22, f"a backing file name may have at most {MAX_BACKING_NAME} bytes")
+    return bytes(body) + bytes(8)
+
+
+def _encode_fields(header: Header, name: bytes, name_offset: int) -> bytes:
     out = bytearray(header.header_length)
     values = attrs.asdict(header, recurse=False)
-    values |= {"backing_offset": len(out) + len(body) if name else 0, "backing_size": len(name)}
+    values |= {"backing_offset": name_offset if name else 0, "backing_size": len(name)}
     out[:4] = MAGIC
     for field in V2_FIELDS if header.version == 2 else V3_FIELDS:
         struct.pack_into(">" + field.code, out, field.offset, values[field.name])
     if header.version > 2 and header.header_length > COMPRESSION_TYPE_OFFSET:
         out[COMPRESSION_TYPE_OFFSET] = header.compression_type
         out[V3_LENGTH : V3_LENGTH + len(header.tail)] = header.tail
-    out += body + name
-    if len(out) > header.cluster_size:
-        raise BlockIOError(28, "header, extensions and backing file name do not fit in the first cluster")
     return bytes(out)
 
 

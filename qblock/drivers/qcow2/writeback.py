@@ -32,9 +32,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import attrs
 
 from qblock.drivers.qcow2.cache import SECTOR, DirtyPart, TableCache
-from qblock.drivers.qcow2.header import Header, encode_header, encode_refcount_location, encode_size_and_l1
+from qblock.drivers.qcow2.header import Header, encode_refcount_location, encode_size_and_l1, encode_switch
 from qblock.drivers.qcow2.refcounts import Freed, Refcounts
-from qblock.units import align_up
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.storage import ImageFile
@@ -208,21 +207,18 @@ class WriteBack:
         self.file.header = attrs.evolve(self.file.header, size=size, l1_size=l1_size, l1_offset=l1_offset)
 
     async def rewrite_header(self, change: Callable[[Header], Header]) -> None:
-        """Write the whole first cluster anew, between two rounds, when ``file.header`` is what the file says. Durable."""
+        """Change the header's fields and extensions, between two rounds, when ``file.header`` is what the file says. Durable."""
         while self._running is not None:
             await asyncio.shield(self._running)
         self.file.check_writable()
-        old = self.file.header
-        new = change(old)
-        # Padded over what the old header had behind the new one's end.
-        data = encode_header(new)
-        data = data.ljust(align_up(max(len(data), len(encode_header(old))), SECTOR), b"\0")
+        new, writes = encode_switch(self.file.header, change(self.file.header), SECTOR)
         done = self._running = asyncio.get_running_loop().create_future()
         try:
             await self.file.barrier()
-            await self.file.write_metadata(0, memoryview(data))
+            for offset, data in writes:
+                await self.file.write_metadata(offset, memoryview(data))
+                await self.file.barrier()
             self.file.header = new
-            await self.file.barrier()
         finally:
             self._running = None
             done.set_result(None)

@@ -18,6 +18,7 @@ from qblock.backend import BlockBackend
 from qblock.driver import BackingLink, CheckFix
 from qblock.drivers.file.driver import FileDriver, FileOptions
 from qblock.drivers.qcow2.driver import Qcow2Driver
+from qblock.drivers.qcow2.header import parse_header
 from qblock.drivers.qcow2.options import OverlapChecks, Qcow2Options
 from qblock.errors import BlockIOError, CorruptImage, ImagePoisoned, InvalidParameter, QBlockError
 from qblock.extents import Data, Unallocated, Zero
@@ -380,7 +381,9 @@ def test_the_header_is_rewritten_with_what_has_moved_meanwhile() -> None:
         await disk.write(0, b"x" * (5 * MiB))
         driver = bench.node.driver
         assert isinstance(driver, Qcow2Driver)
-        await asyncio.gather(driver.change_backing_link(BackingLink("b", "raw")), disk.write(5 * MiB, b"y" * (MiB // 2)))
+        await asyncio.gather(
+            driver.change_backing_link(BackingLink("b", "raw")), disk.write(5 * MiB, b"y" * (MiB // 2))
+        )
         assert ((await driver.check(CheckFix.NONE)).leaks, (await driver.check(CheckFix.NONE)).corruptions) == (0, 0)
         await bench.close()
         assert ((await bench.check()).leaks, (await bench.check()).corruptions) == (0, 0)
@@ -409,6 +412,38 @@ def test_the_backing_link_is_changed_durably_and_unknown_extensions_stay() -> No
             await driver.change_backing_link(BackingLink("x" * 1024, None))
         await driver.change_backing_link(None)
         assert driver.backing_link() is None and b"qcow2" not in bytes(bench.storage.live[:CLUSTER])
+
+    run(main)
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16])
+@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.parametrize(
+    "link",
+    [None, BackingLink("n", None), BackingLink("/a/longer/new/name.qcow2", "qcow2"), BackingLink("x" * 300, "raw")],
+)
+def test_power_cuts_while_the_link_changes_leave_the_old_or_the_new_one(
+    version: str, cluster_bits: int, link: BackingLink | None
+) -> None:
+    """A torn header would make the whole image unreadable: what is parsed lies in one sector, and names do not overlap."""
+
+    async def main() -> None:
+        old = BackingLink("/some/where/old-backing-file.img", "raw")
+        bench = await made(
+            version=version, cluster_size=1 << cluster_bits, backing_file=old.filename, backing_fmt=old.format
+        )
+        await bench.open()
+        driver = bench.node.driver
+        assert isinstance(driver, Qcow2Driver)
+        started = len(bench.storage.effects)
+        await driver.change_backing_link(link)
+        for moment in range(started, len(bench.storage.effects) + 1):
+            for seed in range(20):
+                image = bench.storage.after_power_cut(moment, Random(seed))
+                header = parse_header(image[: 1 << cluster_bits], "image")
+                found = header.backing_file and BackingLink(header.backing_file, header.backing_format)
+                assert found in (old, link)
+        assert found == link
 
     run(main)
 
