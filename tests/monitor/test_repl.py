@@ -227,6 +227,42 @@ def test_piped_lines_print_answers_and_events_and_fail_if_one_does(bench: Bench)
     assert lines[-1] == "[event] JOB_STATUS_CHANGE virtio0: null"
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['qemu-io virtio0 "read -P 9 0 512"', "drive_add 0 if=none,id=x,file=/no/such/file", "drive_del nothing", "help nosuch"],
+)
+def test_piped_lines_fail_whatever_their_output_looks_like(bench: Bench, line: str) -> None:
+    """A failed qemu-io command prints elsewhere, and some commands do not say ``Error:``."""
+    assert bench.repl.run_lines(io.StringIO(f"{line}\nclock\n")) == 1
+
+
+def test_what_is_made_and_what_is_warned_of_is_shown_with_the_line_that_caused_it(bench: Bench) -> None:
+    """The same text that QEMU prints; what comes after the last line is shown too."""
+    snapshot = bench.run(f"snapshot_blkdev virtio0 {bench.directory}/no/such/directory/s.qcow2")
+    assert snapshot[0].startswith(f"Formatting '{bench.directory}/no/such/directory/s.qcow2', fmt=qcow2")
+    assert snapshot[1].startswith("Error: ")
+    (shown,) = bench.run(bench.mirror())
+    assert shown == (
+        f"Formatting '{bench.directory}/copy.qcow2', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib "
+        f"size={4 * MiB} lazy_refcounts=off refcount_bits=16"
+    )
+    bench.machine.reports.warn("late")
+    assert bench.repl.run_lines(io.StringIO("")) == 0
+    assert bench.written.getvalue().splitlines()[-1] == "warning: late"
+
+
+def test_a_resized_disk_is_the_guests_to_use(bench: Bench) -> None:
+    """Growing gives it zeroes, shrinking and growing again too."""
+    assert bench.run("guest write virtio0 3M 1M 7", "block_resize virtio0 3", "block_resize virtio0 8") == [
+        "1 MiB written at 3145728, pattern 0x07"
+    ]
+    assert bench.run("guest read virtio0 3M 1M 0", "guest write virtio0 7M 1M 5", "guest read virtio0 7M 64k 5") == [
+        "1 MiB at 3145728 are all 0x00",
+        "1 MiB written at 7340032, pattern 0x05",
+        "64 KiB at 7340032 are all 0x05",
+    ]
+
+
 def test_piped_lines_that_all_work_end_well(bench: Bench) -> None:
     """The exit code is what a shell script looks at."""
     assert bench.repl.run_lines(io.StringIO("clock\ninfo block\n")) == 0

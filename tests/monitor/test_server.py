@@ -258,3 +258,11 @@ def test_chardev_options_that_do_not_fit_are_refused(text: str) -> None:
 def test_the_short_form_takes_old_and_new_switches(text: str) -> None:
     """Old command lines still exist."""
     assert parse_short(text, "m") == ChardevOptions("m", UnixAddress("/p"), True, False)
+
+
+def test_commas_in_the_path_of_the_short_form_are_written_twice() -> None:
+    """As in every option of QEMU; an equals sign is just a character."""
+    assert parse_short("unix:/a,,b=c,server=on,wait=off", "m") == ChardevOptions("m", UnixAddress("/a,b=c"), True, False)
+    for text in ("", "unix:", "unix:/a,b", "tcp:host", "pty"):
+        with pytest.raises(CommandError):
+            parse_short(text, "m")

@@ -233,3 +233,31 @@ def test_the_client_from_pypi_works_with_it() -> None:
     with daemon(*DISK, *SOCKET):
         assert asyncio.run(talk()) == ["disk"]
         assert asyncio.run(talk()) == ["disk"], "and a second client after the first"
+
+
+def test_the_driver_of_a_node_may_stand_first_without_its_key() -> None:
+    """As qemu-storage-daemon takes it."""
+    with daemon("--blockdev", "memory,node-name=disk,size=1M", *SOCKET), Monitor("qmp") as monitor:
+        assert [node["node-name"] for node in monitor.ask("query-named-block-nodes")["return"]] == ["disk"]
+        assert monitor.ask("quit") == {"return": {}}
+
+
+def test_the_line_about_a_new_image_stays_out_of_the_way_of_a_client() -> None:
+    """QEMU prints it to standard output; where a client reads that, it goes to standard error."""
+    commands = [
+        {"execute": "qmp_capabilities"},
+        {"execute": "blockdev-snapshot-sync",
+         "arguments": {"node-name": "disk", "snapshot-node-name": "top", "snapshot-file": "top.qcow2"}},
+        {"execute": "quit"},
+    ]  # fmt: skip
+    Path("disk.raw").write_bytes(bytes(1 << 20))
+    node = "driver=raw,node-name=disk,file.driver=file,file.filename=disk.raw"
+    done = subprocess.run(
+        [*PROGRAM, "--blockdev", node, "--chardev", "stdio,id=c", "--monitor", "c"],
+        input="".join(map(json.dumps, commands)), capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stderr == (
+        "Formatting 'top.qcow2', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib size=1048576 "
+        "backing_file=disk.raw backing_fmt=raw lazy_refcounts=off refcount_bits=16\n"
+    )
+    assert all(json.loads(line) for line in done.stdout.splitlines())

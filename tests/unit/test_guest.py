@@ -13,6 +13,7 @@ from qblock.backend import BlockBackend
 from qblock.clock import LoopClock
 from qblock.errors import BlockIOError, CommandError
 from qblock.guest import SECTOR, UNKNOWN, ContentMap, Guest, GuestMismatch, Workload, byte_tag, expected_bytes
+from qblock.permissions import Perm
 from qblock.system import BlockSystem
 from qblock.testing.simloop import run
 from qblock.units import KiB, MiB
@@ -158,5 +159,46 @@ def test_the_guest_follows_its_device_to_another_node() -> None:
         await disk.write(0, data)
         await guest.write(4096, 4096)
         assert await guest.verify(disk.read_into) == SIZE
+
+    with_guest(work)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 5)), max_size=20))
+def test_the_content_map_follows_the_size_of_its_disk(changes: list[tuple[int, int, int]]) -> None:
+    """What is cut off is forgotten, what is added are zeroes; a plain list tells what is right."""
+    content, plain = ContentMap(8), [0] * 8
+    for size, start, tag in changes:
+        content.resize(size)
+        plain = (plain + [0] * size)[:size]
+        length = max(0, min(4, size - start))
+        content.assign(min(start, size), length, tag)
+        plain[start : start + length] = [tag] * length
+        shown = [tag for run, tag in content.runs() for _ in range(run.length)]
+        assert shown == plain
+
+
+def test_the_guest_uses_what_its_disk_has_gained_and_forgets_what_was_cut_off() -> None:
+    """After block_resize the new area is the guest's, and holds zeroes also where there was data once."""
+
+    async def resize(system: BlockSystem, guest: Guest, size: int) -> None:
+        backend = BlockBackend(system.graph, perm=Perm.RESIZE, shared=Perm.ALL)
+        backend.insert(guest.backend.node)
+        await backend.truncate(size)
+        backend.close()
+        guest.notice_size()
+
+    async def work(system: BlockSystem, guest: Guest) -> None:
+        await guest.write(SIZE - 4096, 4096, 7)
+        await resize(system, guest, SIZE // 2)
+        with pytest.raises(BlockIOError):
+            await guest.write(SIZE - 4096, 4096)
+        await resize(system, guest, 2 * SIZE)
+        assert await guest.read(SIZE - 4096, 4096) == bytes(4096)
+        await guest.write(2 * SIZE - 512, 512)
+        guest.start()
+        await system.clock.sleep_ns(1_000_000_000)
+        await guest.stop()
+        assert guest.content.size == 2 * SIZE
+        await guest.verify(guest.backend.read_into)
 
     with_guest(work)
