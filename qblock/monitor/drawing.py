@@ -60,13 +60,18 @@ class GraphDrawing:
         return result or ["(there are no block nodes)"]
 
     def _roots(self) -> list[tuple[str, list[BdrvChild]]]:
-        """Who uses nodes without being one: devices first, then jobs, in the order in which their nodes are listed."""
-        users: dict[int, tuple[str, list[BdrvChild]]] = {}
+        """Who uses nodes without being one: devices first, then jobs, in the order in which their nodes are listed.
+
+        A job and the backend that it works through are one user, and that backend's edge is left out beside the job's own.
+        """
+        users: dict[int | str, tuple[str, list[BdrvChild]]] = {}
         for node in reversed(self.nodes):
             for edge in node.parents:
                 if not isinstance(edge.parent, BlockDriverState):
-                    users.setdefault(id(edge.parent), (edge.parent.describe_user(), []))[1].append(edge)
-        return sorted(users.values(), key=lambda user: _rank(user[0]))
+                    title = edge.parent.describe_user()
+                    users.setdefault(title if _is_job(title) else id(edge.parent), (title, []))[1].append(edge)
+        shown = ((title, _without_handles(edges) if _is_job(title) else edges) for title, edges in users.values())
+        return sorted(shown, key=lambda user: _rank(user[0]))
 
     def _edges(self, edges: list[BdrvChild], indent: str) -> Iterator[str]:
         for index, edge in enumerate(edges):
@@ -98,9 +103,18 @@ class GraphDrawing:
 _UNNAMED: Final = "an unnamed"
 
 
+def _is_job(user: str) -> bool:
+    return " job " in user and not user.startswith(_UNNAMED)
+
+
+def _without_handles(edges: list[BdrvChild]) -> list[BdrvChild]:
+    named = [edge.node for edge in edges if edge.role is not ChildRole.ROOT]
+    return [edge for edge in edges if edge.role is not ChildRole.ROOT or edge.node not in named]
+
+
 def _rank(user: str) -> tuple[int, str]:
     """Disks come first, then jobs, then what has no name."""
-    return (2 if user.startswith(_UNNAMED) else 1 if " job " in user else 0), user
+    return (2 if user.startswith(_UNNAMED) else 1 if _is_job(user) else 0), user
 
 
 def describe_node(node: BlockDriverState) -> str:

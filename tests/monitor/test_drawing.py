@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qblock.backend import BlockBackend
 from qblock.clock import LoopClock
 from qblock.monitor.client import QmpClient
 from qblock.monitor.drawing import ASCII, GraphDrawing, columns, describe_permissions, progress_bar
@@ -46,6 +47,29 @@ def test_a_format_and_its_file_share_a_line_unless_all_is_asked_for() -> None:
     node = {"driver": "raw", "node-name": "a", "file": {"driver": "memory", "node-name": "m", "size": 512}}
     assert drawn(node) == ["monitor", "`- a: raw, 512 B"]
     assert drawn(node, full=True) == ["monitor", "`- a: raw, 512 B", "   `- m: memory, 512 B"]
+
+
+def test_a_job_is_one_user_with_all_the_handles_it_has() -> None:
+    """Jobs work through edges of their own and through backends; a person wants to see one job."""
+
+    async def main() -> list[str]:
+        async with BlockSystem.create(clock=LoopClock()) as system, await QmpClient.in_process(system) as qmp:
+            for name in ("a", "b"):
+                await qmp.execute("blockdev-add", driver="memory", node_name=name, size=1 << 20)
+            await qmp.execute("blockdev-mirror", job_id="j", device="a", target="b", sync="full", filter_node_name="f")
+            handle = BlockBackend(system.graph, perm=Perm.NONE, shared=Perm.ALL, description="mirror job 'j'")
+            handle.insert(system.graph.find_node("f"))
+            shown = GraphDrawing(tuple(system.graph.nodes.values()), ASCII).lines()
+            handle.close()
+            return shown
+
+    assert run(main) == [
+        "mirror job 'j'",
+        "+- main node f: mirror_top",
+        "|  `- a: memory, 1 MiB",
+        "+- target b: memory, 1 MiB",
+        "`- source a (drawn above)",
+    ]
 
 
 def test_progress_bars_are_full_only_at_the_end() -> None:
