@@ -157,6 +157,7 @@ class FileDriver(Driver):
     _inline_read = INLINE_READ
     _read_flags = os.RWF_NOWAIT
     _inline_write = INLINE_WRITE
+    _write = staticmethod(space.write_fully)
     _discards_ok = 0
     _discards_failed = 0
     _discarded_bytes = 0
@@ -182,6 +183,8 @@ class FileDriver(Driver):
             self._length = _size_of(self._fd)
             if space.is_in_memory(self._fd):
                 self._read_flags = 0
+            if not self._is_device and space.gains_by_reserving(self._fd):
+                self._write = space.write_reserved
             if node.cache_direct:
                 self.limits = Limits(request_alignment=self._probe_alignment())
                 self._inline_read = 0
@@ -293,9 +296,9 @@ class FileDriver(Driver):
             if self.node.cache_direct:
                 await self._run(self._write_direct, self._fd, offset, buffer)
             elif len(buffer) > self._inline_write:
-                await self._run(space.write_fully, self._fd, offset, buffer)
-            elif (done := os.pwrite(self._fd, buffer, offset)) < len(buffer):
-                space.write_fully(self._fd, offset + done, buffer[done:])
+                await self._run(self._write, self._fd, offset, buffer)
+            else:
+                self._write(self._fd, offset, buffer)
         except OSError as error:
             self._length = _size_of(self._fd)
             raise _io_error(error, f"Writing '{self.options.filename}' at {offset} failed") from None
