@@ -243,6 +243,11 @@ class Image:
                 self._backend.remove()
             await self._opener.close_orphans()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the image has been closed."""
+        return self._closed
+
     def __enter__(self) -> Image:
         return self
 
@@ -327,8 +332,8 @@ class ImageFile(io.RawIOBase):
         return length
 
     def flush(self) -> None:
-        """See `Image.flush`."""
-        if not self.closed:
+        """See `Image.flush`; nothing is left to do when the image was closed first."""
+        if not self.closed and not self.image.closed:
             self.image.flush()
 
 
