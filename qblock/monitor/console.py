@@ -124,7 +124,7 @@ class Console:
             return flags
         place = places[len(given)]
         if place.kind == "B":
-            return [*flags, *self._names()]
+            return [*flags, *(self._jobs() if command.name.startswith("block_job_") else self._names())]
         if place.kind == "F" or place.name in _FILE_ARGUMENTS:
             return [*flags, *_files(beginning)]
         return flags
@@ -132,7 +132,7 @@ class Console:
     def _names(self) -> list[Suggestion]:
         devices = [Suggestion(name, "disk") for name in self.machine.device_names()]
         nodes = [Suggestion(name, "node") for name in self.machine.system.graph.nodes if not name.startswith("#")]
-        return [*devices, *self._jobs(), *nodes]
+        return [*devices, *nodes]
 
     def _jobs(self) -> list[Suggestion]:
         jobs = self.machine.system.jobs.query_jobs()

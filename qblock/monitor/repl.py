@@ -11,7 +11,9 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
@@ -32,6 +34,8 @@ PROMPT: Final = "(qblock) "
 _ANSWER_TIMEOUT: Final = 0.2
 """Real seconds that drawing the toolbar or completing a word waits for a busy machine."""
 _REFRESH_SECONDS: Final = 0.5
+_BETWEEN: Final = "  |  "
+_TOOLBAR_LINES: Final = 5
 
 
 @attrs.define(eq=False)
@@ -41,13 +45,15 @@ class Repl:
     thread: LoopThread
     console: Console
     out: Callable[[str], object] = sys.stdout.write
-    _toolbar: str = attrs.field(init=False, default="")
+    _toolbar: list[str] = attrs.field(init=False, factory=list)
+    _printing: threading.Lock = attrs.field(init=False, factory=threading.Lock)
 
-    def execute(self, line: str) -> Answer:
-        """Execute one line on the machine's loop and print what it says."""
+    def execute(self, line: str, *, columns: int | None = None) -> Answer:
+        """Execute one line on the machine's loop and print what it says; help is wrapped to ``columns``."""
         answer = self.thread.call(self.console.execute(line))
         if answer.text:
-            self.out(answer.text.rstrip("\n") + "\n")
+            is_help = line.split()[0] in ("help", "?") or line.split() == ["info"]
+            self._print((_wrapped(answer.text, columns) if columns and is_help else answer.text).rstrip("\n") + "\n")
         return answer
 
     # -------------------------------------------------------------------------------------------------------- line mode
@@ -79,39 +85,56 @@ class Repl:
 
     def run_prompt(self, session: PromptSession[str]) -> int:
         """Prompt until ``quit``, Ctrl-D, or until the machine is told to quit by somebody else."""
-        from prompt_toolkit.patch_stdout import patch_stdout  # noqa: PLC0415 - heavy, and for terminals only
-
-        with patch_stdout(raw=True):
-            self.console.machine.events.listener = self._announce
-            self.console.machine.reports.listener = self._pass_on
-            self.thread.when_done(self.console.machine.hub.wait_quit(), lambda: _leave_prompt(session))
-            while not self.console.machine.hub.quitting:
-                try:
+        self.console.machine.events.listener = self._announce
+        self.console.machine.reports.listener = self._pass_on
+        self.thread.when_done(self.console.machine.hub.wait_quit(), lambda: _leave_prompt(session))
+        while not self.console.machine.hub.quitting:
+            try:
+                with self._above_prompt():
                     line = session.prompt(PROMPT)
-                except KeyboardInterrupt:
-                    continue
-                except EOFError:
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                break
+            try:
+                if self.execute(line, columns=shutil.get_terminal_size().columns).quit:
                     break
-                try:
-                    if self.execute(line).quit:
-                        break
-                except KeyboardInterrupt:
-                    self.out("interrupted; what was started goes on\n")
+            except KeyboardInterrupt:
+                self._print("interrupted; what was started goes on\n")
         return 0
 
+    @contextmanager
+    def _above_prompt(self) -> Iterator[None]:
+        """While the prompt stands, what others print goes above it; between prompts it is printed at once, in its order."""
+        from prompt_toolkit.patch_stdout import patch_stdout  # noqa: PLC0415 - heavy, and for terminals only
+
+        patch = patch_stdout(raw=True)
+        with self._printing:
+            patch.__enter__()
+        try:
+            yield
+        finally:
+            with self._printing:
+                patch.__exit__(None, None, None)
+
+    def _print(self, text: str) -> None:
+        with self._printing:
+            self.out(text)
+
     def _pass_on(self, report: Report) -> None:
-        self.out(report.text)
+        self._print(report.text)
 
     def _announce(self, event: MachineEvent) -> None:
         if self.console.machine.watching:
-            self.out(f"[event] {event.describe()}\n")
+            self._print(f"[event] {event.describe()}\n")
 
     def toolbar(self, typed: str) -> str:
         """What stands below the prompt: help on the command being typed, then the clock and the jobs."""
-        shown = self.thread.ask(lambda: toolbar_text(self.console), timeout=_ANSWER_TIMEOUT)
+        shown = self.thread.ask(lambda: toolbar_parts(self.console), timeout=_ANSWER_TIMEOUT)
         self._toolbar = shown if shown is not None else self._toolbar
-        usage = textwrap.wrap(self.console.usage(typed), shutil.get_terminal_size().columns)
-        return "\n".join([*usage, self._toolbar])
+        columns = shutil.get_terminal_size().columns
+        usage = textwrap.wrap(self.console.usage(typed), columns)
+        return "\n".join([*usage, *side_by_side(self._toolbar, columns)])
 
     def suggestions(self, typed: str) -> list[Suggestion]:
         """What could be typed next; nothing while the machine is too busy to say."""
@@ -143,17 +166,34 @@ def _leave_prompt(session: PromptSession[str]) -> None:
         loop.call_soon_threadsafe(lambda: session.app.is_running and session.app.exit(exception=EOFError))
 
 
-def toolbar_text(console: Console) -> str:
-    """The clock and the running jobs on one line."""
+def _wrapped(text: str, columns: int) -> str:
+    """Lines that are longer than ``columns`` broken between words, and continued with an indent."""
+    lines = [textwrap.wrap(line, columns, subsequent_indent="    ") or [""] for line in text.splitlines()]
+    return "\n".join(part for parts in lines for part in parts)
+
+
+def toolbar_parts(console: Console) -> list[str]:
+    """The clock, and each of the running jobs."""
     machine = console.machine
     passed = format_duration((machine.clock.now_ns() - machine.started_ns) // 1_000_000 * 1_000_000)
     parts = [f"{machine.clock.kind} time {passed}"]
     for job in machine.system.jobs.query_jobs():
         bar = progress_bar(job["current-progress"], job["total-progress"], width=10, strokes=UNICODE)
         parts.append(f"{job['type']} {job['id']} {job['status']} {bar}")
-    if len(parts) == 1:
-        parts.append("no jobs")
-    return "  |  ".join(parts)
+    return parts if len(parts) > 1 else [*parts, "no jobs"]
+
+
+def side_by_side(parts: Sequence[str], columns: int) -> list[str]:
+    """As many of ``parts`` on a line as fit into ``columns``; what `_TOOLBAR_LINES` do not hold is counted at the end."""
+    lines: list[str] = []
+    for index, part in enumerate(parts):
+        if lines and len(lines[-1]) + len(_BETWEEN) + len(part) <= columns:
+            lines[-1] += _BETWEEN + part
+        elif len(lines) < _TOOLBAR_LINES:
+            lines.append(part)
+        else:
+            return [*lines, f"and {len(parts) - index} more"]
+    return lines
 
 
 def _kept_history() -> History:

@@ -19,7 +19,7 @@ from qblock.monitor.completion import ReplCompleter
 from qblock.monitor.console import Console
 from qblock.monitor.loopthread import LoopThread
 from qblock.monitor.machine import Machine, MachineOptions
-from qblock.monitor.repl import Repl, toolbar_text
+from qblock.monitor.repl import Repl, side_by_side, toolbar_parts
 from qblock.monitor.repl_commands import LEARNING_COMMANDS, hex_dump
 from qblock.testing.images import make_chain
 from qblock.testing.machines import drive_text
@@ -184,7 +184,7 @@ def test_commands_nodes_disks_jobs_and_files_are_completed(bench: Bench) -> None
     assert bench.words("block_job_c") == ["block_job_cancel", "block_job_complete"]
     assert {"block", "block-jobs"} <= set(bench.words("info "))
     assert "virtio0" in bench.words("block_job_cancel ")
-    assert bench.words("block_job_cancel -f vir")[0] == "virtio0"
+    assert bench.words("block_job_cancel -f vir") == bench.words("block_resize vir") == ["virtio0"]
     assert bench.words("drive_mirror -") == ["-n", "-f"]
     assert bench.words(f"drive_mirror virtio0 {bench.directory}/b") == [f"{bench.directory}/base.qcow2"]
     assert bench.words("guest ") == ["start", "stop", "write", "read", "flush"]
@@ -204,12 +204,20 @@ def test_completions_replace_the_unfinished_word(bench: Bench) -> None:
 
 def test_the_toolbar_shows_the_clock_and_the_jobs(bench: Bench) -> None:
     """And, above it, how the command being typed is used."""
-    assert bench.thread.ask(lambda: toolbar_text(bench.repl.console), timeout=5) == "virtual time 0s  |  no jobs"
+    assert bench.thread.ask(lambda: toolbar_parts(bench.repl.console), timeout=5) == ["virtual time 0s", "no jobs"]
     bench.run(bench.mirror(), "step 1500ms")
     shown = bench.repl.toolbar("block_job_cancel vir").splitlines()
     assert shown[0].startswith("block_job_cancel [-f] device")
     assert shown[-1].startswith("virtual time 1.5s  |  mirror virtio0 ready [")
     assert bench.repl.toolbar("nonsense") == shown[-1]
+
+
+def test_the_toolbar_takes_the_lines_it_needs() -> None:
+    """Two jobs do not fit into 80 columns; many are counted instead of pushing the prompt off the screen."""
+    jobs = [f"job {number}" for number in range(9)]
+    assert side_by_side(jobs[:2], 20) == ["job 0  |  job 1"]
+    assert side_by_side(jobs[:3], 20) == ["job 0  |  job 1", "job 2"]
+    assert side_by_side(jobs, 10) == [*jobs[:5], "and 4 more"]
 
 
 # ---------------------------------------------------------------------------------------------------- lines and prompt
@@ -281,6 +289,17 @@ def test_a_prompt_executes_lines_until_quit(bench: Bench) -> None:
     shown = prompt(bench, "watch on\nnot this\x03step 1s\nstop\nquit\n")
     assert shown[:2] == ["events are printed as they happen", "the time is 1s"]
     assert "[event] STOP" in shown
+
+
+def test_help_is_wrapped_between_words_at_a_terminal(bench: Bench) -> None:
+    """Piped output keeps its lines."""
+    bench.repl.execute("help block_job_cancel", columns=40)
+    assert bench.written.getvalue().splitlines() == [
+        "block_job_cancel [-f] device -- stop a",
+        "    block job (-f: at once, even if it",
+        "    is ready or paused)",
+    ]
+    assert len(bench.run("help block_job_cancel")) == 1
 
 
 def test_a_prompt_ends_with_control_d(bench: Bench) -> None:
