@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random as random_module
 import shutil
 import sys
@@ -86,6 +87,12 @@ def _run(argv: Sequence[str]) -> int:
     except UsageError as error:
         complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
         return 2
+    except KeyboardInterrupt:
+        if sys.stdout.isatty():
+            print("\ninterrupted")  # the bar's line is not ended yet
+        raise
+    except BrokenPipeError:  # whoever reads us has had enough
+        raise
     except (QBlockError, OSError, TimeoutError) as error:
         complain(PROGRAM, str(error))
         return 1
@@ -109,8 +116,10 @@ def _presenter(line: CommandLine) -> Presenter:
     if line.has("json"):
         return JsonPresenter(write)
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    width = min(shutil.get_terminal_size().columns, 100) if sys.stdout.isatty() else 100
-    return TextPresenter(write, terminal=sys.stdout.isatty(), unicode=encoding.startswith("utf"), width=width)
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    width = max(40, min(shutil.get_terminal_size().columns, 100)) if terminal else 100
+    colours = terminal and not os.environ.get("NO_COLOR")
+    return TextPresenter(write, terminal, colours, unicode=encoding.startswith("utf"), width=width)
 
 
 @contextlib.contextmanager

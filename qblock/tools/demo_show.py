@@ -20,6 +20,7 @@ _DIM: Final = "2"
 _GREEN: Final = "32"
 _RED: Final = "31"
 _CYAN: Final = "36"
+_SHORTEST_BAR: Final = 10
 
 
 @attrs.frozen
@@ -61,10 +62,11 @@ class Presenter(Protocol):
 
 @attrs.define(eq=False)
 class TextPresenter:
-    """For people. On a ``terminal`` with colours and a bar that moves; elsewhere one line for each tenth of the way."""
+    """For people. On a ``terminal`` a bar moves; elsewhere there is one line for each tenth of the way. ``width`` in columns."""
 
     write: Callable[[str], object]
     terminal: bool = False
+    colours: bool = False
     unicode: bool = True
     width: int = 100
     _bar_shown: bool = attrs.field(init=False, default=False)
@@ -76,7 +78,7 @@ class TextPresenter:
         return UNICODE if self.unicode else ASCII
 
     def _paint(self, text: str, colour: str) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if self.terminal else text
+        return f"\x1b[{colour}m{text}\x1b[0m" if self.colours else text
 
     def _line(self, text: str = "") -> None:
         if self._bar_shown:
@@ -110,8 +112,12 @@ class TextPresenter:
 
     def progress(self, ns: int, offset: int, length: int) -> None:
         """See `Presenter`."""
-        bar = progress_bar(offset, length, strokes=self.strokes)
-        text = f"[{ns / SECOND_NS:8.3f} s]    {bar}  {format_size(offset)} of {format_size(length)}"
+        before, after = f"[{ns / SECOND_NS:8.3f} s]    ", f"  {format_size(offset)} of {format_size(length)}"
+        room = self.width - len(before) - len(progress_bar(0, 1, width=0)) - 1
+        if room - len(after) < _SHORTEST_BAR:
+            after = ""
+        bar = progress_bar(offset, length, width=min(room - len(after), 40), strokes=self.strokes)
+        text = before + bar + after
         if self.terminal:
             self.write(f"\r\x1b[K{text}")
             self._bar_shown = True
@@ -127,8 +133,10 @@ class TextPresenter:
         self._line()
         for proof in proofs:
             mark = self._paint(marks[0], _GREEN) if proof.holds else self._paint(marks[1], _RED)
-            self._line(f"  {mark} {proof.claim}")
-            self._line(self._paint(f"      {proof.seen}", _DIM))
+            for number, line in enumerate(textwrap.wrap(proof.claim, self.width - 6)):
+                self._line(f"      {line}" if number else f"  {mark} {line}")
+            for line in textwrap.wrap(proof.seen, self.width - 6):
+                self._line(self._paint(f"      {line}", _DIM))
         self._line()
         failed = sum(not proof.holds for proof in proofs)
         verdict = f"{failed} of {len(proofs)} proofs FAILED" if failed else f"all {len(proofs)} proofs hold"

@@ -56,6 +56,8 @@ def _run(argv: Sequence[str]) -> int:
     except UsageError as error:
         complain(PROGRAM, f"{error}\nTry 'qblock --help' for more information")
         return 2
+    except BrokenPipeError:  # whoever reads us has had enough
+        raise
     except (QBlockError, OSError) as error:
         complain(PROGRAM, str(error))
         return 1

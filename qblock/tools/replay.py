@@ -73,6 +73,8 @@ def _run(argv: Sequence[str]) -> int:
     except (UsageError, ScriptError) as error:
         complain(PROGRAM, str(error))
         return UNUSABLE
+    except BrokenPipeError:  # whoever reads us has had enough
+        raise
     except (QBlockError, OSError) as error:
         complain(PROGRAM, str(error))
         return UNMET

@@ -178,7 +178,7 @@ def test_a_refuted_proof_makes_the_exit_code_1(
 def test_a_terminal_gets_colours_and_a_bar_that_moves() -> None:
     """And the bar's line is ended before anything else is printed."""
     written: list[str] = []
-    show = TextPresenter(written.append, terminal=True, unicode=False, width=60)
+    show = TextPresenter(written.append, terminal=True, colours=True, unicode=False, width=60)
     show.progress(0, 1, 4)
     show.progress(100_000_000, 2, 4)
     show.message(200_000_000, "event", {"event": "X" * 20, "data": {"member": "y" * 30}})
@@ -189,6 +189,18 @@ def test_a_terminal_gets_colours_and_a_bar_that_moves() -> None:
     assert "\x1b[32mok\x1b[0m good" in text
     assert "\x1b[31mFAILED\x1b[0m bad" in text
     assert max(len(line) for line in text.splitlines()) < 130
+
+
+def test_a_narrow_terminal_without_colours_gets_lines_that_fit() -> None:
+    """Under NO_COLOR there is no escape sequence but the one that moves the bar."""
+    written: list[str] = []
+    show = TextPresenter(written.append, terminal=True, width=50)
+    show.progress(1_000_000_000, 512 << 20, 1 << 30)
+    show.proofs(0, [Proof("a claim that takes a good many words, more than go on a line", False, "as does what was seen " * 4)])
+    text = "".join(written)
+    assert "\x1b" not in text.replace("\r\x1b[K", "")
+    assert max(len(line) for line in text.replace("\r\x1b[K", "").splitlines()) <= 50
+    assert "[█████████░░░░░░░░░░]  50.0 %\n" in text
 
 
 def test_the_library_can_be_used_on_what_the_demo_made(tmp_path: Path) -> None:
