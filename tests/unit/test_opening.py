@@ -299,13 +299,17 @@ def test_a_relative_name_is_relative_to_the_image_that_says_it(image: str, name:
 # ------------------------------------------------------------------------------------------------------ backing chains
 
 
-def test_a_chain_of_three_hundred_opens_without_recursion(tmp_path: Path) -> None:
+def test_a_chain_of_three_hundred_opens_and_reads_without_recursion(tmp_path: Path) -> None:
     """The depth of a chain is bounded by descriptors, not by Python's stack."""
 
     async def work(system: BlockSystem) -> None:
         top = await make_chain(system, tmp_path, 300)
         node = await system.opener.open_image(top)
         assert len(names(node)) == 300
+        backend = BlockBackend(system.graph, perm=Perm.CONSISTENT_READ, shared=Perm.ALL)
+        backend.insert(node)
+        assert await backend.read(0, SIZE) == bytes(SIZE)
+        backend.close()
         await system.opener.close_orphans()
         assert not system.graph.nodes
 

@@ -43,10 +43,12 @@ from qblock.drivers.qcow2.refcounts import Freed, Refcounts
 from qblock.drivers.qcow2.storage import Area, ImageFile
 from qblock.drivers.qcow2.writeback import Epochs, MappingLocation
 from qblock.errors import BlockIOError
+from qblock.extents import Unallocated
 from qblock.zeroes import fill_zero, zero_view
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.allocation import Allocation
+    from qblock.node import BlockDriverState
 
 _ENTRIES_PER_SECTOR: Final = SECTOR // 8
 _STATUS_SLICES: Final = 64
@@ -56,7 +58,9 @@ _STATUS_SLICES: Final = 64
 class ClusterMap:
     """The mapping of one open image. ``length`` is the disk's size in bytes."""
 
-    def __init__(self, file: ImageFile, geometry: Geometry, l1: array[int], cache_bytes: int, clean_interval: int) -> None:
+    def __init__(
+        self, file: ImageFile, geometry: Geometry, l1: array[int], cache_bytes: int, clean_interval: int
+    ) -> None:
         self.file = file
         self.geometry = geometry
         self.length = file.header.size
@@ -256,13 +260,18 @@ class ClusterMap:
                 self.epochs.leave(epoch)
 
     async def read_below(self, guest: int, view: memoryview) -> None:
-        """Read what an unallocated area shows: the backing node, or zeroes."""
-        backing = self.file.node.backing
-        if backing is None:
+        """Read what an unallocated area shows: the backing node, or zeroes.
+
+        Layers that have nothing here are passed by in a loop: chains may be longer than calls can be nested.
+        """
+        edge = self.file.node.backing
+        if edge is None:
             fill_zero(view)
-        else:
-            self.file.event("read_backing_aio")
-            await requests.read_into(backing, guest, view)
+            return
+        self.file.event("read_backing_aio")
+        while (below := edge.node.backing) is not None and await _has_nothing(edge.node, guest, len(view)):
+            edge = below
+        await requests.read_into(edge, guest, view)
 
     async def _unpack(self, entry: int) -> bytes:
         offset, length = compressed_location(entry, self.geometry.cluster_bits)
@@ -327,3 +336,11 @@ class ClusterMap:
     def is_dirty(self) -> bool:
         """See `writeback.TableSnapshot`."""
         return bool(self.cache.dirty or self.dirty_l1 or self.moved_l1 or self.changed_header)
+
+
+async def _has_nothing(node: BlockDriverState, guest: int, length: int) -> bool:
+    """Whether all of a range is for the layers below ``node`` to show, and reading it leaves nothing in ``node``."""
+    if node.copy_on_read or guest + length > node.length:
+        return False
+    extent = await requests.block_status(node, guest, length, want_zero=False)
+    return isinstance(extent, Unallocated) and extent.length >= length
