@@ -23,7 +23,7 @@ from qblock.drain import wait_idle
 from qblock.driver import BackingLink, Driver, Environment, Json, SupportsBacking
 from qblock.errors import CommandError, CorruptImage, InvalidParameter, QBlockError
 from qblock.filenames import combine_filename, has_protocol
-from qblock.graph import Graph
+from qblock.graph import Graph, check_node_name
 from qblock.node import BlockDriverState
 from qblock.nodespec import MAX_NESTING, NodeFlags, NodeReference, NodeSpec, SpecReader, child_fields
 from qblock.options import parse_json_filename, unflatten_dotted
@@ -319,6 +319,8 @@ class Opener:
 
         The driver needs no opening. Raises `InvalidParameter` and `DuplicateName`.
         """
+        if node_name is not None:
+            check_node_name(node_name)
         node = BlockDriverState(node_name or "", implicit=implicit)
         NodeFlags.of(like).set_on(node)
         node.driver = driver(node, options, self.env)

@@ -18,7 +18,7 @@ from qblock.errors import BlockIOError, CommandError, NodeNotFound
 from qblock.filtering import FilterDriver
 from qblock.node import BlockDriverState
 from qblock.options import ChildRef, DriverOptions, child, option
-from qblock.permissions import ANY_WRITE, ChildRole, Perm, PermissionPair
+from qblock.permissions import ChildRole, Perm, PermissionPair
 
 if TYPE_CHECKING:
     from qblock.node import BdrvChild
@@ -96,9 +96,6 @@ class CopyOnReadDriver(FilterDriver):
         return any(other is self._bottom for other in backing_chain(layer))
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
-        """See `Driver`: write-unchanged beside what the parents take."""
+        """See `Driver`: always write-unchanged beside what the parents take, so a read-only child is refused."""
         pair = super().child_permissions(role, perm, shared)
-        needs_copy = Perm.CONSISTENT_READ in perm or bool(perm & ANY_WRITE)
-        if needs_copy and not self.node.read_only:
-            return PermissionPair(pair.perm | Perm.WRITE_UNCHANGED, pair.shared)
-        return pair
+        return PermissionPair(pair.perm | Perm.WRITE_UNCHANGED, pair.shared)

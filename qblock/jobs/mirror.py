@@ -256,6 +256,7 @@ class _Setup:
             MirrorTop, DriverOptions(), node_name=name, like=self.source, implicit=name is None, change=change
         )
         node.length = self.source.length
+        node.read_only = False  # whatever the source: the filter itself has nothing to write
         self.system.graph.append(node, onto=self.source, change=change, name="backing")
         assert isinstance(node.driver, MirrorTop)
         return node.driver

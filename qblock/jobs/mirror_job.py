@@ -24,6 +24,7 @@ mode partial clusters of such layers are handled (7.2 leaves zeroes in the rest 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 from collections.abc import Awaitable, Callable, Coroutine
@@ -33,7 +34,7 @@ import attrs
 
 from qblock import requests
 from qblock.dirty import DirtyBitmap
-from qblock.errors import CommandError
+from qblock.errors import CommandError, QBlockError
 from qblock.jobs.copying import IO_FAILURES, MAX_REQUEST, SLICE_NS, BufferPool, InFlight, Operation, io_error
 from qblock.jobs.job import BlockJob
 from qblock.jobs.state import ErrorAction, OnError
@@ -112,6 +113,7 @@ class MirrorJob(BlockJob):
         self._should_complete = False
         self._offload = False
         self._mirroring = False
+        self._replacement: BlockDriverState | None = None
 
     def begin_watching(self) -> None:
         """From now on no change of the source escapes the job; the target has been inserted."""
@@ -461,6 +463,11 @@ class MirrorJob(BlockJob):
 
     async def _copy_whole_units(self, operation: Operation) -> None:
         end = operation.offset + operation.length
+        if await requests.is_zero(self.source, operation.offset, operation.length):
+            await requests.write_zeroes(
+                self._target_edge, operation.offset, operation.length, may_unmap=self.plan.unmap
+            )
+            return
         buffer = memoryview(bytearray(min(operation.length, MAX_REQUEST)))
         for offset in range(operation.offset, end, MAX_REQUEST):
             piece = buffer[: min(MAX_REQUEST, end - offset)]
@@ -479,6 +486,7 @@ class MirrorJob(BlockJob):
         """See `Job`: the switch, all or nothing."""
         plan = self.plan
         node = self._target_edge.node
+        self._replacement = node if self._should_complete else None
         if self._should_complete and plan.backing_at_end is BackingAtEnd.HEADER:
             await self.runner.opener.open_backing_chain(node)
             await self.undisturbed()
@@ -501,6 +509,12 @@ class MirrorJob(BlockJob):
 
     def _forget_bitmap(self) -> None:
         self.source.dirty_bitmaps.remove(self.bitmap)
+
+    async def afterwards(self) -> None:
+        """See `Job`: what took the place of a read-only node is read-only too."""
+        if self._replacement is not None and self.error is None and self.source.read_only:
+            with contextlib.suppress(QBlockError, OSError):  # it stays writable, which changes nothing that is stored
+                await self.runner.opener.reopen(self._replacement, read_only=True)
 
     def abort(self) -> None:
         """See `Job`: the source keeps its place."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from qblock.drain import drain_all
 from qblock.errors import CommandError, DeviceNotActive, DuplicateName, JobCancelled, JobStateError, QBlockError
 from qblock.jobs.job import BlockJob, Job
 from qblock.jobs.state import TRANSITIONS, VERBS, IoStatus, JobStatus, JobVerb
@@ -171,17 +172,34 @@ class JobRunner:
         job.set_speed(speed)
 
     async def cancel_all(self) -> None:
-        """Force every job to its end, newest first; returns when all are concluded."""
+        """Force every job to its end, newest first; returns when all are gone, those that rested concluded too.
+
+        As in QEMU the requests under way come to an end first, which the jobs that run show as a pause.
+        """
+        if self.jobs:
+            await drain_all(self.graph)
         held_back = []
         for job in reversed(self.jobs.copy()):
             if job.status in VERBS[JobVerb.CANCEL]:
                 await self.cancel(job, force=True)
             if job.quiesced > job.own_quiesced:
                 held_back.append(job)  # another job's drained section holds it: that one's end comes first
-            elif job.status is not JobStatus.CONCLUDED:
-                await self.wait(job)
+            else:
+                await self._see_off(job)
         for job in held_back:
-            await self.wait(job)
+            await self._see_off(job)
+
+    async def _see_off(self, job: Job) -> None:
+        """Wait until the job is concluded, and forget it."""
+        await self.wait(job)
+        if job.status is JobStatus.CONCLUDED:
+            self._dismiss(job)
+
+    async def resumed(self) -> None:
+        """Wait until the jobs that a drained section had paused go on, as far as nothing else pauses them."""
+        for job in self.jobs.copy():
+            while job.paused and not job.pause_count:
+                await job.noticed()
 
     # -------------------------------------------------------------------------------------------------------- queries
 

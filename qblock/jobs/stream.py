@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import attrs
 
 from qblock import requests
+from qblock.backend import BlockBackend
 from qblock.blockers import OpType
 from qblock.chain import chain_edge
 from qblock.drain import drained
@@ -80,6 +81,10 @@ class StreamJob(BlockJob):
         )
         self.request = request
         self.filter = filter_driver
+        self.reader = BlockBackend(
+            runner.graph, perm=Perm.CONSISTENT_READ, shared=_READ_WRITE_UNCHANGED, description=self.describe_user()
+        )
+        """What keeps the data readable for the job while it lasts, though others may write."""
         self.device = filter_driver.child.node
         self.lowest = lowest
         self.was_read_only = was_read_only
@@ -236,6 +241,7 @@ class StreamJob(BlockJob):
         self.filter.retired = True
         change.add(abort=partial(setattr, self.filter, "retired", False))
         self.release(change)
+        self.reader.remove(change)
         graph.drop(self.filter.node, change)
 
     def abort(self) -> None:
@@ -246,6 +252,7 @@ class StreamJob(BlockJob):
     def clean(self) -> None:
         """See `Job`."""
         self.end_drain()
+        self.runner.graph.remove_backend(self.reader)
 
     async def afterwards(self) -> None:
         """See `Job`: a device that was read-only is so again."""
@@ -354,8 +361,10 @@ def _set_up(
         )  # fmt: skip
         system.jobs.create(job)
         change.add(abort=partial(system.jobs.abandon, job))
+        change.add(abort=partial(system.graph.remove_backend, job.reader))
+        job.reader.insert(top, change)
         job.set_speed(request.speed)
-        job.hold("main node", top, Perm.NONE, _READ_WRITE_UNCHANGED, change=change)
+        job.hold("main node", top, Perm.NONE, Perm.ALL, change=change)
         job.hold("active node", node, Perm.NONE, _READ_WRITE_UNCHANGED, change=change)
         for layer in system.graph.whole_chain(node):
             if layer is not node:

@@ -11,7 +11,7 @@ import os.path
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from qblock.chain import chain_edge, chain_next, skip_filters, skip_implicit
+from qblock.chain import chain_edge, skip_implicit
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.filenames import combine_filename
 from qblock.monitor.replies import (
@@ -47,6 +47,7 @@ _SHOWN: Final[Mapping[str, frozenset[str]]] = {
     "raw": frozenset({"offset", "size"}),
 }
 """The options that change what a node of the driver shows; of drivers not listed all are shown."""
+_NOT_OPENED_BY_OPTIONS: Final = frozenset({"mirror_top"})
 _COUNTERS: Final = tuple(
     field.attribute
     for field in fields(BlockDeviceStats)
@@ -55,12 +56,12 @@ _COUNTERS: Final = tuple(
 
 
 def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
-    """All nodes in QEMU's order of creation: a node's child ``file`` comes before it, its other children after it."""
+    """All nodes in QEMU's order of creation: a node's child ``file``, if opened with it, comes before it, its others after."""
     order: dict[BlockDriverState, None] = {}
 
     def enter(node: BlockDriverState) -> None:
         storage = node.children.get("file")
-        if storage is not None and storage.node not in order:
+        if storage is not None and storage.node not in order and not storage.node.monitor_owned:
             enter(storage.node)
         order.setdefault(node)
 
@@ -71,8 +72,8 @@ def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
 
 def filename_of(node: BlockDriverState) -> str:
     """The plain name from which ``node`` can be opened again, or its options as a ``json:`` name."""
-    if node.filtered is not None and not node.options_given:
-        return filename_of(node.filtered.node)  # a job has put it there: nobody could ask for it by options
+    if node.filtered is not None and (node.implicit or node.driver.name in _NOT_OPENED_BY_OPTIONS):
+        return filename_of(node.filtered.node)  # a job has put it there
     name = node.driver.filename()
     is_enough = name is not None and (node.driver.is_filter or not _backing_differs(node, name))
     return name if name is not None and is_enough else "json:" + json.dumps(_options_of(node))
@@ -80,12 +81,13 @@ def filename_of(node: BlockDriverState) -> str:
 
 def _backing_differs(node: BlockDriverState, name: str) -> bool:
     """Whether opening the image by its ``name`` would give it another backing image than it has now."""
-    below = chain_next(node)
     link = _link_of(node)
-    if link is None or below is None:
-        return (link is None) is not (below is None)
-    meant, present = combine_filename(name, link.filename), below.driver.filename()
-    return present is None or os.path.abspath(meant) != os.path.abspath(present)
+    if link is None or node.backing is None:
+        return (link is None) is not (node.backing is None)
+    meant, present = combine_filename(name, link.filename), filename_of(node.backing.node)
+    return meant != present and (
+        present.startswith("json:") or os.path.abspath(meant) != os.path.abspath(present)
+    )
 
 
 def _link_of(node: BlockDriverState) -> BackingLink | None:
@@ -165,7 +167,7 @@ def block_device_info(node: BlockDriverState, *, backend: BlockBackend | None, f
         node_name=node.node_name,
         ro=node.read_only,
         drv=node.driver.name,
-        backing_file=None if node.backing is None else filename_of(skip_filters(node.backing.node)),
+        backing_file=None if node.backing is None else filename_of(node.backing.node),
         backing_file_depth=depth,
         encrypted=False,
         detect_zeroes=cast(Literal["off", "on", "unmap"], node.detect_zeroes),

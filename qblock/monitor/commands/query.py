@@ -100,7 +100,7 @@ async def x_debug_query_block_graph(ctx: CommandContext, args: NoArguments) -> X
     for backend in graph.backends:
         dump.add(backend, "block-backend", backend.name)
     for job in ctx.system.jobs.jobs:
-        if isinstance(job, BlockJob) and job.edges:
+        if isinstance(job, BlockJob):
             dump.add(job, "block-job", job.id or "")
     for node in nodes:
         dump.add(node, "block-driver", node.node_name)

@@ -1,18 +1,20 @@
 """External snapshots: blockdev-snapshot and blockdev-snapshot-sync.
 
 Models semantics.md section 10.5 with QEMU's order of checks. Afterwards the old image is read-only, the overlay has taken its
-place above it, and only blockdev-snapshot-sync has written a header.
+place above it, and only blockdev-snapshot-sync has written a header. Both first let the requests of the whole system come to an
+end, also when they are refused then: jobs, of other chains too, show it as a pause.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import AsyncIterator
 
 import attrs
 
 from qblock.blockers import OpType
 from qblock.creating import create_image_file
-from qblock.drain import drained
+from qblock.drain import drain_all, drained
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, DuplicateName, InvalidParameter, QBlockError
 from qblock.jobs.mirror import NewImageMode
@@ -49,19 +51,27 @@ class BlockdevSnapshotSyncArguments:
 async def blockdev_snapshot(ctx: CommandContext, args: BlockdevSnapshotArguments) -> None:
     """Put an overlay that has been opened before on top of a node."""
     graph = ctx.system.graph
+    await _drain_all(ctx.system)
     node = graph.lookup(args.node)
-    graph.check_op(node, OpType.EXTERNAL_SNAPSHOT)
-    await _flush(node)
-    overlay = graph.lookup(args.overlay)
-    await put_on_top(ctx.system, node, overlay)
+    async with _at_rest(ctx.system, node):
+        graph.check_op(node, OpType.EXTERNAL_SNAPSHOT)
+        await _flush(node)
+        overlay = graph.lookup(args.overlay)
+        await put_on_top(ctx.system, node, overlay)
 
 
 @command("blockdev-snapshot-sync", since="0.14")
 async def blockdev_snapshot_sync(ctx: CommandContext, args: BlockdevSnapshotSyncArguments) -> None:
     """Make a new overlay (or take an existing file) and put it on top of a node."""
     system = ctx.system
+    await _drain_all(system)
+    node = device_or_node(system.graph, args.device, args.node_name)
+    async with _at_rest(system, node):
+        await _snapshot_to_file(system, node, args)
+
+
+async def _snapshot_to_file(system: BlockSystem, node: BlockDriverState, args: BlockdevSnapshotSyncArguments) -> None:
     graph = system.graph
-    node = device_or_node(graph, args.device, args.node_name)
     graph.check_op(node, OpType.EXTERNAL_SNAPSHOT)
     await _flush(node)
     if args.node_name is not None and args.snapshot_node_name is None:
@@ -80,6 +90,21 @@ async def blockdev_snapshot_sync(ctx: CommandContext, args: BlockdevSnapshotSync
     finally:
         overlay.monitor_owned = False
         await system.opener.close_orphans()
+
+
+async def _drain_all(system: BlockSystem) -> None:
+    await drain_all(system.graph)
+    await system.jobs.resumed()
+
+
+@contextlib.asynccontextmanager
+async def _at_rest(system: BlockSystem, node: BlockDriverState) -> AsyncIterator[None]:
+    """A drained section; when it has ended, the jobs go on before the command is answered."""
+    try:
+        async with drained(node):
+            yield
+    finally:
+        await system.jobs.resumed()
 
 
 async def _flush(node: BlockDriverState) -> None:
