@@ -48,10 +48,13 @@ class Limits:
 
 @attrs.frozen
 class NodeInfo:
-    """What ``BlockDriverInfo`` tells: ``cluster_size`` in bytes (0: the driver has none), ``dirty`` = not shut down cleanly."""
+    """What ``BlockDriverInfo`` tells: ``cluster_size`` in bytes (0: the driver has none), ``dirty`` = not shut down cleanly.
+
+    ``dirty`` is None for storage that keeps nothing and so cannot say.
+    """
 
     cluster_size: int = 0
-    dirty: bool = False
+    dirty: bool | None = False
     compressed: bool = False
 
 

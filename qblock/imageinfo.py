@@ -64,8 +64,9 @@ def image_info(node: BlockDriverState) -> dict[str, Any]:
         "virtual-size": node.length,
         "filename": driver.filename() or "",
         "format": driver.name,
-        "dirty-flag": info.dirty,
     }
+    if info.dirty is not None:
+        result["dirty-flag"] = info.dirty
     if (size := driver.allocated_size()) is not None:
         result["actual-size"] = size
     if info.cluster_size:
@@ -89,7 +90,7 @@ def human_lines(info: Mapping[str, Any]) -> Iterable[str]:
     yield f"disk size: {format_size(info['actual-size']) if 'actual-size' in info else 'unavailable'}"
     if "cluster-size" in info:
         yield f"cluster_size: {info['cluster-size']}"
-    if info["dirty-flag"]:
+    if info.get("dirty-flag"):
         yield "cleanly shut down: no"
     if "backing-filename" in info:
         name, full = info["backing-filename"], info["full-backing-filename"]

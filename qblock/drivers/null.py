@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from attrs import frozen
 
-from qblock.driver import Driver, Json
+from qblock.driver import Driver, Json, NodeInfo
 from qblock.errors import CommandError, InvalidParameter
 from qblock.extents import Data, Extent, Zero
 from qblock.options import DriverOptions, option
@@ -79,6 +79,10 @@ class NullDriver(Driver):
     def allocated_size(self) -> int | None:
         """See `Driver`: nothing is kept."""
         return 0
+
+    def info(self) -> NodeInfo:
+        """See `Driver`."""
+        return NodeInfo(dirty=None)
 
     def filename(self) -> str | None:
         """See `Driver`: ``null-co://``, unless an option was given that changes what the disk shows."""

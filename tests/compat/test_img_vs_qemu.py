@@ -97,7 +97,12 @@ IMAGES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("image", [*IMAGES, "orphan.q", "corrupt.q", "missing.q"])
+PROTOCOL_NAMES = (
+    "null-co://", "null-aio://", "null-co://x", "blkdebug::top.q", "blkdebug::odd.raw", "blkdebug:gone:top.q", "blkdebug:q",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("image", [*IMAGES, "orphan.q", "corrupt.q", "missing.q", *PROTOCOL_NAMES])
 @pytest.mark.parametrize("options", [(), ("--output=json",), ("-U",)])
 def test_info_prints_what_qemu_prints(
     image: str, options: tuple[str, ...], gallery: Path, ours: Run, monkeypatch: pytest.MonkeyPatch
