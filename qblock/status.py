@@ -6,17 +6,20 @@ Models ``bdrv_block_status`` and its relatives (semantics.md section 16). The fl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 
 import attrs
 
 from qblock.chain import chain_next, skip_filters
 from qblock.drain import enter, leave
 from qblock.extents import Compressed, Data, Extent, Unallocated, Zero
-from qblock.units import align_down, align_up
+from qblock.units import MiB, TiB, align_down, align_up
 
 if TYPE_CHECKING:
     from qblock.node import BlockDriverState
+
+FIRST_QUESTION: Final = 8 * MiB
+_MAX_QUESTION: Final = TiB
 
 
 @attrs.frozen(slots=True)
@@ -102,6 +105,15 @@ async def chain_status(
         layer = below
         depth += 1
     return ChainExtent(length, depth, present=False, zero=False, data=False)
+
+
+def next_question(asked: int, answered: int) -> int:
+    """How many bytes a walk along a chain should ask about next, after a question with an answer about ``answered`` bytes.
+
+    Answers that fill the question make it longer. Of a long one most is lost where a lower layer is in many parts: the layers
+    above it are searched to the end of the question for each part.
+    """
+    return min(4 * asked, _MAX_QUESTION) if answered == asked else FIRST_QUESTION
 
 
 async def is_allocated_above(

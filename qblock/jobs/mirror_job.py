@@ -39,8 +39,9 @@ from qblock.jobs.copying import IO_FAILURES, MAX_REQUEST, SLICE_NS, BufferPool, 
 from qblock.jobs.job import BlockJob
 from qblock.jobs.state import ErrorAction, OnError
 from qblock.ranges import ByteRange
+from qblock.status import FIRST_QUESTION, next_question
 from qblock.transaction import Transaction
-from qblock.units import GiB, align_down, align_up
+from qblock.units import GiB, MiB, align_down, align_up
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
@@ -48,8 +49,9 @@ if TYPE_CHECKING:
     from qblock.jobs.runner import JobRunner
     from qblock.node import BdrvChild, BlockDriverState
 
-_SCAN_STEP: Final = GiB
 _ZERO_STEP: Final = GiB
+_FLUSH_STEP: Final = 128 * MiB
+"""Copied bytes after which the target is flushed beside the copying, so that the flush before READY has little left to do."""
 
 
 class BackingAtEnd(enum.Enum):
@@ -110,6 +112,7 @@ class MirrorJob(BlockJob):
         self._cursor = 0
         self._failure: Exception | None = None
         self._retrying = False
+        self._unflushed = 0
         self._should_complete = False
         self._offload = False
         self._mirroring = False
@@ -181,10 +184,10 @@ class MirrorJob(BlockJob):
                 self.bitmap.mark(0, self.length)
                 return
             await self._zero_target()
-        offset = 0
+        offset, question = 0, FIRST_QUESTION
         while offset < self.length:
             await self.pause_point()
-            step = min(_SCAN_STEP, self.length - offset)
+            step = min(question, self.length - offset)
             try:
                 allocated, count = await requests.is_allocated_above(self.source, self.plan.base, offset, step)
             except IO_FAILURES as error:
@@ -194,6 +197,7 @@ class MirrorJob(BlockJob):
             if allocated:
                 self.bitmap.mark(offset, count)
             offset += count
+            question = next_question(question, count)
 
     async def _zero_target(self) -> None:
         offset = 0
@@ -302,7 +306,19 @@ class MirrorJob(BlockJob):
             offset += length
         if offset < run.end:
             self.bitmap.mark(offset, run.end - offset)
+        self._unflushed += offset - run.offset
+        if self._unflushed >= _FLUSH_STEP:
+            self._begin_early_flush()
         return delay
+
+    def _begin_early_flush(self) -> None:
+        """Flush as an operation of its own, on no bytes: whoever waits for the copies waits for it too."""
+        self._unflushed = 0
+        self.spawn(self._watched(self.in_flight.begin(0, 0), self._flush_early()), "early flush")
+
+    async def _flush_early(self) -> None:
+        with contextlib.suppress(*IO_FAILURES):  # the flush before READY fails as well, and tells
+            await requests.flush(self._target_edge.node)
 
     async def _next_request(self, offset: int, length: int) -> tuple[int, bool]:
         """How many of ``length`` bytes the next request is to take, and whether as zeroes."""

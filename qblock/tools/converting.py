@@ -21,7 +21,7 @@ from qblock.backend import BlockBackend
 from qblock.clock import Clock, RateLimit
 from qblock.errors import BlockIOError, CommandError, QBlockError
 from qblock.node import BlockDriverState
-from qblock.status import chain_status
+from qblock.status import FIRST_QUESTION, chain_status, next_question
 from qblock.tools.console import Progress
 from qblock.units import GiB, MiB, align_up
 from qblock.zeroes import ZERO_PIECE, zero_view
@@ -30,7 +30,6 @@ CHUNK: Final = 2 * MiB
 """Bytes that a worker copies at a time (or one cluster of the target, when that is larger)."""
 OFFLOAD_CHUNK: Final = 16 * MiB
 MAX_ZEROES: Final = GiB
-MAX_QUESTION: Final = 1 << 40
 
 
 @attrs.frozen
@@ -103,6 +102,7 @@ class Converter:
     _unit: int = attrs.field(init=False)
     _chunk: int = attrs.field(init=False)
     _total: int = attrs.field(init=False)
+    _question: int = attrs.field(init=False, default=FIRST_QUESTION)
 
     def __attrs_post_init__(self) -> None:
         """Derive sizes from the target: its cluster is the unit for zeroes and divides a worker's buffer."""
@@ -167,9 +167,10 @@ class Converter:
         """Whether the run at ``at`` is to be zero, whether nothing is to be done for it, and its length."""
         base = self.settings.base
         try:
-            extent = await chain_status(source.node, at, min(source.length - at, MAX_QUESTION), base=base)
+            extent = await chain_status(source.node, at, min(source.length - at, self._question), base=base)
         except QBlockError as error:
             raise CommandError(f"error while reading the block status at offset {at}: {error}") from error
+        self._question = next_question(self._question, extent.length)
         if base is not None and not extent.present:
             return False, True, extent.length
         nothing_to_do = extent.zero and self.settings.target_is_zero and self.settings.sparse > 0

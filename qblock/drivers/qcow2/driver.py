@@ -21,7 +21,6 @@ from qblock import requests
 from qblock.driver import BackingLink, CheckFix, CheckResult, Driver, Json, Limits, NodeInfo
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
-from qblock.drivers.qcow2.check import check_image
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
 from qblock.drivers.qcow2.header import Header
@@ -36,7 +35,6 @@ from qblock.drivers.qcow2.options import (
     refuse_unsupported,
 )
 from qblock.drivers.qcow2.refcounts import Refcounts, block_clusters, read_refcount_table
-from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
 from qblock.drivers.qcow2.writeback import WriteBack
@@ -154,7 +152,7 @@ class Qcow2Driver(Driver):
     async def _repair(self) -> None:
         """The image was not shut down cleanly: its refcounts may be too low."""
         self._file.writable = True
-        result = await check_image(self._file, self._map.l1, self._snapshots, CheckFix.LEAKS | CheckFix.ERRORS)
+        result = await self._checked(CheckFix.LEAKS | CheckFix.ERRORS)
         if result.corruptions > result.corruptions_fixed or result.check_errors:
             raise CorruptImage(self._image, "it was not shut down cleanly, and could not be repaired")
         self.env.warn(f"'{self._image}' was not shut down cleanly; its refcounts have been repaired")
@@ -395,6 +393,8 @@ class Qcow2Driver(Driver):
 
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """See `Driver`. Shrinking gives up what lies behind; the size changes last, and durably."""
+        from qblock.drivers.qcow2.resize import resize  # noqa: PLC0415 - few runs of a program need it
+
         writer = await self._writing(0, 0)
         if preallocation != "off":
             raise BlockIOError(errno.ENOTSUP, f"preallocation={preallocation} when resizing is not supported")
@@ -429,11 +429,16 @@ class Qcow2Driver(Driver):
         """See `Driver`."""
         return head.probe(head_bytes)
 
+    async def _checked(self, fix: CheckFix) -> CheckResult:
+        from qblock.drivers.qcow2.check import check_image  # noqa: PLC0415 - 10 ms, and images are rarely checked
+
+        return await check_image(self._file, self._map.l1, self._snapshots, fix)
+
     async def check(self, fix: CheckFix) -> CheckResult:
         """See `SupportsCheck`. What is cached is written back first; no request may be in flight when something is fixed."""
         if self._writeback is not None and self._file.writable:
             await self._writeback.finish()
-        result = await check_image(self._file, self._map.l1, self._snapshots, fix)
+        result = await self._checked(fix)
         if result.corruptions_fixed or result.leaks_fixed:
             header = await self._read_header()
             await self._build(header, cache_sizes(self.options, header))
