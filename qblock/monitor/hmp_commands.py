@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from qblock.errors import DeviceNotFound, QBlockError
+from qblock.errors import DeviceNotFound, NodeBusy, QBlockError
 from qblock.monitor import drives, hmp_render
 from qblock.monitor.hmp_command import HmpCall, HmpCommand, PlainError, hmp_command
 
@@ -199,10 +199,10 @@ async def drive_add(call: HmpCall) -> None:
 
 @hmp_command("drive_del", "id:B", "device", "take a drive or a node away; the guest's device stays, without a medium")
 async def drive_del(call: HmpCall) -> None:
-    """Removes a drive by name, or a node; an unknown name is reported without ``Error:``."""
+    """Removes a drive by name, or a node; an unknown or busy one is reported without ``Error:``."""
     try:
         await drives.delete(call.context, call.text("id") or "")
-    except DeviceNotFound as error:
+    except (DeviceNotFound, NodeBusy) as error:
         raise PlainError(str(error)) from error
 
 

@@ -38,17 +38,20 @@ Script = list[dict[str, Any]]
 
 def mirror(**members: Any) -> dict[str, Any]:
     """blockdev-mirror from top to out."""
-    return do("blockdev-mirror", **({"job_id": "j", "device": "top", "target": "out", "sync": "full"} | members))
+    usual: dict[str, Any] = {"job_id": "j", "device": "top", "target": "out", "sync": "full"}
+    return do("blockdev-mirror", **(usual | members))
 
 
 def stream(**members: Any) -> dict[str, Any]:
     """block-stream into top, or as said."""
-    return do("block-stream", **({"job_id": "s", "device": "top", "auto_finalize": False} | members))
+    usual: dict[str, Any] = {"job_id": "s", "device": "top", "auto_finalize": False}
+    return do("block-stream", **(usual | members))
 
 
+_LAYERS: tuple[tuple[str, dict[str, Any]], ...] = (("base", {}), ("mid", {"backing": "base"}), ("top", {"backing": "mid"}))
 CHAIN = [
     do("blockdev-add", driver="qcow2", node_name=name, file={"driver": "file", "filename": f"{name}.qcow2"}, **below)
-    for name, below in (("base", {}), ("mid", {"backing": "base"}), ("top", {"backing": "mid"}))
+    for name, below in _LAYERS
 ]  # fmt: skip
 SCRIPTS: dict[str, Script] = {
     "cancelled while pending": [
@@ -135,3 +138,16 @@ def test_a_guest_that_writes_zeroes_leaves_the_copy_as_small_as_in_qemu(tmp_path
         for who in ("real", "ours")
     ]
     assert maps[1] == maps[0]
+
+
+def test_a_drive_with_a_job_is_not_deleted(tmp_path: Path) -> None:
+    """HMP's drive_del says so, the drive and the job stay, and once the job has gone it works."""
+    delete = do("human-monitor-command", command_line="drive_del d")
+    script = [
+        do("human-monitor-command", command_line="drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2"), OUT,
+        mirror(device="d"), READY, delete, *LOOK, do("query-block"), do("job-cancel", id="j"), GONE, delete, *LOOK,
+        do("query-block"),
+    ]  # fmt: skip
+    real, ours = both(SYSTEMS, tmp_path, script, IMAGES)
+    for expected, got in zip(real, ours, strict=True):
+        assert got == expected
