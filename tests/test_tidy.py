@@ -55,7 +55,7 @@ LONERS = ("drivers.*",)
 LAZY_PACKAGES = {"zstandard", "zlib", "prompt_toolkit", "pyroaring", "qemu", "importlib", "pickle", "readline"}
 """Heavy or optional packages that may be imported inside a function, for the sake of start-up time."""
 
-LAZY_MODULES = {"qblock.monitor.completion"}
+LAZY_MODULES = {"qblock.monitor.completion", "qblock.drivers.qcow2.check"}
 """Our own modules around such a package: they are imported like it."""
 
 LAZY_ROOMS = ("__init__", "__main__", "tools.", "testing.plugin", "registry")

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qblock.node import BdrvChild, BlockDriverState
 
 _ZERO_STEP: Final = GiB
+_MAX_REACH: Final = 256 * MiB
 _FLUSH_STEP: Final = 128 * MiB
 """Copied bytes after which the target is flushed beside the copying, so that the flush before READY has little left to do."""
 
@@ -113,6 +114,8 @@ class MirrorJob(BlockJob):
         self._failure: Exception | None = None
         self._retrying = False
         self._unflushed = 0
+        self._reach = plan.buf_size
+        """How long the next run may be: each run of nothing but zeroes makes it longer, up to `_MAX_REACH`."""
         self._should_complete = False
         self._offload = False
         self._mirroring = False
@@ -268,13 +271,13 @@ class MirrorJob(BlockJob):
     # ------------------------------------------------------------------------------------------------- copying one run
 
     def _next_run(self) -> ByteRange | None:
-        """The next dirty run, at most one buffer pool long, cut where a request is under way; the walk goes round and round.
+        """The next dirty run within reach, cut where a request is under way; the walk goes round and round.
 
         Its length is 0 when the run begins with a request under way.
         """
-        run = self.bitmap.next_dirty_range(self._cursor, max_length=self.plan.buf_size)
+        run = self.bitmap.next_dirty_range(self._cursor, max_length=self._reach)
         if run is None:
-            run = self.bitmap.next_dirty_range(0, max_length=self.plan.buf_size)
+            run = self.bitmap.next_dirty_range(0, max_length=self._reach)
         if run is None:
             return None
         unit = self.plan.unit
@@ -294,9 +297,14 @@ class MirrorJob(BlockJob):
             return 0
         self.bitmap.reset(run.offset, run.length)
         self._cursor = run.end
-        delay, offset = 0, run.offset
-        while offset < run.end and not self.force_cancelled:
-            length, as_zero = await self._next_request(offset, run.end - offset)
+        delay, offset, end, only_zeroes = 0, run.offset, run.end, True
+        while offset < end and not self.force_cancelled:
+            length, as_zero = await self._next_request(offset, end - offset)
+            if not as_zero:
+                only_zeroes = False
+                self._unflushed += length
+                if self._reach > self.plan.buf_size:
+                    end = min(end, align_up(max(offset + length, run.offset + self.plan.buf_size), self.plan.unit))
             while self.in_flight.full or self.in_flight.conflict(offset, length):
                 await self.in_flight.changed()
             operation = self.in_flight.begin(offset, length)
@@ -304,9 +312,10 @@ class MirrorJob(BlockJob):
             self.spawn(self._watched(operation, work), f"copy at {offset}")
             delay = self.limit.delay_ns(0 if as_zero and self._zeroes_cheaply else length)
             offset += length
-        if offset < run.end:
+        if offset < run.end:  # data found, where only zeroes may be taken in long runs; or cancelled
             self.bitmap.mark(offset, run.end - offset)
-        self._unflushed += offset - run.offset
+            self._cursor = offset
+        self._reach = min(4 * self._reach, max(_MAX_REACH, self.plan.buf_size)) if only_zeroes else self.plan.buf_size
         if self._unflushed >= _FLUSH_STEP:
             self._begin_early_flush()
         return delay

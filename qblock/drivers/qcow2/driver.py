@@ -35,6 +35,7 @@ from qblock.drivers.qcow2.options import (
     refuse_unsupported,
 )
 from qblock.drivers.qcow2.refcounts import Refcounts, block_clusters, read_refcount_table
+from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
 from qblock.drivers.qcow2.writeback import WriteBack
@@ -393,8 +394,6 @@ class Qcow2Driver(Driver):
 
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """See `Driver`. Shrinking gives up what lies behind; the size changes last, and durably."""
-        from qblock.drivers.qcow2.resize import resize  # noqa: PLC0415 - few runs of a program need it
-
         writer = await self._writing(0, 0)
         if preallocation != "off":
             raise BlockIOError(errno.ENOTSUP, f"preallocation={preallocation} when resizing is not supported")
