@@ -197,23 +197,13 @@ def test_check_prints_what_qemu_prints(
 
 
 @pytest.mark.parametrize("options", [(), ("--output=json",), ("-s", "512k", "-l", "4M"), ("-s", "100", "-l", "1000")])
-@pytest.mark.parametrize("image", [image for image in IMAGES if image != "prealloc.q"])
+@pytest.mark.parametrize("image", IMAGES)
 def test_map_prints_what_qemu_prints(
     image: str, options: tuple[str, ...], gallery: Path, ours: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where every byte lies, seen by both."""
     monkeypatch.chdir(gallery)
     assert ours("map", *options, image) == qemu("map", *options, image)
-
-
-def test_map_shows_preallocated_clusters_as_data(
-    gallery: Path, ours: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A known difference: QEMU looks for holes of the file below them, and calls them zero as well."""
-    monkeypatch.chdir(gallery)
-    (mine,) = json.loads(ours("map", "--output=json", "prealloc.q")[1])
-    (theirs,) = json.loads(qemu("map", "--output=json", "prealloc.q")[1])
-    assert mine == {**theirs, "zero": False}
 
 
 def test_map_of_a_part_as_json(gallery: Path, ours: Run, monkeypatch: pytest.MonkeyPatch) -> None:

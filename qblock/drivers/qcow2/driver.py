@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from qblock.node import BdrvChild, BlockDriverState
 
 _SECTOR: Final = 512
+_HOLES_IGNORED: Final = 1 << 20
+"""Bytes of holes that the file of any image may have, in its tables and last clusters."""
 
 
 class Qcow2Driver(Driver):
@@ -90,6 +92,7 @@ class Qcow2Driver(Driver):
         if header.autoclear & head.BITMAPS.mask == 0 and header.extension(head.EXT_BITMAPS) is not None:
             self.env.warn(f"'{self._image}' has persistent bitmaps that are not consistent any more; they are ignored")
         await self._build(header, sizes)
+        self.probes_storage = self._lies_on_holes()
         if not self.node.read_only:
             self._check_may_write(header)
             if header.has(head.DIRTY):
@@ -104,6 +107,12 @@ class Qcow2Driver(Driver):
     @property
     def _image(self) -> str:
         return self._edge.node.driver.filename() or self.node.node_name
+
+    def _lies_on_holes(self) -> bool:
+        """Whether the file has more holes than rounding explains: then clusters are mapped ahead of being written."""
+        storage = self._edge.node.driver
+        allocated, length = storage.allocated_size(), storage.length()
+        return allocated is not None and length - allocated > max(length // 10, _HOLES_IGNORED)
 
     async def _read_header(self) -> Header:
         raw = bytearray(head.V2_LENGTH)
