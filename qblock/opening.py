@@ -140,11 +140,10 @@ class Opener:
             for field in child_fields(spec.driver):
                 assert field.role is not None
                 ref = spec.children.get(field.wire)
-                if field.role is ChildRole.BACKING or (ref is None and storage is None):
-                    continue
-                is_storage = storage is not None and field.role in (ChildRole.STORAGE, ChildRole.PRIMARY_DATA)
-                child = storage if is_storage and storage is not None else await self._open_child(ref)
-                self._attach(node, child, field.wire, field.role)
+                if storage is not None and field.role in (ChildRole.STORAGE, ChildRole.PRIMARY_DATA):
+                    self._attach(node, storage, field.wire, field.role)
+                elif ref is not None and field.role is not ChildRole.BACKING:
+                    self._attach(node, await self._open_child(ref), field.wire, field.role)
             await node.driver.open()
         except BaseException:
             await self._close_tree(node, opened=False)
@@ -160,8 +159,7 @@ class Opener:
         self.graph.add_node(node)
         return node
 
-    async def _open_child(self, ref: NodeSpec | NodeReference | None) -> BlockDriverState:
-        assert ref is not None
+    async def _open_child(self, ref: NodeSpec | NodeReference) -> BlockDriverState:
         if isinstance(ref, NodeReference):
             return self.graph.lookup(ref.name)
         return await self._open_tree(ref)
@@ -283,7 +281,9 @@ class Opener:
         protocol = filename.partition(":")[0]
         options = None
         if protocol in self.registry.names():
-            options = self.registry.get(protocol).parse_filename(filename, lambda name: self._storage_of(name, depth + 1))
+            options = self.registry.get(protocol).parse_filename(
+                filename, lambda name: self._storage_of(name, depth + 1)
+            )
         if options is None:
             raise CommandError(
                 f"'{filename}' begins with a protocol that there is no driver for; write './…' for a file"

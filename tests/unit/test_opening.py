@@ -6,13 +6,15 @@ import errno
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import attrs
 import pytest
 
 from qblock.backend import BlockBackend
 from qblock.clock import LoopClock
 from qblock.drivers.memory import MemoryDriver
+from qblock.drivers.raw import RawDriver, RawOptions
 from qblock.errors import (
     BlockIOError,
     CommandError,
@@ -25,7 +27,8 @@ from qblock.errors import (
 )
 from qblock.filenames import combine_filename
 from qblock.node import BlockDriverState
-from qblock.permissions import Perm
+from qblock.options import ChildRef, DriverOptions, child
+from qblock.permissions import ChildRole, Perm
 from qblock.policy import Mention, OpenPolicy
 from qblock.registry import UnknownDriver
 from qblock.system import BlockSystem
@@ -658,5 +661,37 @@ def test_options_that_change_a_disk_leave_it_without_a_plain_name(options: dict[
         node = await system.opener.open_blockdev({**options, "node-name": "n"})
         node.monitor_owned = True
         assert node.driver.filename() is None
+
+    with_system(work)
+
+
+@attrs.frozen
+class PairOptions(RawOptions):
+    """Options of a format that may keep data beside its file."""
+
+    side: ChildRef = child(ChildRole.DATA, optional=True, doc="more data")
+
+
+class PairDriver(RawDriver):
+    """A probed format with an optional second child."""
+
+    name: ClassVar[str] = "pair"
+    options_class: ClassVar[type[DriverOptions]] = PairOptions
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        return 100 if head.startswith(b"PAIR") else 0
+
+
+def test_a_probed_format_does_without_its_optional_children(tmp_path: Path) -> None:
+    """What is not given is not opened, although the storage of a probed image is open already."""
+
+    async def work(system: BlockSystem) -> None:
+        system.registry.register(PairDriver)
+        image = tmp_path / "disk.pair"
+        image.write_bytes(b"PAIR" + bytes(SIZE - 4))
+        node = await system.opener.open_image(str(image))
+        assert node.driver.name == "pair" and list(node.children) == ["file"]
+        await system.opener.close_orphans()
 
     with_system(work)

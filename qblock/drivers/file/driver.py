@@ -181,6 +181,7 @@ class FileDriver(Driver):
         try:
             self._is_device = stat.S_ISBLK(os.fstat(self._fd).st_mode)
             self._length = _size_of(self._fd)
+            self.prefers_copy_range = space.shares_blocks(self._fd)
             if space.is_in_memory(self._fd):
                 self._read_flags = 0
             if not self._is_device and space.gains_by_reserving(self._fd):

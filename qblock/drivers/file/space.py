@@ -35,6 +35,7 @@ _fallocate.restype = ctypes.c_int
 _fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
 _MEMORY_FILE_SYSTEMS: Final = (0x01021994, 0x858458F6)  # tmpfs, ramfs (statfs(2))
 _RESERVING_FILE_SYSTEMS: Final = (0xEF53,)  # ext4
+_SHARING_FILE_SYSTEMS: Final = (0x9123683E, 0x58465342, 0xCA451A4E)  # btrfs, XFS, bcachefs
 _RESERVED_WRITE: Final = 256 * KiB
 
 
@@ -42,6 +43,11 @@ def _file_system(fd: int) -> int:
     """The type of the file system as statfs(2) tells it; 0 when it does not."""
     answer = (ctypes.c_long * 64)()  # struct statfs begins with the type, a long, and is shorter than this
     return answer[0] if _fstatfs(fd, answer) == 0 else 0
+
+
+def shares_blocks(fd: int) -> bool:
+    """Whether ``copy_file_range`` may share blocks on the file's file system instead of copying them."""
+    return _file_system(fd) in _SHARING_FILE_SYSTEMS
 
 
 def is_in_memory(fd: int) -> bool:
