@@ -239,13 +239,14 @@ class MirrorJob(BlockJob):
 
     async def _nothing_dirty(self) -> bool:
         """The two sides are equal for a moment: become ready, and if told so, finish (True)."""
-        if not await self._flush_target():
+        if not await self._flush_target() or self._failure is not None:
             return False
-        if not self._is_clean():
-            return False  # a guest wrote while we waited
-        self.progress_remaining = 0
+        # A guest that wrote while we waited does not put READY off: on a slow disk with a busy guest it would never come.
+        self.progress_remaining = self.bitmap.count + self.in_flight.bytes
         if not self.is_ready:
             self.ready()
+        if not self._is_clean():
+            return False
         if not (self._should_complete or self.cancel_requested) or self.force_cancelled:
             return False
         await self.drain(self.source, self._target_edge.node)

@@ -164,6 +164,31 @@ def test_progress_counts_guest_writes_by_copy_mode(tmp_path: Path, mode: CopyMod
     run(main)
 
 
+def test_a_guest_that_writes_during_every_flush_does_not_put_ready_off(tmp_path: Path) -> None:
+    """On a slow disk with a busy guest there may be no flush without a write; the copy was equal before it."""
+
+    async def main() -> None:
+        async with desk(tmp_path) as made:
+            await made.create("t")
+            target = await made.open("t")
+            flush_to_disk = target.driver.flush
+
+            async def slow_flush() -> None:
+                await asyncio.sleep(0.1)
+                await made.disk.write(0, b"y" * KiB)
+                await flush_to_disk()
+
+            target.driver.flush = slow_flush  # type: ignore[method-assign]
+            job = await made.mirror()
+            async with asyncio.timeout(10):
+                await made.ready(job)
+            target.driver.flush = flush_to_disk  # type: ignore[method-assign]
+            await made.complete(job)
+            assert made.disk.node is target and await made.disk.read(0, KiB) == b"y" * KiB
+
+    run(main)
+
+
 @pytest.mark.parametrize("mode", CopyMode)
 @pytest.mark.parametrize("sync", ["top", "none"])
 def test_a_shallow_mirror_keeps_what_is_below(tmp_path: Path, sync: str, mode: CopyMode) -> None:
