@@ -19,44 +19,45 @@ if TYPE_CHECKING:
     from qblock.driver import Driver
 
 
+def _runs(offset: int, end: int, alignment: int) -> Iterator[tuple[int, int, int | None]]:
+    """A range in parts (start, stop, base): runs of whole blocks, and parts of the block at ``base``."""
+    start = offset
+    while start < end:
+        base = align_down(start, alignment)
+        whole = start == base and end - start >= alignment
+        stop = align_down(end, alignment) if whole else min(base + alignment, end)
+        yield start, stop, None if whole else base
+        start = stop
+
+
 async def read_aligned(driver: Driver, offset: int, buffer: memoryview) -> None:
     """Fill ``buffer``; blocks that are asked for in part are read whole into a buffer of their own."""
     alignment = driver.limits.request_alignment
-    end = offset + len(buffer)
-    start = offset
-    while start < end:
-        if start % alignment == 0 and end - start >= alignment:
-            stop = align_down(end, alignment)
-            await _read_split(driver, start, buffer[start - offset : stop - offset])
-        else:
-            base = start - start % alignment
-            stop = min(base + alignment, end)
-            block = memoryview(bytearray(alignment))
-            await driver.read_into(base, block)
-            buffer[start - offset : stop - offset] = block[start - base : stop - base]
-        start = stop
+    for start, stop, base in _runs(offset, offset + len(buffer), alignment):
+        piece = buffer[start - offset : stop - offset]
+        if base is None:
+            await _read_split(driver, start, piece)
+            continue
+        block = memoryview(bytearray(alignment))
+        await driver.read_into(base, block)
+        piece[:] = block[start - base : stop - base]
 
 
 async def write_aligned(driver: Driver, offset: int, buffer: memoryview) -> None:
     """Write all of ``buffer``; blocks that are changed in part are read, changed and written back."""
     alignment = driver.limits.request_alignment
-    end = offset + len(buffer)
-    start = offset
-    while start < end:
-        if start % alignment == 0 and end - start >= alignment:
-            stop = align_down(end, alignment)
-            await _write_split(driver, start, buffer[start - offset : stop - offset])
-        else:
-            base = start - start % alignment
-            stop = min(base + alignment, end)
-            block = memoryview(bytearray(alignment))
-            part = "head" if start > base else "tail"
-            driver.debug_event(f"pwritev_rmw_{part}")
-            await driver.read_into(base, block)
-            driver.debug_event(f"pwritev_rmw_after_{part}")
-            block[start - base : stop - base] = buffer[start - offset : stop - offset]
-            await driver.write_from(base, block)
-        start = stop
+    for start, stop, base in _runs(offset, offset + len(buffer), alignment):
+        piece = buffer[start - offset : stop - offset]
+        if base is None:
+            await _write_split(driver, start, piece)
+            continue
+        block = memoryview(bytearray(alignment))
+        part = "head" if start > base else "tail"
+        driver.debug_event(f"pwritev_rmw_{part}")
+        await driver.read_into(base, block)
+        driver.debug_event(f"pwritev_rmw_after_{part}")
+        block[start - base : stop - base] = piece
+        await driver.write_from(base, block)
 
 
 async def zero_aligned(driver: Driver, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None:

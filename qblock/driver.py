@@ -230,12 +230,6 @@ class Driver(abc.ABC):
         """Switch over; cannot fail."""
         self.options = options
 
-    async def reopened(self, *, read_only: bool) -> None:
-        """All nodes of the change have switched over: do I/O that needs the new mode (read tables before the first write).
-
-        When this raises, the nodes are switched back to what they were.
-        """
-
     def abort_reopen(self) -> None:
         """Drop what `prepare_reopen` made."""
 

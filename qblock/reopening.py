@@ -55,21 +55,9 @@ async def reopen(
         assert read_only is not None, "nothing to change"
         step = _Step(node, node.driver.options, attrs.evolve(NodeFlags.of(node), read_only=read_only))
     async with drained(node):
-        steps = [*_storage_steps(node, read_only=step.flags.read_only), step]
-        before = [_present(each.node) for each in steps]
-        await _perform(opener, steps)
-        try:
-            for each in steps:
-                await each.node.driver.reopened(read_only=each.flags.read_only)
-        except BaseException:
-            await _perform(opener, before)
-            raise
+        await _perform(opener, [*_storage_steps(node, read_only=step.flags.read_only), step])
     if options is not None:
         node.options_given = dict(options)
-
-
-def _present(node: BlockDriverState) -> _Step:
-    return _Step(node, node.driver.options, NodeFlags.of(node), node.detect_zeroes)
 
 
 def _spec(opener: Opener, node: BlockDriverState, options: Mapping[str, Json]) -> NodeSpec:

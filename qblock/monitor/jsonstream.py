@@ -94,8 +94,8 @@ def _is_unicode(value: Json) -> bool:
 def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        keys = [key for key, _ in pairs]
+        twice = next(key for key, again in zip(sorted(keys), sorted(keys)[1:], strict=False) if key == again)
         raise JsonError(f"the member '{twice}' is given twice in one object")
     return members
 

@@ -6,7 +6,7 @@ are bytes, times nanoseconds unless a name says otherwise.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import attrs
 
@@ -268,12 +268,16 @@ class BlockStats:
 # ---------------------------------------------------------------------------------------------------------------- graph
 
 
+VertexKind: TypeAlias = Literal["block-backend", "block-job", "block-driver"]
+"""What a vertex of the graph dump stands for."""
+
+
 @attrs.frozen
 class XDbgBlockGraphNode:
     """A vertex of the graph dump."""
 
     id: int = required(doc="number within this reply")
-    type: Literal["block-backend", "block-job", "block-driver"] = required(doc="kind of vertex")
+    type: VertexKind = required(doc="kind of vertex")
     name: str = required(doc="device name, job id or node name")
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from qblock.backend import BlockBackend
 from qblock.clock import LoopClock
-from qblock.drivers.memory import MemoryDriver
 from qblock.drivers.raw import RawDriver, RawOptions
 from qblock.errors import (
     BlockIOError,
@@ -483,34 +482,6 @@ def test_reopening_switches_to_read_only_and_back_with_the_storage_below(tmp_pat
         disk.insert(node)
         await disk.write(0, b"x" * 512)
         assert path.read_bytes()[:513] == b"x" * 512 + b"\0"
-
-    with_system(work)
-
-
-class UnwillingToWrite(MemoryDriver):
-    """A disk whose tables turn out to be unreadable after the switch to read-write."""
-
-    name = "unwilling"
-
-    async def reopened(self, *, read_only: bool) -> None:
-        """See `Driver`."""
-        if not read_only:
-            raise BlockIOError(errno.EIO)
-
-
-def test_a_node_that_cannot_go_on_after_the_switch_is_switched_back() -> None:
-    """A node must not claim to be writable when its driver is not."""
-
-    async def work(system: BlockSystem) -> None:
-        system.registry.register(UnwillingToWrite)
-        storage = {"driver": "unwilling", "size": SIZE}
-        node = await system.opener.open_blockdev(
-            {"driver": "raw", "node-name": "r", "read-only": True, "file": storage}
-        )
-        node.monitor_owned = True
-        with pytest.raises(BlockIOError):
-            await system.opener.reopen(node, read_only=False)
-        assert node.read_only and node.children["file"].node.read_only
 
     with_system(work)
 

@@ -19,6 +19,7 @@ from qblock.monitor.replies import (
     BlockStats,
     IoStatusName,
     PermissionName,
+    VertexKind,
     XDbgBlockGraph,
     XDbgBlockGraphEdge,
     XDbgBlockGraphNode,
@@ -118,10 +119,10 @@ class _GraphDump:
         self.edges: list[XDbgBlockGraphEdge] = []
         self._ids: dict[EdgeParent, int] = {}
 
-    def add(self, user: EdgeParent, kind: str, name: str) -> None:
+    def add(self, user: EdgeParent, kind: VertexKind, name: str) -> None:
         """Enter a vertex."""
         self._ids[user] = len(self._ids) + 1
-        self.nodes.append(XDbgBlockGraphNode(id=self._ids[user], type=kind, name=name))  # type: ignore[arg-type]
+        self.nodes.append(XDbgBlockGraphNode(id=self._ids[user], type=kind, name=name))
 
     def connect(self, edge: BdrvChild) -> None:
         """Enter an edge."""
