@@ -25,6 +25,26 @@ class CommandError(QBlockError):
     """The request cannot be honoured as it was made; nothing was changed."""
 
 
+class DeviceInUse(CommandError):
+    """A device (or a node) is wanted by somebody else."""
+
+    qmp_class = "DeviceInUse"
+
+    def __init__(self, name: str, detail: str = "") -> None:
+        super().__init__(f"'{name}' is in use{': ' if detail else ''}{detail}")
+        self.name = name
+
+
+class FdNotFound(CommandError):
+    """No file descriptor was given that name with ``getfd``."""
+
+    qmp_class = "FdNotFound"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no file descriptor named '{name}'; send it with getfd first")
+        self.name = name
+
+
 class CommandNotFound(CommandError):
     """There is no command of that name, or it is not available in this state of the session."""
 

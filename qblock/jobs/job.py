@@ -60,6 +60,7 @@ class Job(abc.ABC):
         self.finalizing = False
         self.cancel_requested = False
         self.force_cancelled = False
+        self.cancelled = False
         self.progress_done = 0
         self.progress_remaining = 0
         self.quiesced = 0

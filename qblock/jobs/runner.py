@@ -143,6 +143,19 @@ class JobRunner:
         else:
             self._intend_cancel(job, force=force)
 
+    async def cancel_sync(self, job: Job, *, force: bool = False) -> Exception | None:
+        """Cancel and wait for the job's end, however it ends: its own result counts if it really completed.
+
+        Returns None when the job has completed, its error when it has failed, `JobCancelled` when it has ended cancelled.
+        A job may do I/O, and take time, after it was told to cancel (rfc-2012.md, patch 2).
+        """
+        if job.status in VERBS[JobVerb.CANCEL]:
+            if job.user_paused and not force:
+                self._lift_user_pause(job)
+            await self.cancel(job, force=force)
+        await self._see_off(job)
+        return JobCancelled() if job.cancelled else job.error
+
     def complete(self, job: Job) -> None:
         """Tell a ready job to finish its work; a paused one does so when it goes on."""
         self._check(job, JobVerb.COMPLETE)
@@ -345,8 +358,8 @@ class JobRunner:
         for member in txn.newest_first():
             await member.settle()
             await member.undisturbed()
-            cancelled = member.error is None
-            if member.error is None:
+            member.cancelled = cancelled = member.error is None
+            if cancelled:
                 member.error = CommandError(CANCELLED_TEXT)
             self.transition(member, JobStatus.ABORTING)
             member.abort()

@@ -1,22 +1,21 @@
 """What a monitor command is: one async function with one frozen argument class, and tables of them by dialect.
 
-QMP, HMP, introspection and the docs all read the same `Command` objects. Models which commands each of QEMU's programs has:
-`Dialect.SYSTEM` is qemu-system, `Dialect.STORAGE_DAEMON` is qemu-storage-daemon. A command that is not complete is not in
-a table, so it answers CommandNotFound.
+QMP, HMP, introspection and the docs all read the same `Command` objects. Which commands a dialect has is told by
+`dialects.py`. A command that is not complete is not in a table, so it answers CommandNotFound.
 """
 
 from __future__ import annotations
 
-import enum
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
 from qblock.errors import CommandError, CommandNotFound
 from qblock.monitor import visitor
+from qblock.monitor.dialects import BOTH, Dialect, belonging_to
 
 if TYPE_CHECKING:
     from qblock.driver import Json
@@ -24,17 +23,6 @@ if TYPE_CHECKING:
     from qblock.monitor.hub import MonitorHub
     from qblock.monitor.session import MonitorSession
     from qblock.system import BlockSystem
-
-
-class Dialect(enum.Enum):
-    """Whose set of commands a monitor has."""
-
-    STORAGE_DAEMON = "qemu-storage-daemon"
-    SYSTEM = "qemu-system"
-
-
-BOTH: Final = frozenset(Dialect)
-SYSTEM_ONLY: Final = frozenset({Dialect.SYSTEM})
 
 
 @attrs.frozen
@@ -140,7 +128,7 @@ class CommandTable(Mapping[str, Command]):
 
     def __init__(self, dialect: Dialect, commands: Iterable[Command]) -> None:
         self.dialect = dialect
-        self._commands = {c.name: c for c in sorted(commands, key=lambda c: c.name) if dialect in c.dialects}
+        self._commands = {command.name: command for command in belonging_to(dialect, commands)}
 
     @classmethod
     def of_modules(cls, dialect: Dialect, modules: Iterable[ModuleType]) -> CommandTable:

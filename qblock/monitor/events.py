@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from qblock.monitor.command import BOTH, SYSTEM_ONLY, Dialect, NoArguments
+from qblock.monitor.command import NoArguments
+from qblock.monitor.dialects import BOTH, SYSTEM_ONLY, Dialect
 from qblock.monitor.replies import JobStatusName, JobTypeName
 from qblock.options import option, required
 

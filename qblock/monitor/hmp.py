@@ -8,14 +8,19 @@ Differs from QEMU in that only commands of the block layer exist.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import attrs
 
 from qblock.errors import QBlockError
+from qblock.monitor import hmp_commands
 from qblock.monitor.command import CommandContext, CommandTable
+from qblock.monitor.dialects import BOTH, Dialect, belonging_to
 from qblock.monitor.hmp_command import HmpCall, HmpCommand, PlainError, hmp_command
-from qblock.monitor.hmp_commands import all_commands
 from qblock.monitor.hmp_grammar import Cursor, HmpSyntaxError, parse_arguments
+
+MODULES: Final = (hmp_commands,)
+"""Where the commands are written."""
 
 __all__ = ["HmpCall", "HmpCommand", "HmpMonitor", "HmpOutput", "hmp_command"]
 
@@ -37,7 +42,9 @@ class HmpMonitor:
     def __init__(self, commands: CommandTable, extra: Iterable[HmpCommand] = ()) -> None:
         self.commands = commands
         self._table: dict[str, HmpCommand] = {}
-        for command in (*all_commands(), *extra):
+        written = (value for module in MODULES for value in vars(module).values() if isinstance(value, HmpCommand))
+        dialect = Dialect.SYSTEM if commands.dialect in BOTH else commands.dialect
+        for command in (*belonging_to(dialect, written), *extra):
             self.register(command)
 
     def register(self, command: HmpCommand) -> None:

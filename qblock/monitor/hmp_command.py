@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qblock.monitor.command import CommandContext
+from qblock.monitor.dialects import SYSTEM_ONLY, Dialect
 from qblock.monitor.hmp_grammar import Argument, Value, parse_signature
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class HmpCommand:
     """A command of the human monitor.
 
     ``name`` may list aliases (``stop|s``); the commands of ``info`` are called ``info block`` and so on. ``arguments`` is what
-    the grammar reads, ``parameters`` what help shows of it.
+    the grammar reads, ``parameters`` what help shows of it. ``since`` is the QEMU version that brought it.
     """
 
     name: str
@@ -79,6 +80,8 @@ class HmpCommand:
     parameters: str
     help: str
     handler: HmpHandler
+    since: str = "0.14"
+    dialects: frozenset[Dialect] = SYSTEM_ONLY
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,10 +94,18 @@ class HmpCommand:
         return f"{self.name} {self.parameters} -- {self.help}"
 
 
-def hmp_command(name: str, signature: str, parameters: str, text: str) -> Callable[[HmpHandler], HmpCommand]:
-    """Make an `HmpCommand` of an async function; ``text`` is the help."""
+def hmp_command(
+    name: str,
+    signature: str,
+    parameters: str,
+    text: str,
+    *,
+    since: str = "0.14",
+    dialects: frozenset[Dialect] = SYSTEM_ONLY,
+) -> Callable[[HmpHandler], HmpCommand]:
+    """Make an `HmpCommand` of an async function; ``text`` is the help, ``since`` the QEMU version that brought it."""
 
     def decorate(function: HmpHandler) -> HmpCommand:
-        return HmpCommand(name, parse_signature(signature), parameters, text, function)
+        return HmpCommand(name, parse_signature(signature), parameters, text, function, since, dialects)
 
     return decorate

@@ -5,21 +5,9 @@ Signatures, parameters and output are those of hmp-block.md; help texts are our 
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
-
 from qblock.errors import DeviceNotFound, NodeBusy, QBlockError
 from qblock.monitor import drives, hmp_render
-from qblock.monitor.hmp_command import HmpCall, HmpCommand, PlainError, hmp_command
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-def all_commands() -> Iterator[HmpCommand]:
-    """The commands that this module defines."""
-    return (value for value in vars(sys.modules[__name__]).values() if isinstance(value, HmpCommand))
-
+from qblock.monitor.hmp_command import HmpCall, PlainError, hmp_command
 
 # ------------------------------------------------------------------------------------------------------------- looking
 
@@ -41,7 +29,7 @@ async def info_block(call: HmpCall) -> None:
         call.say(line)
 
 
-@hmp_command("info block-jobs", "", "", "show the progress of block jobs")
+@hmp_command("info block-jobs", "", "", "show the progress of block jobs", since="1.1")
 async def info_block_jobs(call: HmpCall) -> None:
     """Prints what query-block-jobs answers."""
     for line in hmp_render.block_jobs(await call.qmp("query-block-jobs")):
@@ -90,7 +78,11 @@ async def info_chardev(call: HmpCall) -> None:
 
 
 @hmp_command(
-    "block_stream", "device:B,speed:o?,base:s?", "device [speed [base]]", "copy data of backing images into a device"
+    "block_stream",
+    "device:B,speed:o?,base:s?",
+    "device [speed [base]]",
+    "copy data of backing images into a device",
+    since="1.1",
 )
 async def block_stream(call: HmpCall) -> None:
     """block-stream with the device's name as job id."""
@@ -101,7 +93,7 @@ async def block_stream(call: HmpCall) -> None:
     )  # fmt: skip
 
 
-@hmp_command("block_job_set_speed", "device:B,speed:o", "device speed", "limit the speed of a block job")
+@hmp_command("block_job_set_speed", "device:B,speed:o", "device speed", "limit the speed of a block job", since="1.1")
 async def block_job_set_speed(call: HmpCall) -> None:
     """block-job-set-speed."""
     await call.qmp("block-job-set-speed", device=call.text("device"), speed=call.number("speed"))
@@ -112,25 +104,26 @@ async def block_job_set_speed(call: HmpCall) -> None:
     "force:-f,device:B",
     "[-f] device",
     "stop a block job (-f: at once, even if it is ready or paused)",
+    since="1.1",
 )
 async def block_job_cancel(call: HmpCall) -> None:
     """block-job-cancel."""
     await call.qmp("block-job-cancel", device=call.text("device"), force=call.flag("force"))
 
 
-@hmp_command("block_job_complete", "device:B", "device", "let a ready block job switch over to its target")
+@hmp_command("block_job_complete", "device:B", "device", "let a ready block job switch over to its target", since="1.3")
 async def block_job_complete(call: HmpCall) -> None:
     """block-job-complete."""
     await call.qmp("block-job-complete", device=call.text("device"))
 
 
-@hmp_command("block_job_pause", "device:B", "device", "pause a block job")
+@hmp_command("block_job_pause", "device:B", "device", "pause a block job", since="1.3")
 async def block_job_pause(call: HmpCall) -> None:
     """block-job-pause."""
     await call.qmp("block-job-pause", device=call.text("device"))
 
 
-@hmp_command("block_job_resume", "device:B", "device", "let a paused block job go on")
+@hmp_command("block_job_resume", "device:B", "device", "let a paused block job go on", since="1.3")
 async def block_job_resume(call: HmpCall) -> None:
     """block-job-resume."""
     await call.qmp("block-job-resume", device=call.text("device"))
@@ -142,6 +135,7 @@ async def block_job_resume(call: HmpCall) -> None:
     "[-n] [-f] device target [format]",
     "copy a device to a new image and keep the copy up to date (-n: the image exists; -f: copy the whole disk, "
     "not only the top image)",
+    since="1.3",
 )
 async def drive_mirror(call: HmpCall) -> None:
     """drive-mirror with the device's name as job id."""
@@ -211,6 +205,7 @@ async def drive_del(call: HmpCall) -> None:
     "qdev:-d,device:B,command:s",
     '[-d] device "[command]"',
     "run a qemu-io command (-d: device is a qdev id)",
+    since="1.5",
 )
 async def qemu_io(call: HmpCall) -> None:
     """Runs the command; what it prints goes to the program's standard output, as in QEMU."""

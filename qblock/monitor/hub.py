@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
-from qblock.monitor.command import CommandTable, Dialect
+from qblock.monitor.command import CommandTable
 from qblock.monitor.commands import table
+from qblock.monitor.dialects import Dialect
 from qblock.monitor.hmp import HmpMonitor
 from qblock.monitor.throttle import EventThrottle
 
 if TYPE_CHECKING:
     from qblock.driver import Json
     from qblock.monitor.session import MonitorSession
-    from qblock.system import BlockSystem
+    from qblock.system import BlockSystem, EventListener
 
 
 class RunState(enum.Enum):
@@ -92,7 +93,7 @@ class MonitorHub:
 
     def open(self) -> None:
         """Begin to pass events on."""
-        self._unsubscribe = self.system.events.subscribe(self._throttle.event)
+        self._unsubscribe = self.subscribe(self._throttle.event)
 
     async def close(self) -> None:
         """Let go of the system; sessions are ended by their servers."""
@@ -100,6 +101,16 @@ class MonitorHub:
             self._unsubscribe()
             self._unsubscribe = None
         await self._throttle.close()
+
+    def subscribe(self, listener: EventListener) -> Callable[[], None]:
+        """Call ``listener`` for every event as the dialect shows it; call the result to end that."""
+
+        def pass_on(name: str, data: Mapping[str, Json], when: tuple[int, int]) -> None:
+            shown = self.dialect.event_data(name, data)
+            if shown is not None:
+                listener(name, shown, when)
+
+        return self.system.events.subscribe(pass_on)
 
     def _tell(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> None:
         for session in tuple(self.sessions):
@@ -123,7 +134,7 @@ class MonitorHub:
 
     async def quit(self) -> None:
         """Cancel all jobs, then let `wait_quit` return; the events of the jobs precede the reply."""
-        if self.dialect is Dialect.SYSTEM:
+        if self.dialect is not Dialect.STORAGE_DAEMON:
             self.system.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
         await self.system.jobs.cancel_all()
         self.quitting = True

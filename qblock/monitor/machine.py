@@ -21,6 +21,7 @@ from qblock.clock import Clock, VirtualTime
 from qblock.errors import CommandError, DeviceNotFound
 from qblock.guest import Guest, Workload
 from qblock.monitor.chardev import ChardevOptions, UnixAddress, parse_short
+from qblock.monitor.dialects import Dialect
 from qblock.monitor.eventlog import EventLog
 from qblock.monitor.events import EVENTS
 from qblock.monitor.hub import MonitorHub, RunState
@@ -43,7 +44,7 @@ DEFAULT_INTERFACE: Final = "virtio"
 class MachineOptions:
     """What a machine starts with, as on the command line: values of -drive, -blockdev and -qmp, and a seed for its chances.
 
-    ``paused`` is -S: the guest begins with the command cont.
+    ``paused`` is -S: the guest begins with the command cont. ``dialect`` is what all its monitors speak.
     """
 
     drives: Sequence[str] = ()
@@ -51,6 +52,7 @@ class MachineOptions:
     qmp: Sequence[str | ChardevOptions] = ()
     seed: int | None = None
     paused: bool = False
+    dialect: Dialect = Dialect.SYSTEM
 
 
 def qmp_socket(path: str | Path) -> ChardevOptions:
@@ -94,11 +96,11 @@ class Machine:
         system = BlockSystem.create(
             clock=clock, policy=OpenPolicy.follow(), random=random, warn=reports.warn, announce=reports.say
         )
-        hub = MonitorHub(system, report=reports.complain, output=reports.say)
+        hub = MonitorHub(system, options.dialect, report=reports.complain, output=reports.say)
         hub.run_state = RunState.PRELAUNCH if options.paused else RunState.RUNNING
         machine = cls(system, hub, clock, random, reports, virtual_time)
         machine.started_ns = clock.now_ns()
-        system.events.subscribe(machine.events.record)
+        hub.subscribe(machine.events.record)
         hub.on_run_state.append(machine._follow_run_state)
         hub.on_resize.append(machine._tell_guests_their_size)
         hub.open()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qblock.errors import CommandError, CommandNotFound, InvalidParameter, QBlockError
+from qblock.monitor.dialects import Dialect
 from qblock.monitor.jsonstream import JsonError, JsonStream
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ def encode(message: Mapping[str, Json]) -> bytes:
     return json.dumps(message, allow_nan=False).encode("ascii") + b"\r\n"
 
 
-def error_body(error: QBlockError) -> dict[str, str]:
+def error_body(error: QBlockError, error_class: str) -> dict[str, str]:
     """The ``error`` member of a reply."""
-    return {"class": error.qmp_class, "desc": str(error)}
+    return {"class": error_class, "desc": str(error)}
 
 
 def event_body(name: str, data: Mapping[str, Json], when: tuple[int, int]) -> dict[str, Json]:
@@ -88,9 +89,10 @@ def event_body(name: str, data: Mapping[str, Json], when: tuple[int, int]) -> di
 
 @attrs.define(eq=False)
 class QmpSession:
-    """The state of one conversation. ``package`` names the program in the greeting."""
+    """The state of one conversation. ``package`` names the program in the greeting, ``dialect`` tells the classes of errors."""
 
     package: str
+    dialect: Dialect = Dialect.SYSTEM
     phase: Phase = Phase.NEGOTIATION
     enabled: frozenset[str] = frozenset()
     _stream: JsonStream = attrs.field(factory=JsonStream, repr=False)
@@ -138,7 +140,7 @@ class QmpSession:
     def failure(self, request: QmpRequest | QmpFault, error: QBlockError) -> bytes:
         """The message that a request failed."""
         body: dict[str, Json] = {} if request.id is NO_ID else {"id": request.id}
-        return encode(body | {"error": error_body(error)})
+        return encode(body | {"error": error_body(error, self.dialect.error_class(error))})
 
     def event(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> bytes:
         """An event as bytes; empty while events are not sent yet."""

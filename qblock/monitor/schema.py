@@ -52,7 +52,7 @@ def introspect(commands: CommandTable, registry: DriverRegistry) -> list[Json]:
     for command in commands.values():
         schema.add_command(command)
     for name, kind in EVENTS.items():
-        if commands.dialect in kind.dialects:
+        if commands.dialect.has_event(name, kind.dialects):
             schema.entries.append({"name": name, "meta-type": "event", "arg-type": schema.type_name(kind.data)})
     return schema.entries
 

@@ -36,7 +36,7 @@ class MonitorSession:
 
     def __init__(self, hub: MonitorHub) -> None:
         self.hub = hub
-        self.qmp = QmpSession(hub.package)
+        self.qmp = QmpSession(hub.package, hub.dialect)
         self.fds = ReceivedFds()
         self._queue: deque[tuple[QmpRequest | QmpFault, FdBatch]] = deque()
         self._wakeup = asyncio.Event()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from qblock.clock import Clock, LoopClock, RealClock, VirtualTime
+from qblock.monitor.dialects import Dialect, dialect_named
 from qblock.monitor.machine import Machine, MachineOptions
 from qblock.monitor.reports import Reports
 from qblock.testing.simloop import SimLoop
@@ -20,6 +21,7 @@ def machine_options(line: CommandLine) -> MachineOptions:
         qmp=line.values.get("qmp", ()),
         seed=line.number("seed"),
         paused=line.has("S"),
+        dialect=dialect_named(line.last("dialect", Dialect.SYSTEM.value)),
     )
 
 

@@ -26,6 +26,8 @@ HELP: Final = """usage: qblock [OPTIONS]             a machine with disks, and a
   -monitor stdio|none     the prompt, or no prompt: run until told to quit
   -S                      do not start the guest before the command `cont`
   --clock real|virtual    which time the machine lives on; virtual time moves by `step` and `run`
+  --dialect NAME          whose commands it has: 7.2 (default), or a proposal of its time, to try it and compare:
+                          rfc-2012, blkmirror-2012, block-copy-2011
   --seed N                the seed of all chances (node names, what the guest writes)
   -h, --help              show this; `qblock demo --help` and `qblock replay --help` show theirs
   -V, --version           show the version
@@ -34,7 +36,7 @@ HELP: Final = """usage: qblock [OPTIONS]             a machine with disks, and a
 At the prompt, `help` lists the commands. Lines can also be piped in; the exit code is then 1 if one of them failed."""
 
 
-_VALUED: Final = frozenset({"drive", "blockdev", "qmp", "monitor", "clock", "seed"})
+_VALUED: Final = frozenset({"drive", "blockdev", "qmp", "monitor", "clock", "seed", "dialect"})
 _FLAGS: Final = HELP_FLAGS | {"V", "version", "S"}
 
 

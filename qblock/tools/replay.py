@@ -40,6 +40,7 @@ Performs a script of QMP commands and expectations (see docs/replay.md); '-' rea
   --output text|json    how the transcript is printed
   --clock virtual|real  the clock of the machine that is made for the run (default: virtual)
   --seed N              the seed of its chances
+  --dialect NAME        whose commands it has: 7.2 (default), rfc-2012, blkmirror-2012, block-copy-2011
   -drive OPTIONS        a disk of that machine
   -blockdev OPTIONS     a node of that machine
   -h, --help            show this
@@ -47,7 +48,7 @@ Performs a script of QMP commands and expectations (see docs/replay.md); '-' rea
 Exit code: 0 everything was as expected, 1 something was not, 2 the script or the command line is wrong."""
 
 
-_VALUED: Final = frozenset({"socket", "define", "output", "clock", "seed", "drive", "blockdev"})
+_VALUED: Final = frozenset({"socket", "define", "output", "clock", "seed", "dialect", "drive", "blockdev"})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -110,7 +111,7 @@ def _transcript(line: CommandLine) -> Transcript:
 
 
 def _check_no_machine(line: CommandLine) -> None:
-    for name in ("drive", "blockdev", "clock", "seed"):
+    for name in ("drive", "blockdev", "clock", "seed", "dialect"):
         if line.has(name):
             raise UsageError(f"--{name} describes a machine of its own, and --socket means another one")
 

@@ -135,7 +135,7 @@ def _in_background(serve: Callable[[Callable[[], None]], None]) -> int:
 
 async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]) -> None:
     """Carry out the options in their order, then serve until told to quit; everything is closed on the way out."""
-    from qblock.monitor.command import Dialect
+    from qblock.monitor.dialects import Dialect
     from qblock.monitor.hub import MonitorHub
     from qblock.policy import OpenPolicy
     from qblock.system import BlockSystem

@@ -13,8 +13,9 @@ import attrs
 import pytest
 
 from qblock.monitor import replies
-from qblock.monitor.command import Command, Dialect
+from qblock.monitor.command import Command
 from qblock.monitor.commands import table
+from qblock.monitor.dialects import Dialect
 from qblock.monitor.events import EVENTS
 from qblock.monitor.hmp import HmpMonitor
 from qblock.monitor.schema import introspect

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from qblock.monitor.command import CommandTable, Dialect
+from qblock.monitor.command import CommandTable
 from qblock.monitor.commands import bitmaps, blockdev, control, hmp, jobs, machine, mirror, query, snapshots, stream
+from qblock.monitor.dialects import Dialect
 
 MODULES = (bitmaps, blockdev, control, hmp, jobs, machine, mirror, query, snapshots, stream)
 

@@ -9,8 +9,9 @@ import attrs
 from qblock.driver import Json
 from qblock.errors import CommandError, CommandNotFound, InvalidParameter
 from qblock.monitor import schema
-from qblock.monitor.command import SYSTEM_ONLY, CommandContext, NoArguments, command
+from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.descriptors import ReceivedFds
+from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.monitor.qmp import QEMU_VERSION
 from qblock.monitor.replies import ChardevInfo, CommandInfo, VersionInfo, VersionTriple
 from qblock.options import option, required

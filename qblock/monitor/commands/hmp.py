@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from qblock.monitor.command import SYSTEM_ONLY, CommandContext, command
+from qblock.monitor.command import CommandContext, command
+from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.options import option, required
 
 

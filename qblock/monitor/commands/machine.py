@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import attrs
 
 from qblock.driver import Json
-from qblock.monitor.command import SYSTEM_ONLY, CommandContext, NoArguments, command
+from qblock.monitor.command import CommandContext, NoArguments, command
+from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.monitor.replies import NameInfo, StatusInfo
 from qblock.objects import SecretOptions
 from qblock.options import required
