@@ -165,16 +165,19 @@ class Machine:
         """The names of the machine's disks."""
         return [backend.name for backend in self.system.graph.backends if backend.name]
 
-    @staticmethod
-    def event_names(word: str) -> frozenset[str]:
+    @property
+    def events_known(self) -> frozenset[str]:
+        """The QMP events that the machine's monitors may send."""
+        return frozenset(name for name, kind in EVENTS.items() if self.hub.dialect.has_event(name, kind.dialects))
+
+    def event_names(self, word: str) -> frozenset[str]:
         """The QMP events that ``word`` means: the one of that name, or all whose name ends in it."""
         upper = word.upper().replace("-", "_")
-        return frozenset(name for name in EVENTS if name == upper or name.endswith(f"_{upper}"))
+        return frozenset(name for name in self.events_known if name == upper or name.endswith(f"_{upper}"))
 
-    @staticmethod
-    def event_words() -> list[str]:
+    def event_words(self) -> list[str]:
         """What a person may call events: full names and their last words."""
-        return sorted({name.rpartition("_")[2] for name in EVENTS} | set(EVENTS))
+        return sorted({name.rpartition("_")[2] for name in self.events_known} | self.events_known)
 
     # ----------------------------------------------------------------------------------------------------------- guest
 
