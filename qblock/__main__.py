@@ -1,4 +1,4 @@
-"""The `qblock` program: a machine with a prompt, or one of the sub-commands ``demo`` and ``replay``."""
+"""The `qblock` program: a machine with a prompt, or one of the sub-commands ``demo``, ``replay`` and ``lab``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def main(argv: list[str] | None = None) -> int:
         from qblock.tools import replay  # noqa: PLC0415 - only when asked for
 
         return replay.main(args[1:])
+    if args[:1] == ["lab"]:
+        from qblock.tools import lab  # noqa: PLC0415 - only when asked for
+
+        return lab.main(args[1:])
     from qblock.tools import repl  # noqa: PLC0415 - only when asked for
 
     return repl.main(args)

@@ -44,6 +44,7 @@ LAYERS = (
     "system",
     "monitor.*",
     "testing.*",
+    "lab.*",
     "tools.*",
     "__init__ __main__",
 )

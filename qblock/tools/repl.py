@@ -17,6 +17,8 @@ HELP: Final = """usage: qblock [OPTIONS]             a machine with disks, and a
        qblock demo [OPTIONS]        a live mirror, from beginning to end, with proofs
        qblock replay [OPTIONS] SCRIPT
                                     perform a script of QMP commands and expectations
+       qblock lab EXPERIMENT [OPTIONS]
+                                    experiments with live block operations
 
   -drive if=virtio,id=virtio0,file=FILE,format=qcow2
                           a disk (as QEMU's -drive)
@@ -29,7 +31,7 @@ HELP: Final = """usage: qblock [OPTIONS]             a machine with disks, and a
   --dialect NAME          whose commands it has: 7.2 (default), or a proposal of its time, to try it and compare:
                           rfc-2012, blkmirror-2012, block-copy-2011
   --seed N                the seed of all chances (node names, what the guest writes)
-  -h, --help              show this; `qblock demo --help` and `qblock replay --help` show theirs
+  -h, --help              show this; `qblock demo --help` and so on show theirs
   -V, --version           show the version
 
 -drive, -blockdev and -qmp may be repeated; a comma in a value is written twice (as in QEMU).
@@ -69,7 +71,7 @@ def _run_machine(line: CommandLine) -> int:
     from qblock.tools.machine_run import run_machine
 
     if line.words:
-        raise UsageError(f"there is no sub-command '{line.words[0]}'; there are demo and replay")
+        raise UsageError(f"there is no sub-command '{line.words[0]}'; there are demo, replay and lab")
     clock = line.choice("clock", ("real", "virtual"))
     prompt = line.choice("monitor", ("stdio", "none")) == "stdio"
     return run_machine(line, clock=clock, prompt=prompt, greeting=GREETING)

@@ -30,7 +30,7 @@ def lines(*args: str, typed: str) -> subprocess.CompletedProcess[str]:
         (["-drive"], "the option -drive needs a value"),
         (["--clock", "fast"], "--clock takes real or virtual, not 'fast'"),
         (["--seed", "red"], "--seed takes a number, not 'red'"),
-        (["dmeo"], "there is no sub-command 'dmeo'; there are demo and replay"),
+        (["dmeo"], "there is no sub-command 'dmeo'; there are demo, replay and lab"),
     ],
 )
 def test_wrong_options_are_errors_that_help(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
