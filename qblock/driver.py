@@ -21,6 +21,7 @@ from qblock.errors import BlockIOError, CommandError
 from qblock.extents import Data, Extent
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
+from qblock.tracing import Trace
 
 if TYPE_CHECKING:
     from qblock.clock import Clock
@@ -64,6 +65,7 @@ class Environment:
 
     ``emit(event, data)`` sends a QMP event; ``warn(text)`` tells the person at the console. ``loop_is_shared`` is False in
     programs in which nobody waits for the loop meanwhile: what the page cache can take or give is copied at once there.
+    ``trace`` has the trace events, see `tracing`.
     """
 
     clock: Clock
@@ -72,6 +74,7 @@ class Environment:
     emit: Callable[[str, Mapping[str, Json]], None]
     warn: Callable[[str], None]
     loop_is_shared: bool = True
+    trace: Trace = attrs.field(factory=Trace)
 
 
 class Driver(abc.ABC):

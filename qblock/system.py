@@ -99,7 +99,7 @@ class BlockSystem:
         graph = Graph(random=random)
         registry = DriverRegistry()
         opener = Opener(graph, registry, env, policy or OpenPolicy.deny())
-        jobs = JobRunner(graph, clock, events.emit, opener)
+        jobs = JobRunner(graph, clock, events.emit, opener, trace=env.trace)
         table = ObjectTable()
         return cls(env, events, graph, registry, opener, jobs, table, announce, owns_executor=executor is None)
 

@@ -19,7 +19,7 @@ LAYERS = (
     # Each room may import those on lines above it; rooms on one line do not import each other.
     "errors units",
     "extents ranges zeroes filenames policy",
-    "clock options transaction formatting",
+    "clock options transaction formatting tracing",
     "dirty",
     "permissions",
     "driver",

@@ -17,6 +17,7 @@ from qblock.errors import CommandError, DeviceNotActive, DuplicateName, JobCance
 from qblock.jobs.job import BlockJob, Job
 from qblock.jobs.state import TRANSITIONS, VERBS, IoStatus, JobStatus, JobVerb
 from qblock.jobs.txn import JobTransaction
+from qblock.tracing import Trace
 
 if TYPE_CHECKING:
     from qblock.clock import Clock
@@ -37,12 +38,19 @@ class JobRunner:
     """
 
     def __init__(
-        self, graph: Graph, clock: Clock, emit: Callable[[str, Mapping[str, Json]], None], opener: Opener
+        self,
+        graph: Graph,
+        clock: Clock,
+        emit: Callable[[str, Mapping[str, Json]], None],
+        opener: Opener,
+        *,
+        trace: Trace | None = None,
     ) -> None:
         self.graph = graph
         self.clock = clock
         self.emit = emit
         self.opener = opener
+        self.trace = trace if trace is not None else Trace()
         self.jobs: list[Job] = []
         self._tasks: set[asyncio.Task[Any]] = set()
 
