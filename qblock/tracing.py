@@ -60,15 +60,22 @@ class Hit:
 
 def event(doc: str, line: str) -> Any:
     """Declare an event of `Trace`; see `TraceEvent`."""
-    return attrs.field(default=None, init=False, metadata={_DECLARATION: (doc, line)})
+    return attrs.field(metadata={_DECLARATION: (doc, line)})
 
 
-@attrs.define(eq=False, slots=True)
+@attrs.define(eq=False, init=False, repr=False, getstate_setstate=False)
 class Trace:
     """All events of one block system. Each attribute below is one event; those of ``extra`` are declared at run time.
 
-    ``log`` gets the events that `switch` has switched on; by default it writes their lines to standard error.
+    ``log`` gets the events that `switch` has switched on; by default (None) their lines go to standard error.
     """
+
+    extra: dict[str, Hit]
+    """Events declared with `declare` that are on, by name."""
+    log: Sink | None
+    _declared: dict[str, TraceEvent]
+    _switched_on: set[str]
+    _listeners: list[tuple[str, Sink]]
 
     # ------------------------------------------------------------------------------------------------------------- jobs
 
@@ -188,14 +195,17 @@ class Trace:
     bdrv_open_common: Hit | None = event("An image is opened", 'bs {node} filename "{filename}" format_name "{driver}"')
     handle_hmp_command: Hit | None = event("A line of the human monitor is executed", "mon {monitor} cmdline: {line}")
 
-    # ------------------------------------------------------------------------------------------------------------ the rest
+    # ------------------------------------------------------------------------------------------------------------------ all
 
-    extra: dict[str, Hit] = attrs.field(factory=dict, init=False, repr=False)
-    """Events declared with `declare` that are on, by name."""
-    log: Sink | None = attrs.field(default=None, repr=False)
-    _declared: dict[str, TraceEvent] = attrs.field(factory=dict, init=False, repr=False)
-    _switched_on: set[str] = attrs.field(factory=set, init=False, repr=False)
-    _listeners: list[tuple[str, Sink]] = attrs.field(factory=list, init=False, repr=False)
+    def __init__(self, log: Sink | None = None) -> None:
+        """Everything is off."""  # written by hand: attrs would compile eighty lines whenever a program starts
+        for name in DECLARED:
+            setattr(self, name, None)
+        self.extra = {}
+        self.log = log
+        self._declared = {}
+        self._switched_on = set()
+        self._listeners = []
 
     # -------------------------------------------------------------------------------------------------------- declarations
 
