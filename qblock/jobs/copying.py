@@ -33,13 +33,14 @@ def io_error(error: Exception) -> OSError:
 @attrs.define(eq=False, slots=True)
 class Operation:
     """A request under way on ``length`` bytes at ``offset``, of which ``counted`` are progress; ``foreground`` when a guest
-    waits for it.
+    waits for it. ``ret`` is a negative errno once it has failed.
     """
 
     offset: int
     length: int
     counted: int
     foreground: bool = False
+    ret: int = 0
 
 
 @attrs.define(eq=False, slots=True)

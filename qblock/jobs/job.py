@@ -125,7 +125,11 @@ class Job(abc.ABC):
         """Sleep for ``ns`` nanoseconds unless somebody wants something of the job; a pause point."""
         if not (self.pause_count or self.force_cancelled):
             self.notice()
-            await self._sleep.sleep_ns(ns)
+            if (hit := self.runner.trace.co_sleep_begin) is not None:
+                hit(job=self.id, delay_ns=ns)
+            woken = await self._sleep.sleep_ns(ns)
+            if woken and (hit := self.runner.trace.co_sleep_woken) is not None:
+                hit(job=self.id)
         await self.pause_point()
 
     def advance(self, count: int) -> None:

@@ -126,6 +126,8 @@ class MirrorJob(BlockJob):
         self.source.dirty_bitmaps.append(self.bitmap)
         self._mirroring = self.plan.write_blocking and self._target_edge.node.length == self.length
         self.filter.host = self
+        if (hit := self.runner.trace.mirror_start) is not None:
+            hit(node=self.source.node_name, job=self.id)
 
     @property
     def length(self) -> int:
@@ -227,7 +229,7 @@ class MirrorJob(BlockJob):
             delay = SLICE_NS if self._retrying else 0
             self._retrying = False
             if self.in_flight.full or (not dirty and self.in_flight.background):
-                await self.in_flight.changed()
+                await self._some_copy_ended()
             elif dirty:
                 delay = max(delay, await self._copy_next_run())
             elif await self._nothing_dirty():
@@ -235,10 +237,25 @@ class MirrorJob(BlockJob):
             else:
                 delay = 0 if self.bitmap.count else SLICE_NS
             if delay:
+                if (hit := self.runner.trace.mirror_before_sleep) is not None:
+                    hit(job=self.id, dirty=self.bitmap.count, synced=self.is_ready, delay_ns=delay)
                 await self.sleep_ns(delay)
+
+    async def _some_copy_ended(self) -> None:
+        if (hit := self.runner.trace.mirror_yield) is not None:
+            under_way = self.in_flight.background
+            hit(job=self.id, dirty=self.bitmap.count, free=self.in_flight.limit - under_way, in_flight=under_way)
+        await self.in_flight.changed()
+
+    async def _conflict_ended(self, offset: int) -> None:
+        if (hit := self.runner.trace.mirror_yield_in_flight) is not None:
+            hit(job=self.id, offset=offset, in_flight=self.in_flight.background)
+        await self.in_flight.changed()
 
     async def _nothing_dirty(self) -> bool:
         """The two sides are equal for a moment: become ready, and if told so, finish (True)."""
+        if (hit := self.runner.trace.mirror_before_flush) is not None:
+            hit(job=self.id)
         if not await self._flush_target() or self._failure is not None:
             return False
         # A guest that wrote while we waited does not put READY off: on a slow disk with a busy guest it would never come.
@@ -249,6 +266,8 @@ class MirrorJob(BlockJob):
             return False
         if not (self._should_complete or self.cancel_requested) or self.force_cancelled:
             return False
+        if (hit := self.runner.trace.mirror_before_drain) is not None:
+            hit(job=self.id, dirty=self.bitmap.count)
         await self.drain(self.source, self._target_edge.node)
         if not self._is_clean() or not await self._flush_target():
             self.end_drain()
@@ -279,6 +298,8 @@ class MirrorJob(BlockJob):
         run = self.bitmap.next_dirty_range(self._cursor, max_length=self._reach)
         if run is None:
             run = self.bitmap.next_dirty_range(0, max_length=self._reach)
+            if (hit := self.runner.trace.mirror_restart_iter) is not None:
+                hit(job=self.id, dirty=self.bitmap.count)
         if run is None:
             return None
         unit = self.plan.unit
@@ -294,8 +315,10 @@ class MirrorJob(BlockJob):
         if run is None:
             return 0
         if not run.length:
-            await self.in_flight.changed()
+            await self._conflict_ended(run.offset)
             return 0
+        if (hit := self.runner.trace.mirror_one_iteration) is not None:
+            hit(job=self.id, offset=run.offset, length=run.length)
         self.bitmap.reset(run.offset, run.length)
         self._cursor = run.end
         delay, offset, end, only_zeroes = 0, run.offset, run.end, True
@@ -307,7 +330,7 @@ class MirrorJob(BlockJob):
                 if self._reach > self.plan.buf_size:
                     end = min(end, align_up(max(offset + length, run.offset + self.plan.buf_size), self.plan.unit))
             while self.in_flight.full or self.in_flight.conflict(offset, length):
-                await self.in_flight.changed()
+                await self._conflict_ended(offset)
             operation = self.in_flight.begin(offset, length)
             work = self._zero(operation) if as_zero else self._copy(operation)
             self.spawn(self._watched(operation, work), f"copy at {offset}")
@@ -347,6 +370,8 @@ class MirrorJob(BlockJob):
             self._failure = self._failure or bug
         finally:
             self.in_flight.end(operation)
+            if operation.length and (hit := self.runner.trace.mirror_iteration_done) is not None:
+                hit(job=self.id, offset=operation.offset, length=operation.length, ret=operation.ret)
 
     async def _copy(self, operation: Operation) -> None:
         assert self._buffers is not None
@@ -375,13 +400,13 @@ class MirrorJob(BlockJob):
         try:
             await requests.read_into(self.filter.child, offset, buffer)
         except IO_FAILURES as error:
-            self.bitmap.mark(offset, operation.length)
+            self._copy_failed(operation, error)
             self._source_failed(error)
             return
         try:
             await requests.write_from(self._target_edge, offset, buffer)
         except IO_FAILURES as error:
-            self.bitmap.mark(offset, operation.length)
+            self._copy_failed(operation, error)
             self._target_failed(error)
             return
         self.advance(operation.length)
@@ -391,10 +416,14 @@ class MirrorJob(BlockJob):
         try:
             await requests.write_zeroes(self._target_edge, offset, length, may_unmap=self.plan.unmap)
         except IO_FAILURES as error:
-            self.bitmap.mark(offset, length)
+            self._copy_failed(operation, error)
             self._target_failed(error)
             return
         self.advance(length)
+
+    def _copy_failed(self, operation: Operation, error: Exception) -> None:
+        operation.ret = -(io_error(error).errno or errno.EIO)
+        self.bitmap.mark(operation.offset, operation.length)
 
     def _source_failed(self, error: Exception) -> ErrorAction:
         return self._failed(error, self.plan.on_source_error, is_read=True)

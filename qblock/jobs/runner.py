@@ -8,6 +8,7 @@ there is no global list of jobs.
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -157,11 +158,15 @@ class JobRunner:
         Returns None when the job has completed, its error when it has failed, `JobCancelled` when it has ended cancelled.
         A job may do I/O, and take time, after it was told to cancel (rfc-2012.md, patch 2).
         """
+        if (hit := self.trace.job_cancel_sync_begin) is not None:
+            hit(job=job.id, force=force)
         if job.status in VERBS[JobVerb.CANCEL]:
             if job.user_paused and not force:
                 self._lift_user_pause(job)
             await self.cancel(job, force=force)
         await self._see_off(job)
+        if (hit := self.trace.job_cancel_sync_end) is not None:
+            hit(job=job.id, outcome="cancelled" if job.cancelled else job.error or "completed")
         return JobCancelled() if job.cancelled else job.error
 
     def complete(self, job: Job) -> None:
@@ -250,6 +255,8 @@ class JobRunner:
     def transition(self, job: Job, status: JobStatus) -> None:
         """Move ``job`` to ``status``, which the table must allow, and say so."""
         assert status in TRANSITIONS[job.status], f"{job!r} cannot become {status.value}"
+        if (hit := self.trace.job_state_transition) is not None:
+            hit(job=job.id, ret=-_errno(job.error), old=job.status.value, new=status.value)
         changed = job.status is not status
         job.status = status
         if changed and job.id is not None:
@@ -259,7 +266,11 @@ class JobRunner:
             self._block_event("BLOCK_JOB_READY", job)
 
     def _check(self, job: Job, verb: JobVerb) -> None:
-        if job.status not in VERBS[verb]:
+        allowed = job.status in VERBS[verb]
+        if (hit := self.trace.job_apply_verb) is not None:
+            word = "allowed" if allowed else "prohibited"
+            hit(job=job.id, status=job.status.value, verb=verb.value, allowed=word)
+        if not allowed:
             raise JobStateError(job.id or "", job.status.value, verb.value)
 
     def _block_event(self, event: str, job: Job, *, error: str | None = None) -> None:
@@ -307,6 +318,8 @@ class JobRunner:
             raise
         finally:
             job.run_ended = True
+            if (hit := self.trace.job_completed) is not None:
+                hit(job=job.id, ret=-errno.ECANCELED if job.force_cancelled else -_errno(job.error))
             job.notice()
             job.at_rest()
             await self._run_ended(job)
@@ -389,3 +402,10 @@ class JobRunner:
     def _dismiss(self, job: Job) -> None:
         self.transition(job, JobStatus.NULL)
         self.jobs.remove(job)
+
+
+def _errno(error: Exception | None) -> int:
+    """What a trace line tells of an outcome: 0 for a good one, EIO for an error without a number."""
+    if error is None:
+        return 0
+    return (error.errno if isinstance(error, OSError) else None) or errno.EIO

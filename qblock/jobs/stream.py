@@ -108,6 +108,8 @@ class StreamJob(BlockJob):
         if graph.skip_filters(self.device) is graph.skip_filters(self.lowest):
             return
         self.progress_remaining = self.device.length
+        if (hit := self.runner.trace.stream_start) is not None:
+            hit(node=self.device.node_name, base=self.base.node_name if self.base is not None else None, job=self.id)
         buffers = BufferPool(_PARALLEL * STEP, piece=STEP)
         try:
             while await self._step(buffers):
@@ -161,12 +163,15 @@ class StreamJob(BlockJob):
                         self.advance(length)
                 await self.pause_point()
                 continue
-            if extent.present and extent.depth:
-                length = min(extent.length, STEP)
+            needed = extent.present and extent.depth > 0
+            length = min(extent.length, STEP) if needed else extent.length
+            if (hit := self.runner.trace.stream_one_iteration) is not None:
+                hit(job=self.id, offset=offset, length=length, allocated=needed)
+            if needed:
                 self._position += length
                 return ByteRange(offset, length)
-            self._position += extent.length
-            self.advance(extent.length)
+            self._position += length
+            self.advance(length)
             await self.pause_point()
         return None
 

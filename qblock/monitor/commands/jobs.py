@@ -47,37 +47,55 @@ class JobArguments:
 @command("block-job-pause", since="1.3")
 async def block_job_pause(ctx: CommandContext, args: BlockJobArguments) -> None:
     """Pause a block job until somebody resumes it."""
-    await ctx.system.jobs.pause(ctx.system.jobs.find_block_job(args.device))
+    job = ctx.system.jobs.find_block_job(args.device)
+    if (hit := ctx.system.env.trace.qmp_block_job_pause) is not None:
+        hit(job=job.id)
+    await ctx.system.jobs.pause(job)
 
 
 @command("block-job-resume", since="1.3")
 async def block_job_resume(ctx: CommandContext, args: BlockJobArguments) -> None:
     """Let a paused block job go on; its I/O status becomes ok again."""
-    await ctx.system.jobs.resume(ctx.system.jobs.find_block_job(args.device))
+    job = ctx.system.jobs.find_block_job(args.device)
+    if (hit := ctx.system.env.trace.qmp_block_job_resume) is not None:
+        hit(job=job.id)
+    await ctx.system.jobs.resume(job)
 
 
 @command("block-job-cancel", since="1.1")
 async def block_job_cancel(ctx: CommandContext, args: BlockJobCancelArguments) -> None:
     """Stop a block job; a ready mirror ends with a consistent copy unless the cancel is forced."""
-    await ctx.system.jobs.cancel(ctx.system.jobs.find_block_job(args.device), force=args.force)
+    job = ctx.system.jobs.find_block_job(args.device)
+    if (hit := ctx.system.env.trace.qmp_block_job_cancel) is not None:
+        hit(job=job.id)
+    await ctx.system.jobs.cancel(job, force=args.force)
 
 
 @command("block-job-complete", since="1.3")
 async def block_job_complete(ctx: CommandContext, args: BlockJobArguments) -> None:
     """Tell a ready job to switch over to its target and end."""
-    ctx.system.jobs.complete(ctx.system.jobs.find_block_job(args.device))
+    job = ctx.system.jobs.find_block_job(args.device)
+    if (hit := ctx.system.env.trace.qmp_block_job_complete) is not None:
+        hit(job=job.id)
+    ctx.system.jobs.complete(job)
 
 
 @command("block-job-finalize", since="2.12")
 async def block_job_finalize(ctx: CommandContext, args: JobArguments) -> None:
     """Let a pending block job make its graph changes and end."""
-    await ctx.system.jobs.finalize(ctx.system.jobs.find_block_job(args.id))
+    job = ctx.system.jobs.find_block_job(args.id)
+    if (hit := ctx.system.env.trace.qmp_block_job_finalize) is not None:
+        hit(job=job.id)
+    await ctx.system.jobs.finalize(job)
 
 
 @command("block-job-dismiss", since="2.12")
 async def block_job_dismiss(ctx: CommandContext, args: JobArguments) -> None:
     """Forget a concluded block job."""
-    ctx.system.jobs.dismiss(ctx.system.jobs.find_block_job(args.id))
+    job = ctx.system.jobs.find_block_job(args.id)
+    if (hit := ctx.system.env.trace.qmp_block_job_dismiss) is not None:
+        hit(job=job.id)
+    ctx.system.jobs.dismiss(job)
 
 
 @command("block-job-set-speed", since="1.1")
@@ -96,37 +114,55 @@ async def query_block_jobs(ctx: CommandContext, args: NoArguments) -> list[dict[
 @command("job-pause", since="3.0")
 async def job_pause(ctx: CommandContext, args: JobArguments) -> None:
     """Pause a job until somebody resumes it."""
-    await ctx.system.jobs.pause(ctx.system.jobs.find(args.id))
+    job = ctx.system.jobs.find(args.id)
+    if (hit := ctx.system.env.trace.qmp_job_pause) is not None:
+        hit(job=job.id)
+    await ctx.system.jobs.pause(job)
 
 
 @command("job-resume", since="3.0")
 async def job_resume(ctx: CommandContext, args: JobArguments) -> None:
     """Let a paused job go on."""
-    await ctx.system.jobs.resume(ctx.system.jobs.find(args.id))
+    job = ctx.system.jobs.find(args.id)
+    if (hit := ctx.system.env.trace.qmp_job_resume) is not None:
+        hit(job=job.id)
+    await ctx.system.jobs.resume(job)
 
 
 @command("job-cancel", since="3.0")
 async def job_cancel(ctx: CommandContext, args: JobArguments) -> None:
     """End a job at once."""
-    await ctx.system.jobs.cancel(ctx.system.jobs.find(args.id), force=True)
+    job = ctx.system.jobs.find(args.id)
+    if (hit := ctx.system.env.trace.qmp_job_cancel) is not None:
+        hit(job=job.id)
+    await ctx.system.jobs.cancel(job, force=True)
 
 
 @command("job-complete", since="3.0")
 async def job_complete(ctx: CommandContext, args: JobArguments) -> None:
     """Tell a ready job to switch over to its target and end."""
-    ctx.system.jobs.complete(ctx.system.jobs.find(args.id))
+    job = ctx.system.jobs.find(args.id)
+    if (hit := ctx.system.env.trace.qmp_job_complete) is not None:
+        hit(job=job.id)
+    ctx.system.jobs.complete(job)
 
 
 @command("job-finalize", since="3.0")
 async def job_finalize(ctx: CommandContext, args: JobArguments) -> None:
     """Let a pending job make its graph changes and end."""
-    await ctx.system.jobs.finalize(ctx.system.jobs.find(args.id))
+    job = ctx.system.jobs.find(args.id)
+    if (hit := ctx.system.env.trace.qmp_job_finalize) is not None:
+        hit(job=job.id)
+    await ctx.system.jobs.finalize(job)
 
 
 @command("job-dismiss", since="3.0")
 async def job_dismiss(ctx: CommandContext, args: JobArguments) -> None:
     """Forget a concluded job."""
-    ctx.system.jobs.dismiss(ctx.system.jobs.find(args.id))
+    job = ctx.system.jobs.find(args.id)
+    if (hit := ctx.system.env.trace.qmp_job_dismiss) is not None:
+        hit(job=job.id)
+    ctx.system.jobs.dismiss(job)
 
 
 @command("query-jobs", since="3.0", returns=list[JobInfo])
