@@ -14,8 +14,10 @@ from qblock.options import option, required
 
 IoStatusName = Literal["ok", "failed", "nospace"]
 JobTypeName = Literal[
-    "commit", "stream", "mirror", "backup", "create", "amend", "snapshot-load", "snapshot-save", "snapshot-delete"
-]
+    "commit", "stream", "mirror", "backup", "create", "amend", "snapshot-load", "snapshot-save", "snapshot-delete",
+    "block-copy",
+]  # fmt: skip
+"""Those of QEMU 7.2, and the live block copy of 2011, which is a job only here."""
 JobStatusName = Literal[
     "undefined",
     "created",
