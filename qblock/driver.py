@@ -95,6 +95,9 @@ class Driver(abc.ABC):
     zero_initialised: ClassVar[bool] = False
     """True when a freshly created image is known to read as zeroes."""
 
+    names_whole_nodes: ClassVar[bool] = False
+    """True when a file name that begins with the driver's name means a node of the driver, and not the storage of an image."""
+
     probes_storage: bool = False
     """True while data of this node may lie on holes of its storage child that read as zeroes (raw, preallocated metadata):
     block status then asks the child about every data extent that has an offset."""

@@ -90,6 +90,29 @@ class NodeFlags:
         return cls(**{field.name: getattr(node, field.name) for field in attrs.fields(cls)})
 
 
+@attrs.frozen
+class MediumFlags:
+    """How the image of a drive is opened, whichever it is: what a drive keeps when it gets another one."""
+
+    flags: NodeFlags = NodeFlags()
+    detect_zeroes: str = "off"
+    copy_on_read: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """The options of the image's top node that stand for them; read-only and force-share are not among them."""
+        return {
+            "cache": {"direct": self.flags.cache_direct, "no-flush": self.flags.cache_no_flush},
+            "discard": "unmap" if self.flags.discard_unmap else "ignore",
+            "detect-zeroes": self.detect_zeroes,
+            "auto-read-only": self.flags.auto_read_only,
+        }
+
+    @classmethod
+    def of(cls, node: BlockDriverState) -> MediumFlags:
+        """Those of an open image."""
+        return cls(NodeFlags.of(node), node.detect_zeroes, bool(node.copy_on_read))
+
+
 def _either(own: bool | None, inherited: bool) -> bool:
     return inherited if own is None else own
 
@@ -103,6 +126,15 @@ class NodeReference:
 
 
 @attrs.frozen(eq=False)
+class UnprobedSpec:
+    """A standalone child whose options do not tell its driver, with the flags that it inherits."""
+
+    given: Mapping[str, Json]
+    flags: NodeFlags
+    path: str
+
+
+@attrs.frozen(eq=False)
 class NodeSpec:
     """One node to be opened. ``children`` holds the inline and referenced ones; ``backing`` is absent from it when it is to
     be taken from the header, and None when there shall be none.
@@ -112,7 +144,7 @@ class NodeSpec:
     common: CommonOptions
     options: Any
     flags: NodeFlags
-    children: Mapping[str, NodeSpec | NodeReference | None]
+    children: Mapping[str, NodeSpec | NodeReference | UnprobedSpec | None]
     given: Mapping[str, Json]
 
 
@@ -165,12 +197,16 @@ class SpecReader:
 
     def _child(
         self, field: Field, ref: Any, flags: NodeFlags, path: str, depth: int
-    ) -> NodeSpec | NodeReference | None:
+    ) -> NodeSpec | NodeReference | UnprobedSpec | None:
         assert field.role is not None
         if ref is None:
             return None
         if isinstance(ref, str):
             return NodeReference(ref, path)
+        if field.standalone and ref.get("backing") is not None:
+            raise InvalidParameter(f"{path}.backing", "can only be null here: this image is opened without its backing file")
+        if field.standalone and self.strings and "driver" not in ref and isinstance(ref.get("file"), Mapping):
+            return UnprobedSpec(ref, flags.for_child(field.role), path)
         return self.read_file(ref, flags.for_child(field.role), path=path, depth=depth + 1)
 
 

@@ -25,7 +25,7 @@ from qblock.errors import CommandError, CorruptImage, InvalidParameter, QBlockEr
 from qblock.filenames import combine_filename, has_protocol
 from qblock.graph import Graph, check_node_name
 from qblock.node import BlockDriverState
-from qblock.nodespec import MAX_NESTING, NodeFlags, NodeReference, NodeSpec, SpecReader, child_fields
+from qblock.nodespec import MAX_NESTING, NodeFlags, NodeReference, NodeSpec, SpecReader, UnprobedSpec, child_fields
 from qblock.options import parse_json_filename, unflatten_dotted
 from qblock.permissions import ChildRole, Perm
 from qblock.policy import Mention, OpenPolicy
@@ -143,7 +143,8 @@ class Opener:
                 if storage is not None and field.role in (ChildRole.STORAGE, ChildRole.PRIMARY_DATA):
                     self._attach(node, storage, field.wire, field.role)
                 elif ref is not None and field.role is not ChildRole.BACKING:
-                    self._attach(node, await self._open_child(ref), field.wire, field.role)
+                    child = await self._open_child(ref, standalone=field.standalone)
+                    self._attach(node, child, field.wire, field.role)
             await node.driver.open()
         except BaseException:
             await self._close_tree(node, opened=False)
@@ -159,10 +160,14 @@ class Opener:
         self.graph.add_node(node)
         return node
 
-    async def _open_child(self, ref: NodeSpec | NodeReference) -> BlockDriverState:
+    async def _open_child(
+        self, ref: NodeSpec | NodeReference | UnprobedSpec, *, standalone: bool
+    ) -> BlockDriverState:
         if isinstance(ref, NodeReference):
             return self.graph.lookup(ref.name)
-        return await self._open_tree(ref)
+        if isinstance(ref, UnprobedSpec):
+            return (await self._open_given(ref.given, ref.flags, shown=ref.path)).node
+        return await (self._open_layer(ref) if standalone else self._open_tree(ref))
 
     def _attach(self, parent: BlockDriverState, child: BlockDriverState, name: str, role: ChildRole) -> None:
         if child.read_only and not parent.read_only and parent.auto_read_only and role is not ChildRole.BACKING:
@@ -188,6 +193,7 @@ class Opener:
                 if isinstance(ref, NodeReference):
                     self._attach(node, self.graph.lookup(ref.name), "backing", ChildRole.BACKING)
                     return
+                assert isinstance(ref, NodeSpec), "a backing child has a driver"
                 below = _Layer(await self._open_layer(ref), ref)
             else:
                 mentioned = await self._open_mentioned(node, flags, seen)
@@ -266,7 +272,7 @@ class Opener:
             return parsed if fmt is None else {**parsed, "driver": fmt}
         file = self._storage_of(filename)
         if fmt is None:
-            return {"file": file}
+            return file if self.registry.get(file["driver"]).names_whole_nodes else {"file": file}
         if fmt == file["driver"] or self.registry.get(fmt).is_protocol:
             return {**file, "driver": fmt}
         return {"driver": fmt, "file": file}

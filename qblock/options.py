@@ -65,6 +65,7 @@ class Field(NamedTuple):
     since: str
     role: ChildRole | None
     nullable: bool
+    standalone: bool
 
     @property
     def required(self) -> bool:
@@ -91,14 +92,19 @@ def child(
     doc: str,
     optional: bool = False,
     nullable: bool = False,
+    standalone: bool = False,
     since: str = "",
     name: str | None = None,
 ) -> Any:
     """A child node, given by name or as the options of a new node. Annotate the field with `ChildRef`.
 
     ``nullable``: JSON null is allowed and means that there shall be none, unlike a member left out (`ABSENT`).
+    ``standalone``: a whole image beside the node's own, which is opened without its backing file, and probed where text does
+    not tell its driver.
     """
-    metadata = {"doc": doc, "since": since, "name": name, "role": role, "nullable": nullable}
+    metadata = {
+        "doc": doc, "since": since, "name": name, "role": role, "nullable": nullable, "standalone": standalone,
+    }  # fmt: skip
     return attrs.field(default=ABSENT if optional else attrs.NOTHING, kw_only=True, metadata=metadata)
 
 
@@ -121,7 +127,8 @@ def _read_fields(cls: type[Any]) -> tuple[Field, ...]:
         if make := getattr(default, "factory", None):
             default = make()
         about = (meta.get("doc", ""), meta.get("since", ""), meta.get("role"), meta.get("nullable", False))
-        result.append(Field(attribute.name, wire, hints[attribute.name], default, *about))
+        standalone = meta.get("standalone", False)
+        result.append(Field(attribute.name, wire, hints[attribute.name], default, *about, standalone))
     return tuple(result)
 
 

@@ -18,6 +18,7 @@ GROUP: Final = "qblock.drivers"
 
 OWN_DRIVERS: Final = {
     "blkdebug": "qblock.drivers.blkdebug:BlkdebugDriver",
+    "blkmirror": "qblock.drivers.blkmirror:BlkmirrorDriver",
     "copy-on-read": "qblock.drivers.copy_on_read:CopyOnReadDriver",
     "file": "qblock.drivers.file:FileDriver",
     "memory": "qblock.drivers.memory:MemoryDriver",

@@ -56,6 +56,14 @@ def overlay(directory: Path) -> OpenNode:
     return image(directory / "top.qcow2", backing="base.qcow2", backing_fmt="qcow2")
 
 
+def mirror_with_shared_backing(directory: Path) -> OpenNode:
+    """A mirror to an image whose backing file is not open; the guest's sizes do not fit the clusters."""
+    qblock.create(directory / "base.qcow2", SIZE)
+    qblock.create(directory / "copy.qcow2", SIZE, backing="base.qcow2", backing_fmt="qcow2", cluster_size=4096)
+    copy = {"driver": "qcow2", "file": {"driver": "file", "filename": str(directory / "copy.qcow2")}}
+    return described(driver="blkmirror", file=MEMORY, target=copy)
+
+
 SUBJECTS: dict[str, tuple[Callable[[Path], OpenNode], Keeps]] = {
     "file": (lambda tmp: described(**plain_file(tmp)), Keeps.FOREVER),
     "raw": (lambda tmp: described(driver="raw", file=plain_file(tmp)), Keeps.FOREVER),
@@ -66,6 +74,8 @@ SUBJECTS: dict[str, tuple[Callable[[Path], OpenNode], Keeps]] = {
     "blkdebug": (lambda tmp: described(driver="blkdebug", image=MEMORY), Keeps.UNTIL_CLOSED),
     "blkdebug align": (lambda tmp: described(driver="blkdebug", align=4096, image=MEMORY), Keeps.UNTIL_CLOSED),
     "copy-on-read": (lambda tmp: described(driver="copy-on-read", file=MEMORY), Keeps.UNTIL_CLOSED),
+    "blkmirror": (lambda tmp: described(driver="blkmirror", file=MEMORY, target=MEMORY), Keeps.UNTIL_CLOSED),
+    "blkmirror shared backing": (mirror_with_shared_backing, Keeps.UNTIL_CLOSED),
     "qcow2": (lambda tmp: image(tmp / "disk.qcow2"), Keeps.FOREVER),
     "qcow2 small clusters": (lambda tmp: image(tmp / "disk.qcow2", cluster_size=512), Keeps.FOREVER),
     "qcow2 version 2": (lambda tmp: image(tmp / "disk.qcow2", version="v2"), Keeps.FOREVER),
