@@ -21,6 +21,7 @@ LAYERS = (
     "extents ranges zeroes filenames policy",
     "clock options transaction formatting tracing",
     "dirty",
+    "device_dirty",
     "permissions",
     "driver",
     "node registry",

@@ -108,6 +108,7 @@ MACHINE_DIALECTS: Final = tuple(d for d in Dialect if d is not Dialect.STORAGE_D
 
 BOTH: Final = frozenset({Dialect.SYSTEM, Dialect.STORAGE_DAEMON})
 SYSTEM_ONLY: Final = frozenset({Dialect.SYSTEM})
+HISTORIC: Final = frozenset(MACHINE_DIALECTS) - SYSTEM_ONLY
 
 
 def dialect_named(name: str) -> Dialect:

@@ -41,6 +41,24 @@ async def delete(context: CommandContext, name: str) -> None:
         raise DeviceNotFound(name)
 
 
+async def delete_with_jobs(context: CommandContext, name: str) -> None:
+    """As `delete` for a drive, whose jobs are cancelled first (rfc-2012.md); returns when all of it is done.
+
+    What the guest asks for meanwhile waits, and then finds no medium: a mirror in sync leaves two equal images behind.
+    Raises `DeviceNotFound` and `NodeBusy`.
+    """
+    system = context.system
+    backend = system.graph.find_backend(name)
+    backend.quiesce()
+    try:
+        for job in system.jobs.jobs.copy():
+            if job.id == name:
+                await system.jobs.cancel_sync(job)
+        await system.drive_del(name)
+    finally:
+        backend.resume()
+
+
 async def run_io(context: CommandContext, name: str, line: str, *, is_qdev: bool) -> bool:
     """Run a qemu-io command on a device or a node; what it prints goes to the program's standard output.
 

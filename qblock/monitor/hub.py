@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
@@ -64,8 +64,8 @@ class MonitorHub:
 
     ``name`` is the machine's name if it has one, ``package`` names the program in the greeting. ``report`` tells the person at
     the console what went wrong, ``output`` is the program's standard output (HMP's qemu-io prints there). ``on_run_state``
-    are told when the guest stops (False) or goes on (True), ``on_resize`` when a disk may have got another size. Call `open`
-    before use and `close` at the end.
+    are told when the guest stops (False) or goes on (True), ``on_resize`` when a disk may have got another size, and
+    ``before_quit`` are awaited before the jobs are cancelled. Call `open` before use and `close` at the end.
     """
 
     system: BlockSystem
@@ -77,6 +77,7 @@ class MonitorHub:
     package: str = "qblock"
     on_run_state: list[Callable[[bool], None]] = attrs.field(factory=list, init=False, repr=False)
     on_resize: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
+    before_quit: list[Callable[[], Awaitable[None]]] = attrs.field(factory=list, init=False, repr=False)
     commands: CommandTable = attrs.field(init=False, repr=False)
     hmp: HmpMonitor = attrs.field(init=False, repr=False)
     sessions: list[MonitorSession] = attrs.field(factory=list, init=False)
@@ -133,9 +134,11 @@ class MonitorHub:
         self.system.emit("RESUME" if running else "STOP", {})
 
     async def quit(self) -> None:
-        """Cancel all jobs, then let `wait_quit` return; the events of the jobs precede the reply."""
+        """Stop the guest, cancel all jobs, then let `wait_quit` return; the events of the jobs precede the reply."""
         if self.dialect is not Dialect.STORAGE_DAEMON:
             self.system.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+        for step in self.before_quit:
+            await step()
         await self.system.jobs.cancel_all()
         self.quitting = True
         self._quit.set()

@@ -19,7 +19,7 @@ import attrs
 
 from qblock.clock import Clock, VirtualTime
 from qblock.errors import CommandError, DeviceNotFound
-from qblock.guest import Guest, Workload
+from qblock.guest import Guest, GuestMismatch, Workload
 from qblock.monitor.chardev import ChardevOptions, UnixAddress, parse_short
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.eventlog import EventLog
@@ -103,6 +103,7 @@ class Machine:
         hub.subscribe(machine.events.record)
         hub.on_run_state.append(machine._follow_run_state)
         hub.on_resize.append(machine._tell_guests_their_size)
+        hub.before_quit.append(machine._stop_guests)
         hub.open()
         try:
             for text in options.blockdevs:
@@ -228,6 +229,12 @@ class Machine:
     def _tell_guests_their_size(self) -> None:
         for guest in self._guests.values():
             guest.notice_size()
+
+    async def _stop_guests(self) -> None:
+        """What jobs leave behind when the machine quits is not to be outdated by a last write."""
+        for guest in self._guests.values():
+            with contextlib.suppress(GuestMismatch):  # `close` raises it
+                await guest.stop()
 
     def guest_activity(self, device: str) -> str:
         """What the guest does on a disk, in a few words."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os.path
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from qblock.chain import chain_edge, skip_implicit
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qblock.driver import Json
     from qblock.graph import Graph
     from qblock.node import BlockDriverState
+    from qblock.system import BlockSystem
 
 _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
 _AFTER_DRIVER: Final = ("size", "file", "filename")
@@ -203,6 +204,11 @@ def node_stats(node: BlockDriverState, *, below: bool) -> BlockStats:
         parent=None if storage is None else node_stats(storage.node, below=below),
         backing=node_stats(backing.node, below=True) if below and backing is not None else None,
     )
+
+
+def shown_backends(system: BlockSystem) -> Iterator[BlockBackend]:
+    """The backends that have a name or a guest device, in the order of their creation."""
+    return (backend for backend in system.graph.backends if backend.name or backend.device is not None)
 
 
 def device_stats(backend: BlockBackend) -> BlockStats:

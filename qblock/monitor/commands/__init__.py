@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 from qblock.monitor.command import CommandTable
-from qblock.monitor.commands import bitmaps, blockdev, control, hmp, jobs, machine, mirror, query, snapshots, stream
+from qblock.monitor.commands import (
+    bitmaps,
+    blockdev,
+    control,
+    hmp,
+    jobs,
+    jobs_1_1,
+    machine,
+    mirror,
+    query,
+    rfc_2012,
+    snapshots,
+    stream,
+)
 from qblock.monitor.dialects import Dialect
 
-MODULES = (bitmaps, blockdev, control, hmp, jobs, machine, mirror, query, snapshots, stream)
+MODULES = (
+    bitmaps,
+    blockdev,
+    control,
+    hmp,
+    jobs,
+    jobs_1_1,
+    machine,
+    mirror,
+    query,
+    rfc_2012,
+    snapshots,
+    stream,
+)
 
 
 def table(dialect: Dialect) -> CommandTable:

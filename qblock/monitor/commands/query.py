@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import cast
 
 import attrs
@@ -12,7 +11,7 @@ from qblock.chain import skip_implicit
 from qblock.devices import GuestDevice
 from qblock.jobs.job import BlockJob
 from qblock.monitor.command import CommandContext, NoArguments, command
-from qblock.monitor.nodeinfo import block_device_info, device_stats, node_stats, nodes_oldest_first
+from qblock.monitor.nodeinfo import block_device_info, device_stats, node_stats, nodes_oldest_first, shown_backends
 from qblock.monitor.replies import (
     BlockDeviceInfo,
     BlockInfo,
@@ -27,7 +26,6 @@ from qblock.monitor.replies import (
 from qblock.node import BdrvChild, EdgeParent
 from qblock.options import option
 from qblock.permissions import PERMISSION_NAMES, SINGLE_PERMISSIONS, Perm
-from qblock.system import BlockSystem
 
 
 @attrs.frozen
@@ -44,16 +42,11 @@ class BlockstatsArguments:
     query_nodes: bool = option(False, doc="list all nodes instead of the devices")
 
 
-def _shown_backends(system: BlockSystem) -> Iterator[BlockBackend]:
-    """The backends that have a name or a guest device, in the order of their creation."""
-    return (backend for backend in system.graph.backends if backend.name or backend.device is not None)
-
-
 @command("query-block", since="0.14", returns=list[BlockInfo])
 async def query_block(ctx: CommandContext, args: NoArguments) -> list[BlockInfo]:
     """List the devices with their media."""
     del args
-    return [_block_info(backend) for backend in _shown_backends(ctx.system)]
+    return [_block_info(backend) for backend in shown_backends(ctx.system)]
 
 
 def _block_info(backend: BlockBackend) -> BlockInfo:
@@ -85,7 +78,7 @@ async def query_blockstats(ctx: CommandContext, args: BlockstatsArguments) -> li
     """Tell how much the devices have read and written, or how far writes to the nodes went."""
     if args.query_nodes:
         return [node_stats(node, below=False) for node in nodes_oldest_first(ctx.system.graph)]
-    return [device_stats(backend) for backend in _shown_backends(ctx.system)]
+    return [device_stats(backend) for backend in shown_backends(ctx.system)]
 
 
 # ---------------------------------------------------------------------------------------------------------- graph dump
