@@ -34,6 +34,14 @@ def _new_bits(granules: int) -> Any:
     return pyroaring.BitMap() if granules <= _ROARING32_LIMIT else pyroaring.BitMap64()
 
 
+@attrs.frozen(eq=False)
+class DirtyContent:
+    """What was dirty in a bitmap at one time: see `DirtyBitmap.content`."""
+
+    bits: Any
+    dirty: int
+
+
 @attrs.define(eq=False, slots=True)
 class DirtyBitmap:
     """Dirty granules of ``size`` bytes in units of ``granularity`` bytes (a power of two of at least 512).
@@ -113,6 +121,14 @@ class DirtyBitmap:
         """Make everything clean."""
         self._bits.clear()
         self._dirty = 0
+
+    def content(self) -> DirtyContent:
+        """A copy of what is dirty now, for `restore`."""
+        return DirtyContent(self._bits.copy(), self._dirty)
+
+    def restore(self, content: DirtyContent) -> None:
+        """Make just that dirty which was when `content` made the copy; the size must be the same. Uses the copy up."""
+        self._bits, self._dirty = content.bits, content.dirty
 
     def enable(self) -> None:
         """Record writes from now on."""

@@ -43,6 +43,7 @@ LAYERS = (
     "objects image imageinfo",
     "iocmd devices guest",
     "system",
+    "actions.*",
     "monitor.*",
     "testing.*",
     "lab.*",

@@ -18,6 +18,8 @@ from qblock import options
 from qblock.driver import Driver
 from qblock.monitor.command import Command, CommandTable
 from qblock.monitor.commands.blockdev import BlockdevCreateArguments
+from qblock.monitor.commands.transaction import ACTIONS, TransactionAction
+from qblock.monitor.dialects import Dialect
 from qblock.monitor.events import EVENTS
 from qblock.nodespec import CommonOptions
 from qblock.options import Field, option, required
@@ -48,7 +50,7 @@ class SchemaInfo:
 
 def introspect(commands: CommandTable, registry: DriverRegistry) -> list[Json]:
     """The reply of query-qmp-schema for this table of commands, with the drivers of ``registry``."""
-    schema = _Schema(registry)
+    schema = _Schema(registry, commands.dialect)
     for command in commands.values():
         schema.add_command(command)
     for name, kind in EVENTS.items():
@@ -60,9 +62,10 @@ def introspect(commands: CommandTable, registry: DriverRegistry) -> list[Json]:
 class _Schema:
     """Collects entries; types get their numbers in the order in which they are met."""
 
-    def __init__(self, registry: DriverRegistry) -> None:
+    def __init__(self, registry: DriverRegistry, dialect: Dialect) -> None:
         self.entries: list[Json] = []
         self._registry = registry
+        self._dialect = dialect
         self._names: dict[Any, str] = {}
         self._numbers = 0
 
@@ -100,7 +103,7 @@ class _Schema:
             return self.type_name(Any)
         if issubclass(kind, enum.Enum):
             return self._enum(kind, [member.value for member in kind])
-        return self._object(kind)
+        return self._action() if kind is TransactionAction else self._object(kind)
 
     # ------------------------------------------------------------------------------------------------------ kinds of types
 
@@ -154,6 +157,23 @@ class _Schema:
         if not field.required:
             member["default"] = None
         return member
+
+    # -------------------------------------------------------------------------------------------------------- transactions
+
+    def _action(self) -> str:
+        """TransactionAction: for each kind of action an object that has its arguments as ``data``."""
+        kinds = ACTIONS[self._dialect]
+        entry = self._new(TransactionAction, "object")
+        entry["members"] = [{"name": "type", "type": self._enum("kinds of actions", list(kinds))}]
+        entry["tag"] = "type"
+        entry["variants"] = [{"case": name, "type": self._wrapped(kind.arguments)} for name, kind in kinds.items()]
+        return str(entry["name"])
+
+    def _wrapped(self, arguments: type[Any]) -> str:
+        if ("data", arguments) not in self._names:
+            entry = self._new(("data", arguments), "object")
+            entry["members"] = [{"name": "data", "type": self._object(arguments)}]
+        return self._names["data", arguments]
 
     # ------------------------------------------------------------------------------------------------------------- drivers
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from qblock.actions.bitmaps import ALLOWED, BitmapState, BitmapUse, find_bitmap
 from qblock.clock import LoopClock
 from qblock.monitor.client import QmpClient, QmpError
-from qblock.monitor.commands.bitmaps import ALLOWED, BitmapState, BitmapUse, find_bitmap
 from qblock.monitor.hub import MonitorHub
 from qblock.policy import OpenPolicy
 from qblock.system import BlockSystem
@@ -246,7 +246,7 @@ def test_a_mirror_can_be_watched_and_completed_by_commands_alone(tmp_path: Path)
         ("block-job-pause", "DeviceNotActive"), ("block-job-resume", "DeviceNotActive"), ("job-cancel", "GenericError"),
         ("job-complete", "GenericError"), ("job-dismiss", "GenericError"), ("job-finalize", "GenericError"),
         ("job-pause", "GenericError"), ("job-resume", "GenericError"), ("block-job-dismiss", "DeviceNotActive"),
-        ("block-job-finalize", "DeviceNotActive"), ("transaction", "CommandNotFound"), ("nosuch", "CommandNotFound"),
+        ("block-job-finalize", "DeviceNotActive"), ("x-blockdev-amend", "CommandNotFound"), ("nosuch", "CommandNotFound"),
     ],
 )  # fmt: skip
 def test_unknown_jobs_and_commands_have_the_class_that_clients_know(command: str, error_class: str) -> None:

@@ -16,6 +16,7 @@ from qblock.monitor.commands import (
     rfc_2012,
     snapshots,
     stream,
+    transaction,
 )
 from qblock.monitor.dialects import Dialect
 
@@ -32,6 +33,7 @@ MODULES = (
     rfc_2012,
     snapshots,
     stream,
+    transaction,
 )
 
 

@@ -1,0 +1,288 @@
+"""What can be done to dirty bitmaps, alone or in a transaction.
+
+Models semantics.md section 11: which state of a bitmap allows which use is the table `ALLOWED`. As in QEMU a bitmap changes
+when the action is prepared, so that the next one can use it; one that is to be removed is busy until that is final. Differs
+from QEMU: bitmaps live in memory only, so ``persistent`` is refused as QEMU refuses it for formats that cannot store bitmaps.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import attrs
+
+from qblock.actions.action import Action
+from qblock.dirty import DirtyBitmap, DirtyContent
+from qblock.errors import CommandError, InvalidParameter
+from qblock.graph import Graph
+from qblock.node import BlockDriverState
+from qblock.units import is_power_of_two
+
+if TYPE_CHECKING:
+    from qblock.system import BlockSystem
+
+MAX_NAME: Final = 1023
+DEFAULT_GRANULARITY: Final = (4096, 65536)
+"""Bounds of the granularity that a node's cluster size suggests; the upper one stands in for nodes without clusters."""
+
+
+class BitmapState(enum.Enum):
+    """What can stand in the way of using a bitmap."""
+
+    BUSY = "is in use by a job or an export"
+    READONLY = "is read-only, as its image is"
+    INCONSISTENT = "was not stored in time and does not say what changed; it can only be removed"
+
+
+class BitmapUse(enum.Enum):
+    """What somebody wants with a bitmap."""
+
+    CHANGE = "clear it or merge into it"
+    SWITCH = "enable or disable it"
+    READ = "merge from it"
+    REMOVE = "remove it"
+
+
+ALLOWED: Final[Mapping[BitmapUse, frozenset[BitmapState]]] = {
+    BitmapUse.CHANGE: frozenset(),
+    BitmapUse.SWITCH: frozenset({BitmapState.READONLY}),
+    BitmapUse.READ: frozenset({BitmapState.READONLY}),
+    BitmapUse.REMOVE: frozenset({BitmapState.INCONSISTENT}),
+}
+"""The states that do not stand in the way."""
+
+
+@attrs.frozen
+class BitmapName:
+    """Names a bitmap: ``name`` on the device or node ``node``."""
+
+    node: str
+    name: str
+
+
+def find_bitmap(graph: Graph, node_name: str, name: str) -> tuple[BlockDriverState, DirtyBitmap]:
+    """The node and its bitmap; raises `NodeNotFound` or `CommandError`."""
+    node = graph.lookup(node_name)
+    for bitmap in node.dirty_bitmaps:
+        if bitmap.name == name:
+            return node, bitmap
+    raise CommandError(f"Node '{node.node_name}' has no dirty bitmap '{name}'")
+
+
+def check_use(bitmap: DirtyBitmap, use: BitmapUse) -> None:
+    """Raise `CommandError` when the bitmap's state stands in the way of ``use``."""
+    states = {
+        BitmapState.BUSY: bitmap.busy or bitmap.successor is not None,
+        BitmapState.READONLY: bitmap.readonly,
+        BitmapState.INCONSISTENT: bitmap.inconsistent,
+    }
+    for state, given in states.items():
+        if given and state not in ALLOWED[use]:
+            raise CommandError(f"Bitmap '{bitmap.name}' {state.value}")
+
+
+def default_granularity(node: BlockDriverState) -> int:
+    """The cluster size of the node, within bounds."""
+    smallest, largest = DEFAULT_GRANULARITY
+    cluster_size = node.driver.info().cluster_size
+    return max(smallest, min(largest, cluster_size)) if cluster_size else largest
+
+
+class BitmapAction(Action):
+    """An action on a bitmap of the device or node ``node``. None of its steps waits, so `perform_alone` can do it at once."""
+
+    def __init__(self, system: BlockSystem, node: str) -> None:
+        super().__init__(system)
+        self.node_name = node
+
+    def watched(self) -> Iterable[BlockDriverState]:
+        """See `Action`: what is written meanwhile must be in the bitmap or not, for sure."""
+        graph = self.system.graph
+        device = [backend.root.node for backend in graph.backends if backend.root and backend.name == self.node_name]
+        if self.node_name and device:
+            return device[:1]
+        return [graph.nodes[self.node_name]] if self.node_name in graph.nodes else []
+
+    @abc.abstractmethod
+    def change(self) -> None:
+        """Do it, or raise and have done nothing."""
+
+    @abc.abstractmethod
+    def undo(self) -> None:
+        """Make it as it was before `change`."""
+
+    async def prepare(self) -> None:
+        """See `Action`."""
+        self.change()
+
+    def commit(self) -> None:
+        """See `Action`: it is done already."""
+
+    async def abort(self) -> None:
+        """See `Action`."""
+        self.undo()
+
+    def perform_alone(self) -> None:
+        """Do this action by itself. As in QEMU that drains nothing."""
+        self.change()
+        self.commit()
+
+
+class AddBitmap(BitmapAction):
+    """``block-dirty-bitmap-add``. ``granularity`` in bytes, None for the default."""
+
+    kind: ClassVar[str] = "block-dirty-bitmap-add"
+
+    def __init__(
+        self,
+        system: BlockSystem,
+        bitmap: BitmapName,
+        *,
+        granularity: int | None = None,
+        persistent: bool = False,
+        disabled: bool = False,
+    ) -> None:
+        super().__init__(system, bitmap.node)
+        self.name = bitmap.name
+        self.granularity = granularity
+        self.persistent = persistent
+        self.disabled = disabled
+        self._added: tuple[BlockDriverState, DirtyBitmap] | None = None
+
+    def change(self) -> None:
+        """See `BitmapAction`."""
+        node = self.system.graph.lookup(self.node_name)
+        self._check(node)
+        granularity = self.granularity or default_granularity(node)
+        bitmap = DirtyBitmap(node.length, granularity, self.name, enabled=not self.disabled)
+        node.dirty_bitmaps.append(bitmap)
+        self._added = node, bitmap
+
+    def _check(self, node: BlockDriverState) -> None:
+        if not self.name:
+            raise InvalidParameter("name", "must not be empty")
+        if self.granularity is not None and not (self.granularity >= 512 and is_power_of_two(self.granularity)):
+            raise InvalidParameter("granularity", "must be a power of two and at least 512")
+        if len(self.name.encode()) > MAX_NAME:
+            raise InvalidParameter("name", f"is longer than {MAX_NAME} bytes")
+        if any(bitmap.name == self.name for bitmap in node.dirty_bitmaps):
+            raise CommandError(f"Node '{node.node_name}' has a dirty bitmap '{self.name}' already")
+        if self.persistent:
+            raise CommandError(
+                f"Persistent bitmaps cannot be stored in '{node.node_name}' ({node.driver.name}); leave 'persistent' out"
+            )
+
+    def undo(self) -> None:
+        """See `BitmapAction`."""
+        assert self._added is not None
+        node, bitmap = self._added
+        node.dirty_bitmaps.remove(bitmap)
+
+
+class _Named(BitmapAction):
+    """An action on a bitmap that there is already."""
+
+    def __init__(self, system: BlockSystem, bitmap: BitmapName) -> None:
+        super().__init__(system, bitmap.node)
+        self.name = bitmap.name
+        self._node: BlockDriverState
+        self._bitmap: DirtyBitmap
+
+    def _find(self, use: BitmapUse) -> DirtyBitmap:
+        self._node, self._bitmap = find_bitmap(self.system.graph, self.node_name, self.name)
+        check_use(self._bitmap, use)
+        return self._bitmap
+
+
+class RemoveBitmap(_Named):
+    """``block-dirty-bitmap-remove``: the bitmap is busy until it is sure that it goes."""
+
+    kind: ClassVar[str] = "block-dirty-bitmap-remove"
+
+    def change(self) -> None:
+        """See `BitmapAction`."""
+        self._find(BitmapUse.REMOVE).busy = True
+
+    def commit(self) -> None:
+        """See `Action`."""
+        self._node.dirty_bitmaps.remove(self._bitmap)
+
+    def undo(self) -> None:
+        """See `BitmapAction`."""
+        self._bitmap.busy = False
+
+
+class _Switch(_Named):
+    enabled: ClassVar[bool]
+
+    def change(self) -> None:
+        """See `BitmapAction`."""
+        bitmap = self._find(BitmapUse.SWITCH)
+        self._was_enabled = bitmap.enabled
+        bitmap.enabled = self.enabled
+
+    def undo(self) -> None:
+        """See `BitmapAction`."""
+        self._bitmap.enabled = self._was_enabled
+
+
+class EnableBitmap(_Switch):
+    """``block-dirty-bitmap-enable``: record writes from now on."""
+
+    kind: ClassVar[str] = "block-dirty-bitmap-enable"
+    enabled: ClassVar[bool] = True
+
+
+class DisableBitmap(_Switch):
+    """``block-dirty-bitmap-disable``: stop recording; what is dirty stays dirty."""
+
+    kind: ClassVar[str] = "block-dirty-bitmap-disable"
+    enabled: ClassVar[bool] = False
+
+
+class ClearBitmap(_Named):
+    """``block-dirty-bitmap-clear``: make all of it clean."""
+
+    kind: ClassVar[str] = "block-dirty-bitmap-clear"
+
+    def change(self) -> None:
+        """See `BitmapAction`."""
+        bitmap = self._find(BitmapUse.CHANGE)
+        self._before: DirtyContent = bitmap.content()
+        bitmap.clear()
+
+    def undo(self) -> None:
+        """See `BitmapAction`."""
+        self._bitmap.restore(self._before)
+
+
+class MergeBitmaps(_Named):
+    """``block-dirty-bitmap-merge``: add what is dirty in ``sources`` to one bitmap."""
+
+    kind: ClassVar[str] = "block-dirty-bitmap-merge"
+
+    def __init__(self, system: BlockSystem, bitmap: BitmapName, sources: Sequence[BitmapName]) -> None:
+        super().__init__(system, bitmap)
+        self.sources = sources
+
+    def change(self) -> None:
+        """See `BitmapAction`."""
+        target = self._find(BitmapUse.CHANGE)
+        found = [self._source(source, target) for source in self.sources]
+        self._before: DirtyContent = target.content()
+        for bitmap in found:
+            target.merge(bitmap)
+
+    def _source(self, source: BitmapName, target: DirtyBitmap) -> DirtyBitmap:
+        _, bitmap = find_bitmap(self.system.graph, source.node, source.name)
+        check_use(bitmap, BitmapUse.READ)
+        if bitmap.size != target.size:
+            raise CommandError(f"Bitmap '{source.name}' covers {bitmap.size} bytes, '{self.name}' {target.size}: no merge")
+        return bitmap
+
+    def undo(self) -> None:
+        """See `BitmapAction`."""
+        self._bitmap.restore(self._before)
