@@ -25,6 +25,7 @@ from qblock.transaction import Transaction
 if TYPE_CHECKING:
     from qblock.graph import Graph
     from qblock.node import BdrvChild, BlockDriverState
+    from qblock.nodespec import MediumFlags
 
 IO_OK: Final = "ok"
 IO_FAILED: Final = "failed"
@@ -50,7 +51,8 @@ class BlockBackend:
     ``name`` is the device name or empty. ``io_status`` is ``ok``, ``failed`` or ``nospace``; ``on_read_error`` and
     ``on_write_error`` are the device's error policies; ``device`` is the guest device attached, if any. With ``writethrough``
     every write is durable when it completes. With ``disable_queuing`` requests do not wait while the node is drained: for
-    jobs, which stop by themselves. ``in_flight`` counts requests under way, those that wait not included.
+    jobs, which stop by themselves. ``changing_medium`` while a command puts another node in, which nobody else may do then;
+    ``last_medium`` tells how the node was opened that such a command took out. ``in_flight`` counts requests under way, those that wait not included.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class BlockBackend:
         self.on_write_error = "enospc"
         self.device: Any = None
         self.accounting: Accounting | None = None
+        self.changing_medium = False
+        self.last_medium: MediumFlags | None = None
         self._graph = graph
         self._queue: list[asyncio.Future[None]] = []
         graph.add_backend(self)

@@ -202,7 +202,7 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend
         backend.on_read_error = drive.rerror
         if node is not None:
             backend.insert(node)
-            _prepare_medium(system, drive, node)
+            prepare_medium(system, node, filename=drive.file or node.node_name, copy_on_read=drive.copy_on_read)
         if drive.interface != "none":
             attach_disk(system, backend)
     except BaseException:
@@ -213,14 +213,17 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend
     return backend
 
 
-def _prepare_medium(system: BlockSystem, drive: DriveOptions, node: BlockDriverState) -> None:
-    if drive.copy_on_read and node.read_only:
-        system.env.warn(f"Drive '{drive.file}' is read-only: nothing can be copied into it on reads")
-    elif drive.copy_on_read:
+def prepare_medium(
+    system: BlockSystem, node: BlockDriverState, *, filename: str, copy_on_read: bool
+) -> None:
+    """What a drive does with an image that has been put in: ``filename`` is what warnings call it."""
+    if copy_on_read and node.read_only:
+        system.env.warn(f"Drive '{filename}' is read-only: nothing can be copied into it on reads")
+    elif copy_on_read:
         node.copy_on_read = 1
     if node.probed:
         system.env.warn(
-            f"No format was given for '{drive.file}', and it was guessed to be raw: writes to its first sector are restricted. "
+            f"No format was given for '{filename}', and it was guessed to be raw: writes to its first sector are restricted. "
             "Give format=raw to lift that"
         )
 

@@ -45,6 +45,16 @@ class FdNotFound(CommandError):
         self.name = name
 
 
+class OpenFileFailed(QBlockError):
+    """The image ``filename`` cannot be the medium of ``device``; ``detail`` says why, ``now`` what the device has instead."""
+
+    qmp_class = "OpenFileFailed"
+
+    def __init__(self, filename: str, *, device: str, detail: str, now: str) -> None:
+        super().__init__(f"Device '{device}' cannot have '{filename}': {detail}; {now}")
+        self.filename = filename
+
+
 class CommandNotFound(CommandError):
     """There is no command of that name, or it is not available in this state of the session."""
 
@@ -242,6 +252,12 @@ class BlockIOError(QBlockError, OSError):
     def __str__(self) -> str:
         text = os.strerror(self.errno or _errno.EIO)
         return text if not self.strerror or self.strerror == text else f"{self.strerror}: {text}"
+
+
+class FlushFailed(BlockIOError):
+    """The writes of a device could not be made durable, so that its image was not closed."""
+
+    qmp_class = "IOError"
 
 
 class ImagePoisoned(ImageError, BlockIOError):

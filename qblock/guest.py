@@ -273,9 +273,11 @@ class Guest:
 
     def _choose_place(self, length: int) -> ByteRange | None:
         """A random range that no other request is at; None when there seems to be none."""
-        length = min(length, align_down(self.backend.length, SECTOR))
+        self.notice_size()
+        size = self.content.size  # also while the disk is being exchanged: its requests wait then
+        length = min(length, align_down(size, SECTOR))
         for _ in range(8):
-            place = ByteRange(self.random.randrange((self.backend.length - length) // SECTOR + 1) * SECTOR, length)
+            place = ByteRange(self.random.randrange((size - length) // SECTOR + 1) * SECTOR, length)
             if not any(place.overlaps(busy) for busy in self._busy):
                 return place
         return None

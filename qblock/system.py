@@ -7,12 +7,13 @@ threads.
 
 from __future__ import annotations
 
+import asyncio
 import random as random_module
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 
@@ -20,6 +21,7 @@ from qblock.blockers import OpType
 from qblock.clock import Clock, RealClock
 from qblock.devices import DriveOptions, GuestDevice, attach_drive, parse_drive
 from qblock.driver import Environment, Json
+from qblock.errors import NodeBusy
 from qblock.graph import Graph
 from qblock.jobs.runner import JobRunner
 from qblock.objects import ObjectTable
@@ -78,6 +80,7 @@ class BlockSystem:
     """Told in a line which image file a command is making; QEMU prints that to its standard output."""
     devices: dict[str, GuestDevice] = attrs.field(factory=dict)
     _owns_executor: bool = False
+    _changes: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
     @classmethod
     def create(
@@ -126,6 +129,8 @@ class BlockSystem:
         """Remove a drive: the medium goes away; a device that had it stays behind, empty. Raises `DeviceNotFound`
         and `NodeBusy`."""
         backend = self.graph.find_backend(name)
+        if backend.changing_medium:
+            raise NodeBusy(name, "its medium is being changed")
         if backend.root is not None:
             self.graph.check_op(backend.root.node, OpType.DRIVE_DEL)
         backend.remove()
@@ -143,9 +148,18 @@ class BlockSystem:
 
     # ----------------------------------------------------------------------------------------------------------- the end
 
+    async def uninterrupted(self, change: Coroutine[Any, Any, None], name: str) -> None:
+        """Wait for ``change``, which must not stop half-way: it goes on if the caller is cancelled, and `close` waits for it."""
+        task = self.jobs.spawn(change, name)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
+
     async def close(self) -> None:
         """Cancel all jobs, flush and close all nodes, end the threads. May be called again."""
         await self.jobs.cancel_all()
+        while self._changes:
+            await asyncio.wait(self._changes)
         for backend in list(self.graph.backends):
             backend.close()
         for node in self.graph.nodes.values():

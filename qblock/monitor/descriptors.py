@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from qblock.errors import CommandError
+from qblock.errors import CommandError, FdNotFound
 
 
 @attrs.define(eq=False)
@@ -67,6 +67,13 @@ class ReceivedFds:
         if (old := self._named.pop(name, None)) is not None:
             os.close(old)
         self._named[name] = fd
+
+    def take(self, name: str) -> int:
+        """The descriptor ``name``, which the caller now owns; raises `FdNotFound`."""
+        fd = self._named.pop(name, None)
+        if fd is None:
+            raise FdNotFound(name)
+        return fd
 
     def close_named(self, name: str) -> None:
         """Close the descriptor ``name``; raises `CommandError` when there is none."""

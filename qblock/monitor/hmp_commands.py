@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from qblock.errors import DeviceNotFound, NodeBusy, QBlockError
 from qblock.monitor import drives, hmp_render
+from qblock.monitor.dialects import Dialect
 from qblock.monitor.hmp_command import HmpCall, PlainError, hmp_command
 
 # ------------------------------------------------------------------------------------------------------------- looking
@@ -148,6 +149,22 @@ async def drive_mirror(call: HmpCall) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- graph
+
+
+@hmp_command(
+    "drive_reopen",
+    "device:B,new-image-file:s,format:s?",
+    "device new-image-file [format]",
+    "let a device leave its image for another one, which a mirror has made for instance",
+    since="7.2",
+    dialects=frozenset({Dialect.SYSTEM, Dialect.RFC_2012, Dialect.BLKMIRROR_2012}),
+)
+async def drive_reopen(call: HmpCall) -> None:
+    """drive-reopen without a witness."""
+    await call.qmp(
+        "drive-reopen", device=call.text("device"), new_image_file=call.text("new-image-file"),
+        format=call.text("format"),
+    )  # fmt: skip
 
 
 @hmp_command(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from qblock.monitor.command import CommandTable
 from qblock.monitor.commands import (
     bitmaps,
+    blkmirror_2012,
     blockdev,
     control,
+    drive_reopen,
     hmp,
     jobs,
     jobs_1_1,
@@ -22,8 +24,10 @@ from qblock.monitor.dialects import Dialect
 
 MODULES = (
     bitmaps,
+    blkmirror_2012,
     blockdev,
     control,
+    drive_reopen,
     hmp,
     jobs,
     jobs_1_1,
