@@ -213,9 +213,7 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend
     return backend
 
 
-def prepare_medium(
-    system: BlockSystem, node: BlockDriverState, *, filename: str, copy_on_read: bool
-) -> None:
+def prepare_medium(system: BlockSystem, node: BlockDriverState, *, filename: str, copy_on_read: bool) -> None:
     """What a drive does with an image that has been put in: ``filename`` is what warnings call it."""
     if copy_on_read and node.read_only:
         system.env.warn(f"Drive '{filename}' is read-only: nothing can be copied into it on reads")
