@@ -137,6 +137,8 @@ class Mirror2012Job(BlockJob):
 
     async def run(self) -> None:
         """See the module."""
+        if (hit := self.runner.trace.mirror_start) is not None:
+            hit(node=self.source.node_name, job=self.id)
         buffers = BufferPool(self._unit, piece=self._unit)
         buffer = buffers.take()
         try:
@@ -145,6 +147,8 @@ class Mirror2012Job(BlockJob):
             while not (self.synced and self.cancel_requested):
                 delay = await self._one_iteration(buffer)
                 if not (self.synced and self.cancel_requested):
+                    if (hit := self.runner.trace.mirror_before_sleep) is not None:
+                        hit(job=self.id, dirty=self.dirty.count, synced=self.synced, delay_ns=delay)
                     await self.sleep_ns(delay)
             await self._finish(buffer)
         finally:
@@ -192,6 +196,8 @@ class Mirror2012Job(BlockJob):
         start = align_down(found, self._unit)
         length = min(self._unit, self.length - start)
         self._position = start + length - 1
+        if (hit := self.runner.trace.mirror_one_iteration) is not None:
+            hit(job=self.id, offset=start, length=length)
         self.dirty.reset(start, length)  # then read: a write that is done later leaves its bit behind
         await requests.read_into(self._edge(self.source), start, buffer[:length])
         await requests.write_from(self._edge(self.target), start, buffer[:length])
@@ -200,12 +206,16 @@ class Mirror2012Job(BlockJob):
     async def _finish(self, buffer: memoryview) -> None:
         """Told to end when in sync: make the two sides equal while nobody writes. The source stays drained until `clean`."""
         await self.pause_point()
+        if (hit := self.runner.trace.mirror_before_drain) is not None:
+            hit(job=self.id, dirty=self.dirty.count)
         await self.drain(self.image)
         while self.dirty.count:
             await self._copy_next_chunk(buffer)
         await self._make_durable()
 
     async def _make_durable(self) -> None:
+        if (hit := self.runner.trace.mirror_before_flush) is not None:
+            hit(job=self.id)
         node: BlockDriverState | None = self.target
         while node is not None:
             node.cache_no_flush = False
@@ -302,9 +312,7 @@ def _format_of(node: BlockDriverState) -> str:
     return "raw" if node.driver.is_protocol else node.driver.name
 
 
-async def _create(
-    system: BlockSystem, filename: str, fmt: str, *, size: int, backing: BlockDriverState | None
-) -> None:
+async def _create(system: BlockSystem, filename: str, fmt: str, *, size: int, backing: BlockDriverState | None) -> None:
     """Make the target; its header names the image of ``backing``, if there is one, by its absolute path."""
     link = None
     if backing is not None:

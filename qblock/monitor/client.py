@@ -17,6 +17,7 @@ import attrs
 from qblock.errors import QBlockError
 from qblock.monitor.chardev import TcpAddress, UnixAddress
 from qblock.monitor.connecting import connect_socket
+from qblock.monitor.dialects import Dialect
 from qblock.monitor.hub import MonitorHub
 from qblock.monitor.jsonstream import JsonError, JsonStream
 from qblock.monitor.link import Link, MemoryLink, SocketLink
@@ -76,9 +77,14 @@ class QmpClient:
         return await client._negotiate(enable)
 
     @classmethod
-    async def in_process(cls, where: MonitorHub | BlockSystem, *, enable: Sequence[str] = ()) -> QmpClient:
-        """A client of this process, without a socket: of a hub, or of a system, which gets a hub for as long as it lasts."""
-        own_hub = None if isinstance(where, MonitorHub) else MonitorHub(where)
+    async def in_process(
+        cls, where: MonitorHub | BlockSystem, *, enable: Sequence[str] = (), dialect: Dialect = Dialect.SYSTEM
+    ) -> QmpClient:
+        """A client of this process, without a socket: of a hub, or of a system, which gets a hub for as long as it lasts.
+
+        ``dialect`` is what that hub speaks; one that is given has its own.
+        """
+        own_hub = None if isinstance(where, MonitorHub) else MonitorHub(where, dialect)
         hub = where if isinstance(where, MonitorHub) else own_hub
         assert hub is not None
         client, session = cls(), MonitorSession(hub)

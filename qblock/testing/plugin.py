@@ -1,8 +1,8 @@
 """The pytest plugin that comes with qblock: machines, monitors and images for other people's tests.
 
 Registered under the entry point group ``pytest11``, so it is there wherever qblock is installed. It imports nothing of qblock
-before a fixture is used. Fixtures: `qblock_machine`, `qblock_qmp`, `qblock_served`, `qblock_image`, `qblock_chain`. The option
-``--qblock-schedule TOKEN`` repeats a run with the schedule that a failure has printed.
+before a fixture is used. Fixtures: `qblock_machine`, `qblock_qmp`, `qblock_served`, `qblock_image`, `qblock_chain`, and
+`qblock_dialect` to override. The option ``--qblock-schedule TOKEN`` repeats a run with the schedule that a failure has printed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from qblock.monitor.machine import MachineOptions
     from qblock.testing.machines import LocalMachine, LocalQmp, ServedMachine
     from qblock.testing.schedules import Schedule
 
@@ -33,11 +34,26 @@ def qblock_schedule(pytestconfig: pytest.Config) -> Schedule:
 
 
 @pytest.fixture
-def qblock_machine(qblock_schedule: Schedule) -> Iterator[LocalMachine]:
+def qblock_dialect() -> str:
+    """Whose commands the machines have, as ``--dialect`` calls it; to be overridden by a fixture of the same name."""
+    return "7.2"
+
+
+@pytest.fixture
+def qblock_options(qblock_dialect: str) -> MachineOptions:
+    """What the machines begin with: a seed of 0, the dialect, no disks."""
+    from qblock.monitor.dialects import dialect_named  # noqa: PLC0415 - only when the fixture is used
+    from qblock.monitor.machine import MachineOptions  # noqa: PLC0415 - only when the fixture is used
+
+    return MachineOptions(seed=0, dialect=dialect_named(qblock_dialect))
+
+
+@pytest.fixture
+def qblock_machine(qblock_schedule: Schedule, qblock_options: MachineOptions) -> Iterator[LocalMachine]:
     """A machine on virtual time in the test's own thread; time passes when the test says so."""
     from qblock.testing.machines import LocalMachine  # noqa: PLC0415 - only when the fixture is used
 
-    with LocalMachine(qblock_schedule) as machine:
+    with LocalMachine(qblock_schedule, qblock_options) as machine:
         yield machine
 
 
@@ -48,11 +64,11 @@ def qblock_qmp(qblock_machine: LocalMachine) -> LocalQmp:
 
 
 @pytest.fixture
-def qblock_served(tmp_path: Path) -> Iterator[ServedMachine]:
+def qblock_served(tmp_path: Path, qblock_options: MachineOptions) -> Iterator[ServedMachine]:
     """A machine on virtual time in a thread, with a QMP server on a unix socket, for code that wants a real one."""
     from qblock.testing.machines import ServedMachine  # noqa: PLC0415 - only when the fixture is used
 
-    with ServedMachine(tmp_path / "qmp.sock") as machine:
+    with ServedMachine(tmp_path / "qmp.sock", qblock_options) as machine:
         yield machine
 
 

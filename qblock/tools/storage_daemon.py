@@ -26,6 +26,7 @@ from qblock.tools.tracing import Tracer, configure, print_events
 
 if TYPE_CHECKING:
     from qblock.monitor.chardev import ChardevOptions
+    from qblock.monitor.dialects import Dialect
     from qblock.monitor.hub import MonitorHub
     from qblock.system import BlockSystem
 
@@ -41,6 +42,8 @@ Runs block nodes and jobs, driven over QMP. Options are carried out in the order
   --chardev stdio,id=ID                         where a monitor listens or connects
   --monitor chardev=ID[,mode=control]   serve QMP there
   --object TYPE,id=ID,...                       add an object (also as JSON)
+  --dialect NAME                                whose commands the monitors have: 7.2 (default), rfc-2012,
+                                                blkmirror-2012, block-copy-2011
   -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE]
                                                 write lines about events ('help' lists them; also as JSON)
   --pidfile PATH                                write the process id when everything is set up
@@ -50,7 +53,8 @@ Runs block nodes and jobs, driven over QMP. Options are carried out in the order
 
 _LONG: Final = {
     "blockdev=": "blockdev", "chardev=": "chardev", "monitor=": "monitor", "object=": "object", "export=": "export",
-    "nbd-server=": "nbd-server", "pidfile=": "pidfile", "daemonize": "daemonize", "trace=": "T", "help": "h", "version": "V",
+    "nbd-server=": "nbd-server", "pidfile=": "pidfile", "daemonize": "daemonize", "trace=": "T", "dialect=": "dialect",
+    "help": "h", "version": "V",
 }  # fmt: skip
 
 
@@ -135,7 +139,6 @@ def _in_background(serve: Callable[[Callable[[], None]], None]) -> int:
 
 async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]) -> None:
     """Carry out the options in their order, then serve until told to quit; everything is closed on the way out."""
-    from qblock.monitor.dialects import Dialect
     from qblock.monitor.hub import MonitorHub
     from qblock.policy import OpenPolicy
     from qblock.system import BlockSystem
@@ -147,7 +150,7 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
         system = await stack.enter_async_context(BlockSystem.create(policy=OpenPolicy.follow(), announce=announce))
         clock = system.env.clock
         stack.callback(system.events.subscribe(tracer.qmp_event))
-        hub = MonitorHub(system, dialect=Dialect.STORAGE_DAEMON)
+        hub = MonitorHub(system, dialect=_dialect(arguments.get("dialect")))
         hub.open()
         stack.push_async_callback(hub.close)
         setup = _Setup(system, hub, tracer, stack)
@@ -162,6 +165,14 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
         tracer.trace("program_ready", clock.wall())
         await hub.wait_quit()
         tracer.trace("program_exit", clock.wall())
+
+
+def _dialect(name: str | None) -> Dialect:
+    """The dialect of ``--dialect``; that of 7.2 is the daemon's own, not the machine's. Raises `CommandError`."""
+    from qblock.monitor.dialects import Dialect, dialect_named
+
+    chosen = Dialect.SYSTEM if name is None else dialect_named(name)
+    return Dialect.STORAGE_DAEMON if chosen is Dialect.SYSTEM else chosen
 
 
 def _quit_on_signals(hub: MonitorHub) -> None:
