@@ -18,7 +18,7 @@ from qblock.actions.action import Abort, Action, perform
 from qblock.driver import Json
 from qblock.errors import InvalidParameter
 from qblock.monitor.command import CommandContext, NoArguments, command
-from qblock.monitor.commands import bitmaps, snapshots
+from qblock.monitor.commands import bitmaps, blkmirror_2012, snapshots
 from qblock.monitor.dialects import Dialect
 from qblock.options import option, required
 from qblock.system import BlockSystem
@@ -49,7 +49,10 @@ ACTIONS: Final[Mapping[Dialect, Mapping[str, ActionKind]]] = {
     Dialect.SYSTEM: _OF_7_2,
     Dialect.STORAGE_DAEMON: _OF_7_2,
     Dialect.RFC_2012: {"blockdev-snapshot-sync": _SNAPSHOT_SYNC},
-    Dialect.BLKMIRROR_2012: {"blockdev-snapshot-sync": _SNAPSHOT_SYNC},
+    Dialect.BLKMIRROR_2012: {
+        "blockdev-snapshot-sync": _SNAPSHOT_SYNC,
+        "drive-mirror": ActionKind(blkmirror_2012.DriveMirrorOfMarch2012, blkmirror_2012.drive_mirror_action),
+    },
     Dialect.BLOCK_COPY_2011: {"blockdev-snapshot-sync": _SNAPSHOT_SYNC},
 }
 """The actions of each dialect, by their wire names."""
