@@ -204,7 +204,9 @@ class SpecReader:
         if isinstance(ref, str):
             return NodeReference(ref, path)
         if field.standalone and ref.get("backing") is not None:
-            raise InvalidParameter(f"{path}.backing", "can only be null here: this image is opened without its backing file")
+            raise InvalidParameter(
+                f"{path}.backing", "can only be null here: this image is opened without its backing file"
+            )
         if field.standalone and self.strings and "driver" not in ref and isinstance(ref.get("file"), Mapping):
             return UnprobedSpec(ref, flags.for_child(field.role), path)
         return self.read_file(ref, flags.for_child(field.role), path=path, depth=depth + 1)
