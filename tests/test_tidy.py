@@ -29,7 +29,7 @@ LAYERS = (
     "graph",
     "drain serialising",
     "status alignment",
-    "copying_up",
+    "copying_up rewriting",
     "requests",
     "filtering backend nodespec",
     "creating reopening",

@@ -104,8 +104,7 @@ class StreamJob(BlockJob):
 
     async def run(self) -> None:
         """See the module."""
-        graph = self.runner.graph
-        if graph.skip_filters(self.device) is graph.skip_filters(self.lowest):
+        if not self.has_work():
             return
         self.progress_remaining = self.device.length
         if (hit := self.runner.trace.stream_start) is not None:
@@ -119,6 +118,27 @@ class StreamJob(BlockJob):
             buffers.close()
         if self._ignored is not None:
             raise self._ignored
+
+    def has_work(self) -> bool:
+        """Whether there is anything to copy from."""
+        graph = self.runner.graph
+        return graph.skip_filters(self.device) is not graph.skip_filters(self.lowest)
+
+    async def part_at(self, offset: int) -> tuple[int, bool]:
+        """How long the part of the disk at ``offset`` is, and whether it has to be copied."""
+        extent = await requests.chain_status(
+            self.device, offset, self.device.length - offset, base=self.base, want_zero=False
+        )
+        needed = extent.present and extent.depth > 0
+        return min(extent.length, STEP) if needed else extent.length, needed
+
+    async def copy(self, offset: int, length: int, buffer: memoryview) -> None:
+        """Copy a part; ``buffer`` has at least `STEP` bytes."""
+        await requests.copy_on_read_into(self.filter.child, offset, buffer[:length])
+
+    def others_at(self, layer: BlockDriverState) -> Perm:
+        """What others may do to a layer that the job copies from or to."""
+        return _READ_WRITE_UNCHANGED if layer is self.device else Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
 
     async def before_pause(self) -> None:
         """See `Job`: let the copies under way end."""
@@ -150,9 +170,7 @@ class StreamJob(BlockJob):
         while self._position < self.device.length:
             offset = self._position
             try:
-                extent = await requests.chain_status(
-                    self.device, offset, self.device.length - offset, base=self.base, want_zero=False
-                )
+                length, needed = await self.part_at(offset)
             except IO_FAILURES as error:
                 length = min(STEP, self.device.length - offset)
                 match self._failed(error):
@@ -163,8 +181,6 @@ class StreamJob(BlockJob):
                         self.advance(length)
                 await self.pause_point()
                 continue
-            needed = extent.present and extent.depth > 0
-            length = min(extent.length, STEP) if needed else extent.length
             if (hit := self.runner.trace.stream_one_iteration) is not None:
                 hit(job=self.id, offset=offset, length=length, allocated=needed)
             if needed:
@@ -178,7 +194,7 @@ class StreamJob(BlockJob):
     async def _copy(self, operation: Operation, buffers: BufferPool) -> None:
         buffer = buffers.take()
         try:
-            await requests.copy_on_read_into(self.filter.child, operation.offset, buffer[: operation.length])
+            await self.copy(operation.offset, operation.length, buffer)
             self.advance(operation.length)
         except IO_FAILURES as error:
             match self._failed(error):
@@ -271,9 +287,12 @@ class StreamJob(BlockJob):
 # ------------------------------------------------------------------------------------------------------------- starting
 
 
-async def start_stream(system: BlockSystem, *, device: str, request: StreamRequest) -> StreamJob:
+async def start_stream(
+    system: BlockSystem, *, device: str, request: StreamRequest, kind: type[StreamJob] = StreamJob
+) -> StreamJob:
     """``block-stream``: copy what is between ``device`` (device or node name) and the base up; returns the running job.
 
+    ``kind`` is the class of the job.
     Raises `CommandError` and its kin, and then nothing has changed.
     """
     graph = system.graph
@@ -287,7 +306,9 @@ async def start_stream(system: BlockSystem, *, device: str, request: StreamReque
     try:
         async with drained(node):
             lowest = _check(system, node, request)
-            job = _set_up(system, node, attrs.evolve(request, job_id=job_id), lowest=lowest, was_read_only=was_read_only)
+            job = _set_up(
+                system, node, kind, attrs.evolve(request, job_id=job_id), lowest=lowest, was_read_only=was_read_only
+            )
     except BaseException:
         if was_read_only:
             await system.opener.reopen(node, read_only=True)
@@ -345,6 +366,7 @@ def _lowest(system: BlockSystem, node: BlockDriverState, request: StreamRequest)
 def _set_up(
     system: BlockSystem,
     node: BlockDriverState,
+    kind: type[StreamJob],
     request: StreamRequest,
     *,
     lowest: BlockDriverState,
@@ -360,7 +382,7 @@ def _set_up(
         driver = top.driver
         assert isinstance(driver, StreamTop)
         system.graph.append(top, onto=node, change=change)
-        job = StreamJob(
+        job = kind(
             system.jobs, request,
             filter_driver=driver, lowest=lowest, was_read_only=was_read_only,
         )  # fmt: skip
@@ -370,12 +392,9 @@ def _set_up(
         job.reader.insert(top, change)
         job.set_speed(request.speed)
         job.hold("main node", top, Perm.NONE, Perm.ALL, change=change)
-        job.hold("active node", node, Perm.NONE, _READ_WRITE_UNCHANGED, change=change)
         for layer in system.graph.whole_chain(node):
-            if layer is not node:
-                job.hold(
-                    "intermediate node", layer, Perm.NONE, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED, change=change
-                )
+            name = "active node" if layer is node else "intermediate node"
+            job.hold(name, layer, Perm.NONE, job.others_at(layer), change=change)
             if layer is lowest:
                 break
         job.freeze(change)

@@ -10,7 +10,10 @@ import attrs
 
 from qblock.actions.action import perform
 from qblock.actions.blkmirror import BlkmirrorMode, BlkmirrorTarget, MirrorByDriver
+from qblock.jobs.stream import StreamRequest
+from qblock.jobs.stream_through import start_stream_2012
 from qblock.monitor.command import CommandContext, command
+from qblock.monitor.commands.jobs_1_1 import BlockStreamOf11
 from qblock.monitor.dialects import Dialect
 from qblock.options import option, required
 from qblock.system import BlockSystem
@@ -38,3 +41,9 @@ def drive_mirror_action(system: BlockSystem, args: DriveMirrorOfMarch2012) -> Mi
     """What drive-mirror does, alone or in a transaction."""
     target = BlkmirrorTarget(filename=args.target, format=args.format, mode=args.mode)
     return MirrorByDriver(system, device=args.device, target=target)
+
+
+@command("block-stream", since="1.1", dialects=BLKMIRROR_2012)
+async def block_stream(ctx: CommandContext, args: BlockStreamOf11) -> None:
+    """Copy the data of backing images up into a device; if it has a mirror, write everything that it has through that."""
+    await start_stream_2012(ctx.system, device=args.device, request=StreamRequest(base=args.base, speed=args.speed))

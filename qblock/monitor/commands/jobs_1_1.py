@@ -11,7 +11,7 @@ import attrs
 from qblock.jobs.stream import StreamRequest, start_stream
 from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.commands.jobs import BlockJobArguments
-from qblock.monitor.dialects import HISTORIC
+from qblock.monitor.dialects import HISTORIC, Dialect
 from qblock.monitor.nodeinfo import device_stats, shown_backends
 from qblock.monitor.replies import BlockStats
 from qblock.options import option, required
@@ -37,7 +37,7 @@ class BlockJobOf11:
     speed: int = required(doc="limit in bytes per second, 0 for none")
 
 
-@command("block-stream", since="1.1", dialects=HISTORIC)
+@command("block-stream", since="1.1", dialects=HISTORIC - {Dialect.BLKMIRROR_2012})
 async def block_stream(ctx: CommandContext, args: BlockStreamOf11) -> None:
     """Copy the data of backing images up into a device, so that it no longer needs them."""
     await start_stream(ctx.system, device=args.device, request=StreamRequest(base=args.base, speed=args.speed))
