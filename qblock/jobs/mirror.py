@@ -8,7 +8,6 @@ created and null. Differs from QEMU: the job id is checked before the filter is 
 from __future__ import annotations
 
 import enum
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -29,6 +28,7 @@ from qblock.transaction import Transaction
 from qblock.units import KiB, MiB, align_up, is_power_of_two
 
 if TYPE_CHECKING:
+    from qblock.jobs.txn import JobTransaction
     from qblock.system import BlockSystem
 
 MIN_GRANULARITY: Final = 512
@@ -103,10 +103,7 @@ async def start_blockdev_mirror(
 
     Raises `CommandError` and its kin, and then nothing has changed.
     """
-    source, node = root_node(system, device), system.graph.lookup(target)
-    backend = BlockBackend(system.graph, perm=Perm.NONE, shared=Perm.ALL)
-    setup = _Setup(system, source, backend, request, zero_target=request.sync is SyncMode.FULL)
-    return await setup.start(node)
+    return await (await prepare_blockdev_mirror(system, device=device, target=target, request=request)).run()
 
 
 async def start_drive_mirror(
@@ -116,6 +113,24 @@ async def start_drive_mirror(
 
     The file is made before most members are checked, as in QEMU: a refused command may leave it.
     """
+    return await (await prepare_drive_mirror(system, device=device, target=target, request=request)).run()
+
+
+async def prepare_blockdev_mirror(
+    system: BlockSystem, *, device: str, target: str, request: MirrorRequest, txn: JobTransaction | None = None
+) -> PreparedMirror:
+    """All of `start_blockdev_mirror` that can fail; ``txn`` is the group that the job is to join, None for its own."""
+    source, node = root_node(system, device), system.graph.lookup(target)
+    backend = BlockBackend(system.graph, perm=Perm.NONE, shared=Perm.ALL)
+    mirror = PreparedMirror(system, source, backend, request, zero_target=request.sync is SyncMode.FULL, txn=txn)
+    await mirror.prepare(node)
+    return mirror
+
+
+async def prepare_drive_mirror(
+    system: BlockSystem, *, device: str, target: NewTarget, request: MirrorRequest, txn: JobTransaction | None = None
+) -> PreparedMirror:
+    """All of `start_drive_mirror` that can fail; ``txn`` is the group that the job is to join, None for its own."""
     graph = system.graph
     source = root_node(system, device)
     if request.replaces is not None and target.node_name is None:
@@ -135,17 +150,14 @@ async def start_drive_mirror(
     # The backend keeps the node alive while this waits for other things.
     backend = BlockBackend(graph, perm=Perm.NONE, shared=Perm.ALL)
     backend.insert(node)
-    setup = _Setup(
-        system, source, backend, request,
+    mirror = PreparedMirror(
+        system, source, backend, request, txn=txn,
         zero_target=request.sync is SyncMode.FULL and not (creates and node.driver.zero_initialised),
         backing_at_end=BackingAtEnd.SOURCE_CHAIN if creates else BackingAtEnd.HEADER,
         backing_node=layer_below,
     )  # fmt: skip
-    try:
-        return await setup.start(node)
-    except BaseException:
-        await system.opener.close_orphans()
-        raise
+    await mirror.prepare(node)
+    return mirror
 
 
 def root_node(system: BlockSystem, device: str) -> BlockDriverState:
@@ -157,8 +169,8 @@ def root_node(system: BlockSystem, device: str) -> BlockDriverState:
 
 
 @attrs.define(eq=False)
-class _Setup:
-    """One command on its way to a job. ``backend`` holds or will hold the target."""
+class PreparedMirror:
+    """A mirror on its way to a running job: `prepare` it, then `start` it or `give_up`. ``backend`` holds the target."""
 
     system: BlockSystem
     source: BlockDriverState
@@ -167,26 +179,50 @@ class _Setup:
     zero_target: bool
     backing_at_end: BackingAtEnd = BackingAtEnd.KEEP
     backing_node: BlockDriverState | None = None
+    txn: JobTransaction | None = None
     job_id: str = attrs.field(init=False)
+    job: MirrorJob = attrs.field(init=False)
+    _change: Transaction = attrs.field(factory=Transaction, init=False)
+    _is_complete: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         # Asked for now: once the filter is in, the source has no device any more.
         given = self.request.job_id
         self.job_id = self.system.graph.device_name(self.source) if given is None else given
 
-    async def start(self, target: BlockDriverState) -> MirrorJob:
-        """Check, set up, run; the backend is closed when that fails."""
+    async def prepare(self, target: BlockDriverState) -> None:
+        """Check and set up, undoably; when that fails all is as before, and a target that nobody uses is closed.
+
+        The source must stay at rest from now until `start`: in a drained section, or because nothing waits in between.
+        """
         try:
             self._check(target)
             async with drained(self.source):
                 self._check(target)  # the graph may have changed while we waited
-                job = self._set_up(target)
+                self._set_up(target)
         except BaseException:
-            self.backend.close()
+            await self.give_up()
             raise
-        self.system.jobs.start(job)
+        self._is_complete = True
+
+    def start(self) -> MirrorJob:
+        """Let the prepared job run; cannot fail."""
+        self._change.commit()
+        self.job.begin_watching()
+        self.system.jobs.start(self.job)
+        return self.job
+
+    async def run(self) -> MirrorJob:
+        """Let the prepared job run up to where it first rests."""
+        job = self.start()
         await job.noticed()
         return job
+
+    async def give_up(self) -> None:
+        """Undo `prepare`; a file that was made stays."""
+        self._change.abort()
+        self.backend.close()
+        await self.system.opener.close_orphans()
 
     def _check(self, target: BlockDriverState) -> None:
         graph, request = self.system.graph, self.request
@@ -228,27 +264,27 @@ class _Setup:
             replaces=replaces,
         )
 
-    def _set_up(self, target: BlockDriverState) -> MirrorJob:
-        """Insert the filter and give the job its nodes; all or nothing."""
-        request, jobs = self.request, self.system.jobs
-        with Transaction() as change:
-            driver = self._insert_filter(change)
-            job = MirrorJob(
-                jobs, self.job_id, self._plan(target), filter_driver=driver, target=self.backend,
-                auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss,
-            )  # fmt: skip
-            jobs.create(job)
-            change.add(abort=partial(jobs.abandon, job))
-            job.set_speed(request.speed)
-            job.hold("main node", driver.node, Perm.CONSISTENT_READ, _READ_WRITE_UNCHANGED, change=change)
-            self.backend.set_permissions(Perm.WRITE, Perm.WRITE_UNCHANGED, change)
-            if self.backend.root is None:
-                self.backend.insert(target, change)
-            self.backend.disable_queuing = True
-            job.hold("source", self.source, Perm.NONE, _READ_WRITE_UNCHANGED, change=change)
-            job.hold("target", target, Perm.NONE, Perm.ALL, change=change)
-        job.begin_watching()
-        return job
+    def _set_up(self, target: BlockDriverState) -> None:
+        """Insert the filter and give the job its nodes."""
+        request, jobs, change = self.request, self.system.jobs, self._change
+        driver = self._insert_filter(change)
+        job = self.job = MirrorJob(
+            jobs, self.job_id, self._plan(target), filter_driver=driver, target=self.backend,
+            auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss,
+        )  # fmt: skip
+        jobs.create(job, self.txn)
+        change.add(abort=self._forget_job)
+        job.set_speed(request.speed)
+        job.hold("main node", driver.node, Perm.CONSISTENT_READ, _READ_WRITE_UNCHANGED, change=change)
+        self.backend.set_permissions(Perm.WRITE, Perm.WRITE_UNCHANGED, change)
+        if self.backend.root is None:
+            self.backend.insert(target, change)
+        self.backend.disable_queuing = True
+        job.hold("source", self.source, Perm.NONE, _READ_WRITE_UNCHANGED, change=change)
+        job.hold("target", target, Perm.NONE, Perm.ALL, change=change)
+
+    def _forget_job(self) -> None:
+        self.system.jobs.abandon(self.job, cancelled=self._is_complete)
 
     def _insert_filter(self, change: Transaction) -> MirrorTop:
         name = self.request.filter_node_name

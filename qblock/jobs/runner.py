@@ -74,9 +74,15 @@ class JobRunner:
         self.jobs.append(job)
         self.transition(job, JobStatus.CREATED)
 
-    def abandon(self, job: Job) -> None:
-        """The job could not be set up after all: it goes from created to null."""
+    def abandon(self, job: Job, *, cancelled: bool = False) -> None:
+        """The job could not be set up after all: it goes from created to null. ``cancelled``: it could, but something beside
+        it has failed, so it takes the steps of a cancelled one (without an event of its own, as it has not run).
+        """
         assert job.txn is not None
+        if cancelled:
+            job.error = CommandError(CANCELLED_TEXT)
+            self.transition(job, JobStatus.ABORTING)
+            self.transition(job, JobStatus.CONCLUDED)
         job.txn.jobs.remove(job)
         job.run_ended = True
         self._dismiss(job)

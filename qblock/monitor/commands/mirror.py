@@ -1,9 +1,10 @@
-"""drive-mirror and blockdev-mirror; the checks and the job itself are in `qblock.jobs.mirror`."""
+"""drive-mirror and blockdev-mirror, alone and in a transaction; the checks and the job are in `qblock.jobs.mirror`."""
 
 from __future__ import annotations
 
 import attrs
 
+from qblock.actions.mirrors import StartBlockdevMirror, StartDriveMirror
 from qblock.jobs.mirror import (
     CopyMode,
     MirrorRequest,
@@ -16,6 +17,7 @@ from qblock.jobs.mirror import (
 from qblock.jobs.state import OnError
 from qblock.monitor.command import CommandContext, command
 from qblock.options import option, required
+from qblock.system import BlockSystem
 
 
 @attrs.frozen
@@ -81,12 +83,27 @@ def _request(
     )
 
 
+def _target(args: DriveMirrorArguments) -> NewTarget:
+    return NewTarget(filename=args.target, format=args.format, node_name=args.node_name, mode=args.mode)
+
+
+def drive_mirror_action(system: BlockSystem, args: DriveMirrorArguments) -> StartDriveMirror:
+    """drive-mirror as a part of a transaction."""
+    request = _request(args, unmap=args.unmap, filter_node_name=None)
+    return StartDriveMirror(system, device=args.device, target=_target(args), request=request)
+
+
+def blockdev_mirror_action(system: BlockSystem, args: BlockdevMirrorArguments) -> StartBlockdevMirror:
+    """blockdev-mirror as a part of a transaction."""
+    request = _request(args, unmap=True, filter_node_name=args.filter_node_name)
+    return StartBlockdevMirror(system, device=args.device, target=args.target, request=request)
+
+
 @command("drive-mirror", since="1.3")
 async def drive_mirror(ctx: CommandContext, args: DriveMirrorArguments) -> None:
     """Copy a device to a new or existing image, and keep the copy up to date until the job is completed."""
-    target = NewTarget(filename=args.target, format=args.format, node_name=args.node_name, mode=args.mode)
     request = _request(args, unmap=args.unmap, filter_node_name=None)
-    await start_drive_mirror(ctx.system, device=args.device, target=target, request=request)
+    await start_drive_mirror(ctx.system, device=args.device, target=_target(args), request=request)
 
 
 @command("blockdev-mirror", since="2.6")

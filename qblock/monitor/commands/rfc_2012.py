@@ -6,10 +6,12 @@ from typing import Final
 
 import attrs
 
+from qblock.actions.mirrors import StartMirror2012
 from qblock.jobs.mirror_2012 import Mode2012, Target2012, start_mirror_2012
 from qblock.monitor.command import CommandContext, command
 from qblock.monitor.dialects import Dialect
 from qblock.options import option, required
+from qblock.system import BlockSystem
 
 RFC_2012: Final = frozenset({Dialect.RFC_2012})
 
@@ -24,6 +26,12 @@ class DriveMirrorOf2012:
     full: bool = required(doc="whether the whole disk is copied, or only the topmost image")
     mode: Mode2012 = option(Mode2012.ABSOLUTE_PATHS, doc="whether the target is to be created")
     speed: int = option(0, doc="bytes per second until it is in sync, 0 for no limit")
+
+
+def drive_mirror_action(system: BlockSystem, args: DriveMirrorOf2012) -> StartMirror2012:
+    """drive-mirror as a part of a transaction, which the proposal says can be added on top."""
+    target = Target2012(filename=args.target, format=args.format, mode=args.mode)
+    return StartMirror2012(system, device=args.device, target=target, full=args.full, speed=args.speed)
 
 
 @command("drive-mirror", since="1.1", dialects=RFC_2012)

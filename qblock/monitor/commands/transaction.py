@@ -18,8 +18,8 @@ from qblock.actions.action import Abort, Action, perform
 from qblock.driver import Json
 from qblock.errors import InvalidParameter
 from qblock.monitor.command import CommandContext, NoArguments, command
-from qblock.monitor.commands import bitmaps, blkmirror_2012, snapshots
-from qblock.monitor.dialects import Dialect
+from qblock.monitor.commands import bitmaps, blkmirror_2012, mirror, rfc_2012, snapshots
+from qblock.monitor.dialects import HISTORIC, Dialect
 from qblock.options import option, required
 from qblock.system import BlockSystem
 
@@ -41,14 +41,19 @@ _OF_7_2: Final[Mapping[str, ActionKind]] = {
     "block-dirty-bitmap-enable": ActionKind(bitmaps.BitmapArguments, bitmaps.enable_action),
     "block-dirty-bitmap-merge": ActionKind(bitmaps.BitmapMergeArguments, bitmaps.merge_action),
     "block-dirty-bitmap-remove": ActionKind(bitmaps.BitmapArguments, bitmaps.remove_action),
+    "blockdev-mirror": ActionKind(mirror.BlockdevMirrorArguments, mirror.blockdev_mirror_action),
     "blockdev-snapshot": ActionKind(snapshots.BlockdevSnapshotArguments, snapshots.snapshot_action),
     "blockdev-snapshot-sync": _SNAPSHOT_SYNC,
+    "drive-mirror": ActionKind(mirror.DriveMirrorArguments, mirror.drive_mirror_action),
 }
 
 ACTIONS: Final[Mapping[Dialect, Mapping[str, ActionKind]]] = {
     Dialect.SYSTEM: _OF_7_2,
     Dialect.STORAGE_DAEMON: _OF_7_2,
-    Dialect.RFC_2012: {"blockdev-snapshot-sync": _SNAPSHOT_SYNC},
+    Dialect.RFC_2012: {
+        "blockdev-snapshot-sync": _SNAPSHOT_SYNC,
+        "drive-mirror": ActionKind(rfc_2012.DriveMirrorOf2012, rfc_2012.drive_mirror_action),
+    },
     Dialect.BLKMIRROR_2012: {
         "blockdev-snapshot-sync": _SNAPSHOT_SYNC,
         "drive-mirror": ActionKind(blkmirror_2012.DriveMirrorOfMarch2012, blkmirror_2012.drive_mirror_action),
@@ -56,7 +61,6 @@ ACTIONS: Final[Mapping[Dialect, Mapping[str, ActionKind]]] = {
     Dialect.BLOCK_COPY_2011: {"blockdev-snapshot-sync": _SNAPSHOT_SYNC},
 }
 """The actions of each dialect, by their wire names."""
-HISTORIC: Final = frozenset({Dialect.RFC_2012, Dialect.BLKMIRROR_2012, Dialect.BLOCK_COPY_2011})
 
 
 class CompletionMode(enum.Enum):
