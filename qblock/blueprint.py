@@ -12,7 +12,7 @@ nodes, and the content of storage that lives in memory only.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -25,16 +25,18 @@ from qblock.permissions import ChildRole
 if TYPE_CHECKING:
     from qblock.opening import Opener
 
+_MARKS: Final = ("options_given", "implicit", "probed", "copy_on_read")
+
 
 @attrs.frozen(eq=False)
 class _Entry:
-    """One node. ``children`` are indices of entries, or names of nodes that stay open, or None for no backing."""
+    """One node. ``children`` are indices of entries, or names of nodes that stay open, or None for no backing; ``marks`` are
+    the fields of the node that no option sets.
+    """
 
     options: dict[str, Json]
     children: dict[str, int | str | None]
-    given: dict[str, Any]
-    probed: bool
-    copy_on_read: int
+    marks: dict[str, Any]
 
 
 @attrs.frozen(eq=False)
@@ -64,9 +66,8 @@ class Blueprint:
                     options[child] = built[below].node_name if isinstance(below, int) else below
                 node = await opener.open_blockdev(options, strings=True, root=False)
                 node.monitor_owned = True  # until its overlay is there
-                node.options_given = entry.given
-                node.probed = entry.probed
-                node.copy_on_read = entry.copy_on_read
+                for name, mark in entry.marks.items():
+                    setattr(node, name, mark)
                 built.append(node)
         except BaseException:
             _let_go(built)
@@ -135,4 +136,4 @@ def _entry(node: BlockDriverState, index: dict[BlockDriverState, int]) -> _Entry
         "discard": "unmap" if flags.discard_unmap else "ignore",
         "detect-zeroes": node.detect_zeroes,
     }
-    return _Entry(options, children, dict(node.options_given), node.probed, node.copy_on_read)
+    return _Entry(options, children, {name: getattr(node, name) for name in _MARKS})
