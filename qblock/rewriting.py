@@ -51,12 +51,13 @@ async def _run(node: BlockDriverState, offset: int, length: int, buffer: memoryv
     if node.poisoned is not None:
         raise ImagePoisoned(node.node_name, node.poisoned)
     extent = await chain_status(node, offset, length)
+    count = extent.length
     if not extent.zero:
-        data = buffer[: min(extent.length, len(buffer))]
+        count = min(count, len(buffer))
+        data = buffer[:count]
         await read_aligned(node.driver, offset, data)
         if not all_zero(data):
             await write_aligned(node.driver, offset, data)
-            return len(data)
-    count = extent.length if extent.zero else len(data)
+            return count
     await zero_aligned(node.driver, offset, count, may_unmap=node.discard_unmap, no_fallback=False)
     return count

@@ -168,7 +168,7 @@ class Trace:
     # ----------------------------------------------------------------------------- what mirroring was compared with in 2012
 
     blkmirror_install: Hit | None = event("A blkmirror is put over a drive's image", "device {device} bs {node} target {target}")
-    blkmirror_remove: Hit | None = event("A blkmirror is taken away", "device {device} bs {node}")
+    blkmirror_remove: Hit | None = event("A blkmirror is closed", "bs {node}")
     blkmirror_write: Hit | None = event("A write goes to both sides", "bs {node} offset {offset} bytes {length}")
     blkmirror_write_zeroes: Hit | None = event("Zeroes go to both sides", "bs {node} offset {offset} bytes {length}")
     blkmirror_discard: Hit | None = event("A discard goes to both sides", "bs {node} offset {offset} bytes {length}")

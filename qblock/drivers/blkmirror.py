@@ -149,6 +149,11 @@ class BlkmirrorDriver(FilterDriver):
                 f"which has {source.node.length}"
             )
 
+    async def close(self) -> None:
+        """See `Driver`."""
+        if (hit := self.env.trace.blkmirror_remove) is not None:
+            hit(node=self.node.node_name)
+
     def length(self) -> int:
         """See `Driver`: the source's; the target's while there is no source."""
         return self.target.node.length if self.node.filtered is None else super().length()
@@ -179,11 +184,15 @@ class BlkmirrorDriver(FilterDriver):
 
     async def flush(self) -> None:
         """See `Driver`: the source only."""
+        if (hit := self.env.trace.blkmirror_flush) is not None:
+            hit(node=self.node.node_name)
         if self.node.filtered is not None:
             await super().flush()
 
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
         """See `Driver`."""
+        if (hit := self.env.trace.blkmirror_write) is not None:
+            hit(node=self.node.node_name, offset=offset, length=len(buffer))
         await self._both(
             offset,
             len(buffer),
@@ -195,6 +204,8 @@ class BlkmirrorDriver(FilterDriver):
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
         """See `Driver`."""
+        if (hit := self.env.trace.blkmirror_write_zeroes) is not None:
+            hit(node=self.node.node_name, offset=offset, length=length)
         how = {"may_unmap": may_unmap, "no_fallback": no_fallback}
         await self._both(
             offset,
@@ -205,6 +216,8 @@ class BlkmirrorDriver(FilterDriver):
 
     async def discard(self, offset: int, length: int) -> None:
         """See `Driver`."""
+        if (hit := self.env.trace.blkmirror_discard) is not None:
+            hit(node=self.node.node_name, offset=offset, length=length)
         await self._both(
             offset, length, partial(super().discard, offset, length), partial(self._discard_target, offset, length)
         )
@@ -221,16 +234,19 @@ class BlkmirrorDriver(FilterDriver):
         """Let both change the range at the same time; raises the first error when both have ended."""
         unit = self._unit
         claim = await self._claim(align_down(offset, unit), align_up(offset + length, unit))
-        errors: list[Exception] = []
+        errors: list[tuple[str, Exception]] = []
         try:
             async with asyncio.TaskGroup() as sides:
-                sides.create_task(_note_error(target, errors), name=f"{self.node.node_name}: target")
-                await _note_error(source, errors)
+                sides.create_task(_note_error("target", target, errors), name=f"{self.node.node_name}: target")
+                await _note_error("source", source, errors)
         finally:
             self._claims.remove(claim)
             wake_waiters(claim.waiters)
         if errors:
-            raise errors[0]
+            if (hit := self.env.trace.blkmirror_error) is not None:
+                for side, error in errors:
+                    hit(node=self.node.node_name, side=side, offset=offset, length=length, error=error)
+            raise errors[0][1]
 
     async def _claim(self, start: int, end: int) -> _Claim:
         """Wait until no older request is at the range; a younger one waits for this one."""
@@ -309,8 +325,10 @@ class BlkmirrorDriver(FilterDriver):
         return True
 
 
-async def _note_error(request: Callable[[], Awaitable[None]], errors: list[Exception]) -> None:
+async def _note_error(
+    side: str, request: Callable[[], Awaitable[None]], errors: list[tuple[str, Exception]]
+) -> None:
     try:
         await request()
     except Exception as error:  # raised by the caller, when the other side has ended too
-        errors.append(error)
+        errors.append((side, error))
