@@ -18,7 +18,8 @@ from qblock.creating import create_image_file
 from qblock.drain import drained
 from qblock.driver import BackingLink
 from qblock.errors import CommandError, InvalidParameter, NodeNotFound
-from qblock.jobs.mirror_job import BackingAtEnd, MirrorJob, MirrorPlan
+from qblock.jobs.mirror_job import MirrorJob
+from qblock.jobs.mirror_plan import BackingAtEnd, MirrorPlan
 from qblock.jobs.mirror_top import MirrorTop
 from qblock.jobs.state import OnError
 from qblock.node import BlockDriverState
@@ -50,10 +51,11 @@ class SyncMode(enum.Enum):
 
 
 class CopyMode(enum.Enum):
-    """When guest writes reach the target, as ``MirrorCopyMode`` on the wire."""
+    """When guest writes reach the target, as ``MirrorCopyMode`` on the wire; ``semi-sync`` is ours (`mirror_semisync`)."""
 
     BACKGROUND = "background"
     WRITE_BLOCKING = "write-blocking"
+    SEMI_SYNC = "semi-sync"
 
 
 class NewImageMode(enum.Enum):
@@ -257,6 +259,7 @@ class PreparedMirror:
             on_target_error=request.on_target_error,
             unmap=request.unmap,
             write_blocking=request.copy_mode is CopyMode.WRITE_BLOCKING,
+            semi_sync=request.copy_mode is CopyMode.SEMI_SYNC,
             zero_target=self.zero_target,
             unit=max(cluster, 1) if layered and target.backing is None else 1,
             backing_at_end=self.backing_at_end,

@@ -9,9 +9,12 @@ Models QEMU's mirror (semantics.md section 4.4, type ``mirror``). How it stays r
 - *Write-blocking mode.* The bitmap is disabled; `mirror_top` hands each guest request to `guest_write` and its siblings.
   It waits until no copy covers its range, changes the source and then the target, and only then answers. When the target
   fails the guest is not told: its range is marked, and the error policy decides.
+- *Semi-sync mode* is background mode in which the guest's flushes wait for the target: see `mirror_semisync`. Who chooses what
+  to copy next, the job's own run or a round for these flushes, holds ``_choosing`` while it does.
 - *READY* once nothing is dirty and nothing under way; it is never taken back. To finish, the job drains the source: if a
-  last guest write marks something, it goes back to copying; otherwise the source stays drained until the graph has been
-  changed (in ``pending`` too, as in QEMU: the two sides must not part again).
+  last guest write marks something, it goes back to copying (a few times: then it copies the rest while the source is
+  drained, or a guest that always writes could put the end off for ever); otherwise the source stays drained until the graph
+  has been changed (in ``pending`` too, as in QEMU: the two sides must not part again).
 - *Layers on top of a backing chain* (sync top or none): a part of a target cluster that has never been written would be
   completed with zeroes instead of backing data. All requests are then widened to whole target clusters.
 
@@ -24,20 +27,21 @@ mode partial clusters of such layers are handled (7.2 leaves zeroes in the rest 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import enum
 import errno
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Final
-
-import attrs
 
 from qblock import requests
 from qblock.dirty import DirtyBitmap
 from qblock.errors import CommandError, QBlockError
-from qblock.jobs.copying import IO_FAILURES, MAX_REQUEST, SLICE_NS, BufferPool, InFlight, Operation, io_error
+from qblock.jobs.copying import IO_FAILURES, SLICE_NS, BufferPool, InFlight, Operation, io_error
 from qblock.jobs.job import BlockJob
-from qblock.jobs.state import ErrorAction, OnError
+from qblock.jobs.mirror_guest import GuestRequests
+from qblock.jobs.mirror_plan import BackingAtEnd, MirrorPlan
+from qblock.jobs.mirror_semisync import GuestFlushes
+from qblock.jobs.state import ErrorAction, IoStatus, OnError
 from qblock.ranges import ByteRange
 from qblock.status import FIRST_QUESTION, next_question
 from qblock.transaction import Transaction
@@ -53,37 +57,8 @@ _ZERO_STEP: Final = GiB
 _MAX_REACH: Final = 256 * MiB
 _FLUSH_STEP: Final = 128 * MiB
 """Copied bytes after which the target is flushed beside the copying, so that the flush before READY has little left to do."""
-
-
-class BackingAtEnd(enum.Enum):
-    """What backing node the target gets when the job is finished."""
-
-    KEEP = "keep"  # whatever it has: blockdev-mirror
-    SOURCE_CHAIN = "source chain"  # a node of the source's chain: drive-mirror to a new image
-    HEADER = "header"  # the one that its header names: drive-mirror to an existing image
-
-
-@attrs.frozen(kw_only=True)
-class MirrorPlan:
-    """What to mirror, as checked and completed by the starting command.
-
-    ``scan`` is False when only new writes are copied (sync none); ``base`` is the first layer that is not copied (None:
-    everything is). ``unit`` is the size in bytes that target requests are widened to (1: none are).
-    """
-
-    scan: bool
-    base: BlockDriverState | None
-    granularity: int
-    buf_size: int
-    on_source_error: OnError = OnError.REPORT
-    on_target_error: OnError = OnError.REPORT
-    unmap: bool = True
-    write_blocking: bool = False
-    zero_target: bool = False
-    unit: int = 1
-    backing_at_end: BackingAtEnd = BackingAtEnd.KEEP
-    backing_node: BlockDriverState | None = None
-    replaces: str | None = None
+_PATIENCE: Final = 3
+"""How often a guest may write during the last flush of a job that is to end, before its requests are held to copy the rest."""
 
 
 class MirrorJob(BlockJob):
@@ -109,23 +84,28 @@ class MirrorJob(BlockJob):
         self.target = target
         self.bitmap = DirtyBitmap(self.source.length, plan.granularity, enabled=not plan.write_blocking)
         self.in_flight = InFlight()
+        self.flushes = GuestFlushes(self)
+        self._choosing = asyncio.Lock()
         self._buffers: BufferPool | None = None
         self._cursor = 0
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
+        """What the job is about to fail with."""
         self._retrying = False
         self._unflushed = 0
         self._reach = plan.buf_size
         """How long the next run may be: each run of nothing but zeroes makes it longer, up to `_MAX_REACH`."""
         self._should_complete = False
+        self._misses = 0
         self._offload = False
-        self._mirroring = False
+        self.mirroring = False
+        """Whether guest writes are to reach the target before they are answered."""
         self._replacement: BlockDriverState | None = None
 
     def begin_watching(self) -> None:
         """From now on no change of the source escapes the job; the target has been inserted."""
         self.source.dirty_bitmaps.append(self.bitmap)
-        self._mirroring = self.plan.write_blocking and self._target_edge.node.length == self.length
-        self.filter.host = self
+        self.mirroring = self.plan.write_blocking and self.target_edge.node.length == self.length
+        self.filter.host = GuestRequests(self)
         if (hit := self.runner.trace.mirror_start) is not None:
             hit(node=self.source.node_name, job=self.id)
 
@@ -135,7 +115,8 @@ class MirrorJob(BlockJob):
         return self.source.length
 
     @property
-    def _target_edge(self) -> BdrvChild:
+    def target_edge(self) -> BdrvChild:
+        """The edge that the job writes to."""
         edge = self.target.root
         assert edge is not None
         return edge
@@ -143,7 +124,7 @@ class MirrorJob(BlockJob):
     @property
     def _zeroes_cheaply(self) -> bool:
         """Whether zero writes to the target give space back instead of writing."""
-        node = self._target_edge.node
+        node = self.target_edge.node
         return node.discard_unmap and node.driver.supports_write_zeroes
 
     # ------------------------------------------------------------------------------------------------------------ verbs
@@ -162,25 +143,31 @@ class MirrorJob(BlockJob):
 
     async def run(self) -> None:
         """See the module."""
-        target_length = self._target_edge.node.length
+        target_length = self.target_edge.node.length
         if target_length != self.length:
             raise CommandError(
                 f"The source has {self.length} bytes and the target {target_length}: make the target the same size"
             )
         self._buffers = BufferPool(self.plan.buf_size)
         self.in_flight.limit = self._buffers.count
-        self._offload = _storage_of(self._target_edge.node).driver.prefers_copy_range
+        self._offload = _storage_of(self.target_edge.node).driver.prefers_copy_range
         try:
             if self.plan.scan and self.length:
                 await self._find_what_to_copy()
             await self._converge()
         finally:
+            await self.flushes.stop()
             await self.in_flight.all_background_ended()
             self._buffers.close()
 
     async def before_pause(self) -> None:
         """See `Job`: let the copies under way end."""
-        await self.in_flight.all_background_ended()
+        async with self._choosing:
+            await self.in_flight.all_background_ended()
+
+    def is_busy(self) -> bool:
+        """See `Job`: what guests wait for goes on in a paused job."""
+        return super().is_busy() or self.flushes.busy
 
     async def _find_what_to_copy(self) -> None:
         """Mark everything that the target lacks; the target is zeroed first where that is cheap and needed."""
@@ -210,9 +197,9 @@ class MirrorJob(BlockJob):
             await self.pause_point()
             count = min(_ZERO_STEP, self.length - offset)
             try:
-                await requests.write_zeroes(self._target_edge, offset, count, may_unmap=self.plan.unmap)
+                await requests.write_zeroes(self.target_edge, offset, count, may_unmap=self.plan.unmap)
             except IO_FAILURES as error:
-                if self._target_failed(error) is ErrorAction.REPORT:
+                if self.target_failed(error) is ErrorAction.REPORT:
                     raise
                 await self.sleep_ns(SLICE_NS)
                 continue
@@ -222,8 +209,11 @@ class MirrorJob(BlockJob):
         """Copy what is dirty until told to finish; returns with the source drained and nothing left to copy."""
         while True:
             await self.pause_point()
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
+            if self._choosing.locked():
+                await self._round_ended()
+                continue
             dirty = self.bitmap.count
             self.progress_remaining = dirty + self.in_flight.bytes
             delay = SLICE_NS if self._retrying else 0
@@ -241,6 +231,10 @@ class MirrorJob(BlockJob):
                     hit(job=self.id, dirty=self.bitmap.count, synced=self.is_ready, delay_ns=delay)
                 await self.sleep_ns(delay)
 
+    async def _round_ended(self) -> None:
+        async with self._choosing:
+            return
+
     async def _some_copy_ended(self) -> None:
         if (hit := self.runner.trace.mirror_yield) is not None:
             under_way = self.in_flight.background
@@ -256,50 +250,70 @@ class MirrorJob(BlockJob):
         """The two sides are equal for a moment: become ready, and if told so, finish (True)."""
         if (hit := self.runner.trace.mirror_before_flush) is not None:
             hit(job=self.id)
-        if not await self._flush_target() or self._failure is not None:
+        generation = self.filter.generation
+        self.flushes.active = self.plan.semi_sync
+        if not await self._flush_target() or self.failure is not None:
             return False
+        self.flushes.known(generation)
         # A guest that wrote while we waited does not put READY off: on a slow disk with a busy guest it would never come.
         self.progress_remaining = self.bitmap.count + self.in_flight.bytes
         if not self.is_ready:
             self.ready()
-        if not self._is_clean():
-            return False
         if not (self._should_complete or self.cancel_requested) or self.force_cancelled:
             return False
+        if not self._is_clean():
+            self._misses += 1
+            if self._misses <= _PATIENCE:
+                return False
+        return await self._finish()
+
+    async def _finish(self) -> bool:
+        """Hold the guest's requests; they stay held if the two sides are equal then (True)."""
         if (hit := self.runner.trace.mirror_before_drain) is not None:
             hit(job=self.id, dirty=self.bitmap.count)
-        await self.drain(self.source, self._target_edge.node)
+        await self.drain(self.source, self.target_edge.node)
+        while self._misses > _PATIENCE and not self._is_clean() and self._goes_well():
+            await self.undisturbed()
+            if self.bitmap.count:
+                await self._copy_next_run()
+            else:
+                await self._some_copy_ended()
         if not self._is_clean() or not await self._flush_target():
+            self._misses += 1
             self.end_drain()
             return False
         self.progress_remaining = 0
         return True
 
+    def _goes_well(self) -> bool:
+        """Whether nothing has failed and nobody wants the job to stop: no reason to let the guest go on first."""
+        return not (self.failure or self._retrying or self.force_cancelled or self.user_paused)
+
     def _is_clean(self) -> bool:
         """Whether there is nothing to copy, nothing being copied, and no failure to end with."""
-        return not (self.bitmap.count or self.in_flight.background) and self._failure is None
+        return not (self.bitmap.count or self.in_flight.background) and self.failure is None
 
     async def _flush_target(self) -> bool:
         try:
-            await requests.flush(self._target_edge.node)
+            await requests.flush(self.target_edge.node)
         except IO_FAILURES as error:
-            if self._target_failed(error) is ErrorAction.REPORT:
+            if self.target_failed(error) is ErrorAction.REPORT:
                 raise
             return False
         return True
 
     # ------------------------------------------------------------------------------------------------- copying one run
 
-    def _next_run(self) -> ByteRange | None:
-        """The next dirty run within reach, cut where a request is under way; the walk goes round and round.
+    def _next_run(self, dirty: DirtyBitmap) -> ByteRange | None:
+        """The next run of ``dirty`` within reach, cut where a request is under way; the walk goes round and round.
 
         Its length is 0 when the run begins with a request under way.
         """
-        run = self.bitmap.next_dirty_range(self._cursor, max_length=self._reach)
+        run = dirty.next_dirty_range(self._cursor, max_length=self._reach)
         if run is None:
-            run = self.bitmap.next_dirty_range(0, max_length=self._reach)
+            run = dirty.next_dirty_range(0, max_length=self._reach)
             if (hit := self.runner.trace.mirror_restart_iter) is not None:
-                hit(job=self.id, dirty=self.bitmap.count)
+                hit(job=self.id, dirty=dirty.count)
         if run is None:
             return None
         unit = self.plan.unit
@@ -311,12 +325,17 @@ class MirrorJob(BlockJob):
 
     async def _copy_next_run(self) -> int:
         """Begin copies of the next dirty run; returns for how many nanoseconds to sleep afterwards."""
-        run = self._next_run()
-        if run is None:
-            return 0
-        if not run.length:
-            await self._conflict_ended(run.offset)
-            return 0
+        async with self._choosing:
+            run = self._next_run(self.bitmap)
+            if run is None:
+                return 0
+            if not run.length:
+                await self._conflict_ended(run.offset)
+                return 0
+            return await self._copy_run(run)
+
+    async def _copy_run(self, run: ByteRange) -> int:
+        """Begin copies of a run, perhaps only its beginning: ``_cursor`` says up to where."""
         if (hit := self.runner.trace.mirror_one_iteration) is not None:
             hit(job=self.id, offset=run.offset, length=run.length)
         self.bitmap.reset(run.offset, run.length)
@@ -351,7 +370,7 @@ class MirrorJob(BlockJob):
 
     async def _flush_early(self) -> None:
         with contextlib.suppress(*IO_FAILURES):  # the flush before READY fails as well, and tells
-            await requests.flush(self._target_edge.node)
+            await requests.flush(self.target_edge.node)
 
     async def _next_request(self, offset: int, length: int) -> tuple[int, bool]:
         """How many of ``length`` bytes the next request is to take, and whether as zeroes."""
@@ -367,7 +386,7 @@ class MirrorJob(BlockJob):
         try:
             await work
         except Exception as bug:
-            self._failure = self._failure or bug
+            self.failure = self.failure or bug
         finally:
             self.in_flight.end(operation)
             if operation.length and (hit := self.runner.trace.mirror_iteration_done) is not None:
@@ -388,7 +407,7 @@ class MirrorJob(BlockJob):
         """Copy without a buffer if that can be done. Whoever fails, a copy by buffer will tell whose fault it was."""
         try:
             await requests.copy_range(
-                self.filter.child, operation.offset, self._target_edge, operation.offset, operation.length
+                self.filter.child, operation.offset, self.target_edge, operation.offset, operation.length
             )
         except IO_FAILURES as error:
             self._offload = self._offload and not (isinstance(error, OSError) and error.errno == errno.ENOTSUP)
@@ -404,20 +423,20 @@ class MirrorJob(BlockJob):
             self._source_failed(error)
             return
         try:
-            await requests.write_from(self._target_edge, offset, buffer)
+            await requests.write_from(self.target_edge, offset, buffer)
         except IO_FAILURES as error:
             self._copy_failed(operation, error)
-            self._target_failed(error)
+            self.target_failed(error)
             return
         self.advance(operation.length)
 
     async def _zero(self, operation: Operation) -> None:
         offset, length = operation.offset, operation.length
         try:
-            await requests.write_zeroes(self._target_edge, offset, length, may_unmap=self.plan.unmap)
+            await requests.write_zeroes(self.target_edge, offset, length, may_unmap=self.plan.unmap)
         except IO_FAILURES as error:
             self._copy_failed(operation, error)
-            self._target_failed(error)
+            self.target_failed(error)
             return
         self.advance(length)
 
@@ -428,119 +447,59 @@ class MirrorJob(BlockJob):
     def _source_failed(self, error: Exception) -> ErrorAction:
         return self._failed(error, self.plan.on_source_error, is_read=True)
 
-    def _target_failed(self, error: Exception) -> ErrorAction:
+    def target_failed(self, error: Exception) -> ErrorAction:
+        """A request of the target has failed: tell, and do what the policy says."""
         return self._failed(error, self.plan.on_target_error, is_read=False)
 
     def _failed(self, error: Exception, policy: OnError, *, is_read: bool) -> ErrorAction:
         action = self.failed_request(io_error(error), policy, is_read=is_read)
+        self.flushes.doubt()
         if action is ErrorAction.REPORT:
-            self._failure = self._failure or error
+            self.failure = self.failure or error
             self.wake()
         elif action is ErrorAction.IGNORE:
             self._retrying = True
         return action
 
-    # ------------------------------------------------------------------------------------ guest writes, write-blocking
+    # ----------------------------------------------------------------------------------------- guest flushes, semi-sync
 
     @property
-    def copies_guest_writes(self) -> bool:
-        """See `MirrorHost`."""
-        return self._mirroring and self._failure is None and not self.force_cancelled
+    def may_promise(self) -> bool:
+        """See `RoundHost`: not once the job is about to fail, nor while an error has stopped it."""
+        return self.failure is None and self.io_status is IoStatus.OK and not self.force_cancelled
 
-    async def guest_write(self, offset: int, buffer: memoryview, *, fua: bool) -> None:
-        """See `MirrorHost`."""
-        operation = await self._begin_guest(offset, len(buffer))
-        try:
-            await requests.write_from(self.filter.child, offset, buffer, fua=fua)
-            await self._follow(operation, lambda: requests.write_from(self._target_edge, offset, buffer, fua=fua))
-        except BaseException:
-            self.bitmap.mark(operation.offset, operation.length)
-            raise
-        finally:
-            self.in_flight.end(operation)
-
-    async def guest_write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fua: bool) -> None:
-        """See `MirrorHost`."""
-        operation = await self._begin_guest(offset, length)
-        try:
-            await requests.write_zeroes(self.filter.child, offset, length, may_unmap=may_unmap, fua=fua)
-            await self._follow(
-                operation,
-                lambda: requests.write_zeroes(self._target_edge, offset, length, may_unmap=may_unmap, fua=fua),
-            )
-        except BaseException:
-            self.bitmap.mark(operation.offset, operation.length)
-            raise
-        finally:
-            self.in_flight.end(operation)
-
-    async def guest_discard(self, offset: int, length: int) -> None:
-        """See `MirrorHost`: the target gets what the source reads as afterwards, zeroes or not."""
-        operation = await self._begin_guest(offset, length)
-        try:
-            await requests.discard(self.filter.child, offset, length)
-            if await requests.is_zero(self.source, offset, length):
-                await self._follow(
-                    operation, lambda: requests.write_zeroes(self._target_edge, offset, length, may_unmap=True)
-                )
-            else:
-                self.bitmap.mark(offset, length)
-        except BaseException:
-            self.bitmap.mark(operation.offset, operation.length)
-            raise
-        finally:
-            self.in_flight.end(operation)
-
-    async def _begin_guest(self, offset: int, length: int) -> Operation:
-        """Register a guest's request, widened to whole units of the target, once no copy covers it."""
-        unit = self.plan.unit
-        start, end = align_down(offset, unit), min(align_up(offset + length, unit), self.length)
-        await self.in_flight.clear_of(start, end - start)
-        self.progress_remaining += length
-        return self.in_flight.begin_foreground(start, end - start, counted=length)
-
-    async def _follow(self, operation: Operation, to_target: Callable[[], Awaitable[None]]) -> None:
-        """After the source has changed, change the target. Its failure is the job's, not the guest's."""
-        if not self.copies_guest_writes:
-            self.bitmap.mark(operation.offset, operation.length)
-            return
-        try:
-            if self.plan.unit == 1:
-                await to_target()
-            else:
-                await self._copy_whole_units(operation)
-        except IO_FAILURES as error:
-            self.bitmap.mark(operation.offset, operation.length)
-            self._target_failed(error)
-            return
-        self.bitmap.reset(operation.offset, operation.length)
-        self.advance(operation.counted)
-
-    async def _copy_whole_units(self, operation: Operation) -> None:
-        end = operation.offset + operation.length
-        if await requests.is_zero(self.source, operation.offset, operation.length):
-            await requests.write_zeroes(
-                self._target_edge, operation.offset, operation.length, may_unmap=self.plan.unmap
-            )
-            return
-        buffer = memoryview(bytearray(min(operation.length, MAX_REQUEST)))
-        for offset in range(operation.offset, end, MAX_REQUEST):
-            piece = buffer[: min(MAX_REQUEST, end - offset)]
-            await requests.read_into(self.filter.child, offset, piece)
-            await requests.write_from(self._target_edge, offset, piece)
+    async def catch_up(self) -> int:
+        """See `RoundHost`."""
+        async with self._choosing:
+            generation, doubts = self.filter.generation, self.flushes.doubts
+            due = DirtyBitmap(self.bitmap.size, self.bitmap.granularity)
+            due.merge(self.bitmap)
+            while due.count and doubts == self.flushes.doubts and self.may_promise:
+                run = self._next_run(due)
+                assert run is not None
+                if run.length:
+                    await self._copy_run(run)
+                    due.reset(run.offset, self._cursor - run.offset)
+                else:
+                    await self._conflict_ended(run.offset)
+            await self.in_flight.all_background_ended()
+        if doubts == self.flushes.doubts and self.may_promise:
+            with contextlib.suppress(*IO_FAILURES):  # the policy has been applied to it
+                await self._flush_target()
+        return generation
 
     # ---------------------------------------------------------------------------------------------------------- endings
 
     async def settle(self) -> None:
         """See `Job`: both sides at rest; a finished run has the source drained already."""
-        self._mirroring = False
-        missing = [node for node in (self.source, self._target_edge.node) if node not in self.drained_nodes]
+        self.mirroring = False
+        missing = [node for node in (self.source, self.target_edge.node) if node not in self.drained_nodes]
         await self.drain(*missing)
 
     async def prepare(self) -> None:
         """See `Job`: the switch, all or nothing."""
         plan = self.plan
-        node = self._target_edge.node
+        node = self.target_edge.node
         self._replacement = node if self._should_complete else None
         if self._should_complete and plan.backing_at_end is BackingAtEnd.HEADER:
             await self.runner.opener.open_backing_chain(node)
@@ -574,7 +533,7 @@ class MirrorJob(BlockJob):
     def abort(self) -> None:
         """See `Job`: the source keeps its place."""
         with Transaction() as change, self.runner.graph.deferred_permissions(change):
-            self._dismantle(self._target_edge.node, change, switch=False)
+            self._dismantle(self.target_edge.node, change, switch=False)
 
     def clean(self) -> None:
         """See `Job`."""

@@ -2,7 +2,7 @@
 
 Models QEMU's ``mirror_top`` (semantics.md section 4.4). In background mode it only forwards: the dirty bitmap on the source
 sees the writes. In write-blocking mode every change goes through `MirrorHost`, which applies it to both sides before the
-guest is answered. Not opened by users: `mirror.py` inserts it.
+guest is answered. In semi-sync mode only a flush does, after the source has done it. Not opened by users: `mirror.py` inserts it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class MirrorHost(Protocol):
     async def guest_discard(self, offset: int, length: int) -> None:
         """Discard on both sides."""
 
+    async def guest_flushed(self, generation: int) -> None:
+        """The source is durable up to this write generation: wait for the target, if that is the copy mode."""
+
 
 class MirrorTop(FilterDriver):
     """See the module. ``host`` is set while the job follows the source; a ``retired`` filter needs nothing from its child."""
@@ -44,6 +47,8 @@ class MirrorTop(FilterDriver):
 
     host: MirrorHost | None = None
     retired: bool = False
+    generation: int = 0
+    """How many changes of the source have ended, well or badly. Whoever was answered before is counted."""
 
     @property
     def _host(self) -> MirrorHost | None:
@@ -55,16 +60,23 @@ class MirrorTop(FilterDriver):
         return self.node.length if self.node.filtered is None else super().length()
 
     async def flush(self) -> None:
-        """See `Driver`: nothing to do once the filter is taken out."""
-        if self.node.filtered is not None:
-            await super().flush()
+        """See `Driver`: of the source, and in semi-sync mode of the target too; nothing to do once the filter is taken out."""
+        if self.node.filtered is None:
+            return
+        generation = self.generation
+        await super().flush()
+        if self.host is not None:
+            await self.host.guest_flushed(generation)
 
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
         """See `Driver`."""
         if (host := self._host) is not None:
             await host.guest_write(offset, buffer, fua=fua)
-        else:
+            return
+        try:
             await super().write_from(offset, buffer, fua=fua)
+        finally:
+            self.generation += 1
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
@@ -72,21 +84,30 @@ class MirrorTop(FilterDriver):
         """See `Driver`."""
         if (host := self._host) is not None:
             await host.guest_write_zeroes(offset, length, may_unmap=may_unmap, fua=fua)
-        else:
+            return
+        try:
             await super().write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
+        finally:
+            self.generation += 1
 
     async def discard(self, offset: int, length: int) -> None:
         """See `Driver`."""
         if (host := self._host) is not None:
             await host.guest_discard(offset, length)
-        else:
+            return
+        try:
             await super().discard(offset, length)
+        finally:
+            self.generation += 1
 
     async def receive_range(self, offset: int, source: BdrvChild, source_offset: int, length: int) -> None:
         """See `Driver`: what must reach both sides is written by buffer."""
         if self._host is not None:
             raise BlockIOError(errno.ENOTSUP)
-        await super().receive_range(offset, source, source_offset, length)
+        try:
+            await super().receive_range(offset, source, source_offset, length)
+        finally:
+            self.generation += 1
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
         """Passes the needs of its parents on; once retired it must not stand in the way of the switch."""

@@ -147,7 +147,7 @@ def test_a_full_mirror_replaces_the_chain(tmp_path: Path, discard: str, mode: Co
 
 @pytest.mark.parametrize("mode", CopyMode)
 def test_progress_counts_guest_writes_by_copy_mode(tmp_path: Path, mode: CopyMode) -> None:
-    """In background a 1 KiB write adds a granule, in write-blocking mode exactly the bytes written."""
+    """A 1 KiB write adds a granule, in write-blocking mode exactly the bytes written."""
 
     async def main() -> None:
         async with desk(tmp_path) as made:
@@ -158,7 +158,7 @@ def test_progress_counts_guest_writes_by_copy_mode(tmp_path: Path, mode: CopyMod
             assert job.progress_total == 0
             await made.disk.write(5 * KiB, b"x" * KiB)
             await asyncio.sleep(0.2)
-            size = 64 * KiB if mode is CopyMode.BACKGROUND else KiB
+            size = KiB if mode is CopyMode.WRITE_BLOCKING else 64 * KiB
             assert (job.progress_done, job.progress_total) == (size, size)
 
     run(main)
