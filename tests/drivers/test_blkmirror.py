@@ -351,6 +351,23 @@ def test_clusters_of_a_target_over_a_shared_backing_file_are_never_half(seed: in
         assert not wrong, f"{name}: sectors {wrong}"
 
 
+def test_a_discard_does_not_uncover_the_backing_file_of_the_target(tmp_path: Path) -> None:
+    """Whoever has written and discarded finds the new data or zeroes, and never what was there years ago."""
+    make_chain(tmp_path, SIZE, [("base.qcow2", {0: b"ancient!" * (SIZE // 8)}), ("copy.qcow2", {})])
+
+    async def main() -> None:
+        bench = JobBench()
+        copy = {"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "copy.qcow2")}}
+        disk = bench.disk(await mirror(bench, target=copy), "d")
+        await disk.write(0, b"new!" * (SIZE // 4))
+        await disk.discard(0, SIZE)
+        await bench.close()
+
+    run(main)
+    with qblock.open(tmp_path / "copy.qcow2", backing=True) as image:
+        assert image.read(0, SIZE) == bytes(SIZE)
+
+
 def test_what_it_does_is_traced() -> None:
     """Each request with its place, and which side failed."""
 
