@@ -181,13 +181,18 @@ class Mirror2012Job(BlockJob):
         dirty = self.dirty.count
         if not dirty:
             self.synced = True
-        # Before the bit is cleared: the last chunk's copy must be there before offset equals the length.
+        self._show(dirty)
+        copied = await self._copy_next_chunk(buffer) if dirty else 0
+        if self.synced:
+            return 0 if self.dirty.count else SLICE_NS
+        # The last chunk does not count as done before the next look: offset must not equal the length too early.
+        self._show(self.dirty.count or copied)
+        return self.limit.delay_ns(copied)
+
+    def _show(self, dirty: int) -> None:
+        """Let the progress tell how many bytes are dirty, or that the job is in sync."""
         self.progress_remaining = 0 if self.synced else dirty
         self.progress_done = self.length - self.progress_remaining
-        copied = await self._copy_next_chunk(buffer) if dirty else 0
-        if not self.synced:
-            return self.limit.delay_ns(copied)
-        return 0 if self.dirty.count else SLICE_NS
 
     async def _copy_next_chunk(self, buffer: memoryview) -> int:
         """Copy the next dirty chunk behind the last one; returns its length."""
