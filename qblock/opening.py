@@ -148,6 +148,7 @@ class Opener:
             await node.driver.open()
         except BaseException:
             await self._close_tree(node, opened=False)
+            await self.close_orphans()  # a child that could not be attached
             raise
         refresh_length(node)
         return node
@@ -272,10 +273,16 @@ class Opener:
             return parsed if fmt is None else {**parsed, "driver": fmt}
         file = self._storage_of(filename)
         if fmt is None:
-            return file if self.registry.get(file["driver"]).names_whole_nodes else {"file": file}
+            return file if self.driver_in_name(filename) is not None else {"file": file}
         if fmt == file["driver"] or self.registry.get(fmt).is_protocol:
             return {**file, "driver": fmt}
         return {"driver": fmt, "file": file}
+
+    def driver_in_name(self, filename: str) -> str | None:
+        """The driver of the node that a file name stands for, if it tells that itself: it is no storage to find a format on."""
+        name = filename.partition(":")[0]
+        known = has_protocol(filename) and name in self.registry.names()
+        return name if known and self.registry.get(name).names_whole_nodes else None
 
     def _storage_of(self, filename: str, depth: int = 0) -> dict[str, Json]:
         """Options of the storage that a file name stands for: a file, or what the driver of its protocol makes of it."""

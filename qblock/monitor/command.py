@@ -65,6 +65,8 @@ class Command:
     Some commands take an object whose members depend on a member of it (blockdev-add on ``driver``): their handler gets the
     JSON object itself and has it checked by whoever knows. Such a command is `checks_itself`, and ``arguments`` is the class
     of the members that there are always.
+
+    A command that is ``alone`` is executed while no other one is (see `turns.py`).
     """
 
     name: str
@@ -74,6 +76,7 @@ class Command:
     returns: Any = None
     oob: bool = False
     checks_itself: bool = False
+    alone: bool = False
     features: tuple[str, ...] = ()
     dialects: frozenset[Dialect] = BOTH
 
@@ -85,7 +88,10 @@ class Command:
     async def run(self, ctx: CommandContext, arguments: Mapping[str, Json]) -> Json:
         """Check the arguments, execute, and give the result as JSON; raises `QBlockError`."""
         given = arguments if self.checks_itself else visitor.arguments(self.arguments, arguments)
-        return visitor.reply(await self.handler(ctx, given))
+        if self.oob:
+            return visitor.reply(await self.handler(ctx, given))
+        async with ctx.hub.turns.taken(alone=self.alone):
+            return visitor.reply(await self.handler(ctx, given))
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Awaitable[Any]])
@@ -98,6 +104,7 @@ def command(
     returns: Any = None,
     oob: bool = False,
     open_arguments: type[Any] | None = None,
+    alone: bool = False,
     features: tuple[str, ...] = (),
     dialects: frozenset[Dialect] = BOTH,
 ) -> Callable[[_Function], Command]:
@@ -116,6 +123,7 @@ def command(
             returns=returns,
             oob=oob,
             checks_itself=open_arguments is not None,
+            alone=alone,
             features=features,
             dialects=dialects,
         )

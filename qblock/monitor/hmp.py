@@ -88,7 +88,8 @@ class HmpMonitor:
             return HmpOutput(f'{error}\nTry "help {name}" for more information\n', failed=True)
         call = HmpCall(context, self, values)
         try:
-            await command.handler(call)
+            async with context.hub.turns.taken():
+                await command.handler(call)
         except PlainError as error:
             call.fail(str(error))
         except QBlockError as error:

@@ -19,6 +19,7 @@ from qblock.monitor.commands import table
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.hmp import HmpMonitor
 from qblock.monitor.throttle import EventThrottle
+from qblock.monitor.turns import Turns
 
 if TYPE_CHECKING:
     from qblock.driver import Json
@@ -78,6 +79,7 @@ class MonitorHub:
     on_run_state: list[Callable[[bool], None]] = attrs.field(factory=list, init=False, repr=False)
     on_resize: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
     before_quit: list[Callable[[], Awaitable[None]]] = attrs.field(factory=list, init=False, repr=False)
+    turns: Turns = attrs.field(factory=Turns, init=False, repr=False)
     commands: CommandTable = attrs.field(init=False, repr=False)
     hmp: HmpMonitor = attrs.field(init=False, repr=False)
     sessions: list[MonitorSession] = attrs.field(factory=list, init=False)

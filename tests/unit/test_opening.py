@@ -19,6 +19,7 @@ from qblock.errors import (
     CommandError,
     CorruptImage,
     DuplicateName,
+    ImageLocked,
     InvalidParameter,
     NodeNotFound,
     OpenDenied,
@@ -176,6 +177,21 @@ def test_a_failure_leaves_nothing_open(tmp_path: Path, culprit: str) -> None:
 
 
 TAKES_WRITE = {"image": "taken", "take-child-perms": ["write"]}
+
+
+def test_an_image_that_somebody_else_has_locked_leaves_nothing_open(tmp_path: Path) -> None:
+    """Its file can be opened and not be used: the node of the file has to go as well."""
+
+    async def work(system: BlockSystem) -> None:
+        file = {"driver": "file", "filename": await make_qcow2(system, tmp_path / "a")}
+        first = await system.opener.open_blockdev({"driver": "qcow2", "node-name": "q", "file": file})
+        first.monitor_owned = True
+        before = list(system.graph.nodes)
+        with pytest.raises(ImageLocked):
+            await system.opener.open_blockdev({"driver": "qcow2", "node-name": "r", "file": file})
+        assert list(system.graph.nodes) == before
+
+    with_system(work)
 
 
 # ---------------------------------------------------------------------------------------------------- common options

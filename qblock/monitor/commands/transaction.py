@@ -116,14 +116,14 @@ def read_actions(ctx: CommandContext, given: list[TransactionAction]) -> list[Ac
     return [kind.make(ctx.system, data) for kind, data in read]
 
 
-@command("transaction", since="1.1")
+@command("transaction", since="1.1", alone=True)
 async def transaction(ctx: CommandContext, args: TransactionArguments) -> None:
     """Do several things at one moment, all or none of them."""
     grouped = args.properties.completion_mode is CompletionMode.GROUPED
     await perform(ctx.system, read_actions(ctx, args.actions), grouped=grouped)
 
 
-@command("transaction", since="1.1", dialects=HISTORIC)
+@command("transaction", since="1.1", dialects=HISTORIC, alone=True)
 async def transaction_of_2012(ctx: CommandContext, args: TransactionArgumentsOf2012) -> None:
     """Do several things at one moment, all or none of them."""
     await perform(ctx.system, read_actions(ctx, args.actions))
