@@ -1,0 +1,203 @@
+"""All cases of the experiment, and what they show together.
+
+The steps are not listed anywhere: a run in which nobody is killed finds them. With the witness, every step is tried with every
+victim. Without it both are killed at every step, by a guest with numbered writes, which shows how much each choice would lose,
+and by a guest that writes the same contents again and again, among whose cases `twins` looks for pairs in which every byte that
+management can see is the same, while different images are right.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from qblock.lab.witness.case import run_case
+from qblock.lab.witness.disk import GuestKind, make_disk
+from qblock.lab.witness.management import Decision, Ground, Image
+from qblock.lab.witness.plan import Plan, Victim
+from qblock.lab.witness.processes import Child, Ended, LabError, Wire
+from qblock.lab.witness.verdict import Verdict, judge, keep
+from qblock.monitor.commands import table
+from qblock.monitor.dialects import Dialect
+
+DELAYS: Final = (0, 1, 2)
+"""How long the guest with the door is let alone before the switch, in its ticks: it has flipped the door once more then."""
+
+Progress = Callable[[int, int], None]
+"""Told how many cases are done, of how many."""
+
+
+@attrs.frozen
+class Scope:
+    """What to try. ``steps``: only these (all, if empty); ``victims`` only these; ``parts``: with the witness, without it."""
+
+    seed: int = 1
+    steps: Sequence[str] = ()
+    victims: Sequence[Victim] = tuple(Victim)
+    parts: Sequence[bool] = (True, False)
+
+
+@attrs.frozen
+class Outcome:
+    """What was found. ``steps``: those with the witness, or, when it was not used at all, those without."""
+
+    scope: Scope
+    steps: Sequence[str]
+    verdicts: Sequence[Verdict]
+
+    def of(self, *, witness: bool, guest: GuestKind = GuestKind.COUNTER) -> list[Verdict]:
+        """The verdicts of one part, in the order of the steps."""
+        return [found for found in self.verdicts if found.plan.witness is witness and found.plan.guest is guest]
+
+    @property
+    def unsound(self) -> list[Verdict]:
+        """Cases with the witness in which a flushed write was lost, or the image cannot be used."""
+        return [found for found in self.of(witness=True) if not found.sound]
+
+    @property
+    def held(self) -> bool:
+        """Whether the protocol held in all cases with the witness."""
+        return not self.unsound
+
+    @property
+    def twins(self) -> list[tuple[Verdict, Verdict]]:
+        """See `twins`."""
+        return twins(self.of(witness=False, guest=GuestKind.DOOR))
+
+    @property
+    def shown(self) -> bool:
+        """Whether everything that was asked for is as it should be."""
+        return self.held and (False not in self.scope.parts or bool(self.scope.steps) or bool(self.twins))
+
+
+def twins(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Verdict]]:
+    """Pairs that nobody without a memory can tell apart, in which only the source is right, and only the target.
+
+    Each step comes in one pair only.
+    """
+    pairs: list[tuple[Verdict, Verdict]] = []
+    seen: set[str] = set()
+    for one, other in combinations(verdicts, 2):
+        steps = {f"{one.plan.step}", f"{other.plan.step}"}
+        if one.view == other.view and one.right and other.right and not one.right & other.right and not steps & seen:
+            pairs.append((one, other) if Image.SOURCE in one.right else (other, one))
+            seen |= steps
+    return pairs
+
+
+@attrs.define(eq=False)
+class Experiment:
+    """Performs a scope below ``directory``, which must be empty or new."""
+
+    scope: Scope
+    directory: Path
+    progress: Progress = lambda done, total: None
+    workers: int = attrs.field(factory=lambda: len(os.sched_getaffinity(0)))
+    _own: Path = attrs.field(init=False)
+
+    def run(self) -> Outcome:
+        """All of it; raises `LabError` and `UnknownStep`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._own = Path(tempfile.mkdtemp(prefix="qblock-lab-"))  # the name of a socket must be short
+        try:
+            make_disk(self._own)
+            table(Dialect.RFC_2012)  # loaded once, for all children
+            found = {part: self.find_steps(witness=part) for part in self.scope.parts}
+            self._check_steps(sorted({step for steps in found.values() for step in steps}))
+            verdicts = self._perform_all([plan for part in found for plan in self._plans(part, found[part])])
+            verdicts += self._perform_all(list(self._plans_for_twins(verdicts)))
+        finally:
+            shutil.rmtree(self._own)
+        return Outcome(self.scope, next(iter(found.values())), verdicts)
+
+    def find_steps(self, *, witness: bool) -> list[str]:
+        """The steps that are taken when nobody is killed; raises `LabError` when that leads to a wrong end."""
+        steps, verdict = self._perform(Plan(witness=witness, seed=self.scope.seed), "s")
+        if not verdict.sound or verdict.decision != Decision(Image.TARGET, Ground.MACHINE):
+            raise LabError(f"nobody was killed, and yet this came out: {verdict.dump()}")
+        return steps
+
+    def _check_steps(self, known: Sequence[str]) -> None:
+        for step in self.scope.steps:
+            if step not in known:
+                raise UnknownStep(step, known)
+
+    def _plans(self, witness: bool, steps: Sequence[str]) -> Iterator[Plan]:
+        seed = self.scope.seed
+        for step in steps:
+            if self.scope.steps and step not in self.scope.steps:
+                continue
+            if witness:
+                for victim in self.scope.victims:
+                    yield Plan(step, victim, True, seed=seed)
+            else:
+                yield Plan(step, Victim.BOTH, False, seed=seed)
+
+    def _plans_for_twins(self, verdicts: Sequence[Verdict]) -> Iterator[Plan]:
+        """The steps at which it could not be known which image to choose, again with the other guest."""
+        for found in verdicts:
+            if found.decision.ground is Ground.NOTHING:
+                for delay in DELAYS:
+                    yield attrs.evolve(found.plan, guest=GuestKind.DOOR, delay=delay)
+
+    # --------------------------------------------------------------------------------------------------------- performing
+
+    def _perform(self, plan: Plan, socket: str) -> tuple[list[str], Verdict]:
+        directory = self.directory / plan.place
+        directory.mkdir(parents=True)
+        steps = run_case(plan, directory, disk=self._own, socket=self._own / socket)
+        verdict = judge(plan, directory)
+        keep(verdict, directory)
+        return steps, verdict
+
+    def _perform_all(self, plans: Sequence[Plan]) -> list[Verdict]:
+        """One process for each processor, each with a share of the plans."""
+        found: dict[int, Verdict] = {}
+        workers: list[Child] = []
+        try:
+            for number in range(max(1, min(self.workers, len(plans)))):
+                workers.append(self._start_worker(number, plans, [worker.wire for worker in workers]))
+            self.progress(0, len(plans))
+            while len(found) < len(plans):
+                for worker in _speaking(workers):
+                    message = worker.wire.receive()
+                    found[message["index"]] = Verdict.load(message["verdict"])
+                    self.progress(len(found), len(plans))
+        except Ended:
+            raise LabError("a worker of the experiment has ended before its time") from None
+        finally:
+            for worker in workers:
+                worker.kill()
+        return [found[index] for index in range(len(plans))]
+
+    def _start_worker(self, number: int, plans: Sequence[Plan], strangers: Sequence[Wire]) -> Child:
+        share = range(number, len(plans), max(1, min(self.workers, len(plans))))
+
+        def work(wire: Wire) -> None:
+            for index in share:
+                _, verdict = self._perform(plans[index], f"s{number}")
+                wire.send(index=index, verdict=verdict.dump())
+            wire.receive()  # until we are no longer needed
+
+        return Child.fork(work, log=self._own / f"worker{number}.log", strangers=strangers)
+
+
+def _speaking(workers: Sequence[Child]) -> list[Child]:
+    ready, _, _ = select.select([worker.wire.sock for worker in workers], [], [])
+    return [worker for worker in workers if worker.wire.sock in ready]
+
+
+class UnknownStep(LabError):
+    """There is no step of that name; ``known`` are those that there are."""
+
+    def __init__(self, step: str, known: Sequence[str]) -> None:
+        super().__init__(f"there is no step '{step}'; there are {', '.join(known)}")
+        self.known = known

@@ -1,0 +1,75 @@
+"""What is to be done in one case: who is killed where, and how the protocol is used. Plain data for all processes."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from qblock.lab.witness.disk import GuestKind
+from qblock.units import MILLISECOND_NS
+
+DEVICE: Final = "virtio0"
+WITNESS: Final = "witness"
+"""The witness's file in the directory of a case, and its name in the machine."""
+MANAGEMENT_JOURNAL: Final = "management.journal"
+TICK_NS: Final = 20 * MILLISECOND_NS
+"""The guest's pause between two writes."""
+POLL_NS: Final = 100 * MILLISECOND_NS
+"""Management's pause between two looks at the job."""
+
+
+class Victim(enum.Enum):
+    """Who is killed."""
+
+    MANAGEMENT = "management"
+    MACHINE = "machine"
+    BOTH = "both"
+
+
+@attrs.frozen
+class Plan:
+    """One case. ``step`` and ``victim`` are None when nobody is killed.
+
+    ``delay`` is how many of the guest's ticks management waits, being in sync, before it goes on.
+    """
+
+    step: str | None = None
+    victim: Victim | None = None
+    witness: bool = True
+    guest: GuestKind = GuestKind.COUNTER
+    seed: int = 1
+    delay: int = 2
+
+    @property
+    def format(self) -> str:
+        """The format of the target. Without the witness it is raw, so that the file always shows what was copied; the tables
+        of a qcow2 target are not on disk before it is flushed, at the end of the mirror.
+        """
+        return "qcow2" if self.witness else "raw"
+
+    @property
+    def target(self) -> str:
+        """The file name of the target."""
+        return f"target.{self.format}"
+
+    @property
+    def place(self) -> Path:
+        """The directory of the case below that of the run."""
+        protocol = "with-witness" if self.witness else "without-witness"
+        if self.step is None or self.victim is None:
+            return Path(protocol) / "nobody"
+        who = self.victim.value if self.guest is GuestKind.COUNTER else f"{self.victim.value}-door-{self.delay}"
+        return Path(protocol) / self.step / who
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON."""
+        return attrs.asdict(self, value_serializer=lambda _, __, value: value.value if isinstance(value, enum.Enum) else value)
+
+    @classmethod
+    def load(cls, members: dict[str, Any]) -> Plan:
+        """From what `dump` gave."""
+        victim, guest = members["victim"], GuestKind(members["guest"])
+        return cls(**members | {"victim": Victim(victim) if victim is not None else None, "guest": guest})
