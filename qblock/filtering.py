@@ -34,6 +34,9 @@ class FilterDriver(Driver):
     async def open(self) -> None:
         """See `Driver`: nothing to read."""
 
+    def check_place(self) -> None:
+        """Raise `CommandError` when the filter, which was opened by itself, cannot be over the node that it has been put over."""
+
     def length(self) -> int:
         """See `Driver`."""
         return self.child.node.length

@@ -153,7 +153,7 @@ class MirrorByDriver(Action):
         system.graph.append(node, onto=source, change=change)
         refresh_length(node)
         assert isinstance(node.driver, BlkmirrorDriver)
-        node.driver.check_target()
+        node.driver.check_place()
         if (hit := system.env.trace.blkmirror_install) is not None:
             hit(device=self.device, node=node.node_name, target=target.node_name)
 

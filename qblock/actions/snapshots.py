@@ -20,8 +20,10 @@ from qblock.creating import create_image_file
 from qblock.drain import drained
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, InvalidParameter, QBlockError
+from qblock.filtering import FilterDriver
 from qblock.node import BlockDriverState
-from qblock.requests import flush
+from qblock.permissions import ChildRole
+from qblock.requests import flush, refresh_length
 from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ class _Snapshot(Action):
             self.system.graph.check_op(node, OpType.EXTERNAL_SNAPSHOT)
             try:
                 self.system.graph.append(overlay, onto=node, change=self._change)
+                if isinstance(overlay.driver, FilterDriver):
+                    refresh_length(overlay)
+                    overlay.driver.check_place()
             except BaseException:
                 self._change.abort()
                 raise
@@ -67,7 +72,7 @@ class _Snapshot(Action):
 
     async def afterwards(self) -> None:
         """See `Action`: the image below is not written to any more, unless by somebody whose affair that is."""
-        if not self._node.read_only:
+        if not self._node.read_only and not any(edge.role is ChildRole.FILTERED for edge in self._node.parents):
             with contextlib.suppress(QBlockError):
                 await self.system.opener.reopen(self._node, read_only=True)
 
@@ -175,5 +180,10 @@ def _check_overlay(overlay: BlockDriverState) -> None:
         raise CommandError(f"The overlay '{overlay.node_name}' is in use: {overlay.parents[0].parent.describe_user()}")
     if overlay.backing is not None:
         raise CommandError(f"The overlay '{overlay.node_name}' has a backing image already; open it with backing null")
-    if not overlay.driver.supports_backing:
+    if not (overlay.driver.supports_backing or _awaits_place(overlay)):
         raise CommandError(f"The overlay '{overlay.node_name}' ({overlay.driver.name}) cannot have a backing image")
+
+
+def _awaits_place(overlay: BlockDriverState) -> bool:
+    """Whether it is a filter that was opened to be put over something (``blkmirror:FORMAT:target``)."""
+    return overlay.driver.is_filter and overlay.filtered is None

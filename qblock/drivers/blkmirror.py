@@ -132,10 +132,10 @@ class BlkmirrorDriver(FilterDriver):
 
     async def open(self) -> None:
         """See `Driver`. Raises `CommandError` when the target cannot be one."""
-        self.check_target()
+        self.check_place()
 
-    def check_target(self) -> None:
-        """Raise `CommandError` when the target is open with its backing file, or shorter than the source."""
+    def check_place(self) -> None:
+        """See `FilterDriver`: also when the target is open with its backing file, or shorter than the source."""
         target = self.target.node
         if target.backing is not None:
             raise CommandError(

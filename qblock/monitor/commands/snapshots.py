@@ -48,7 +48,7 @@ def snapshot_sync_action(system: BlockSystem, args: BlockdevSnapshotSyncArgument
     """The action of blockdev-snapshot-sync."""
     target = SnapshotFile(
         filename=args.snapshot_file,
-        format=args.format or "qcow2",
+        format=args.format or system.opener.driver_in_name(args.snapshot_file) or "qcow2",
         node_name=args.snapshot_node_name,
         create=args.mode is not NewImageMode.EXISTING,
         names_node=args.node_name is not None,
