@@ -15,6 +15,7 @@ PROGRAM: Final = "qblock lab"
 
 EXPERIMENTS: Final = {
     "witness": "kill management, the machine or both at every step of drive-reopen's witness protocol",
+    "compare": "one guest, and every way of moving its disk: time, cost, latency, what a crash leaves",
 }
 
 HELP: Final = """usage: qblock lab EXPERIMENT [OPTIONS]
@@ -48,6 +49,10 @@ def help_text() -> str:
 
 def _program(name: str) -> Callable[[Sequence[str]], int]:
     """The command line of an experiment."""
+    if name == "compare":
+        from qblock.tools import lab_compare
+
+        return lab_compare.main
     assert name == "witness"
     from qblock.tools import lab_witness
 

@@ -75,11 +75,11 @@ def choose_moments(records: Sequence[Record]) -> list[tuple[int, str]]:
         end = bounds[number + 1][1] if number + 1 < len(bounds) else len(records)
         if phase == BEFORE or end == begin:
             continue
-        inside = [index for index in range(begin + 1, end) if not isinstance(records[index - 1], (Read, Entered))]
+        inside = [index for index in range(begin + 2, end) if not isinstance(records[index - 1], (Read, Entered))]
         if phase in (IN_STEP, AFTER):
             inside = _after_flushes(records, begin, end) or inside
         wanted = _SAMPLES[phase]
-        spread = {begin + 1, end} | {inside[len(inside) * part // wanted] for part in range(wanted) if inside}
+        spread = {end} | {inside[len(inside) * part // wanted] for part in range(wanted) if inside}
         chosen += [(moment, phase) for moment in sorted(spread)]
     return chosen
 
@@ -134,7 +134,7 @@ def look_at_crashes(
 
 def _pick(records: Sequence[Record], moment: int, phase: str, *, by_itself: bool) -> str:
     """Which image management would take."""
-    if phase == AFTER:
+    if phase == AFTER or (moment < len(records) and records[moment] == Entered(records[moment].ns, AFTER)):
         return TARGET
     if any(isinstance(record, Witnessed) for record in records[:moment]):
         return TARGET

@@ -19,7 +19,7 @@ from qblock.lab.compare.history import Record, Told, phases, read_history
 from qblock.lab.compare.load import OPERATIONS
 from qblock.lab.compare.measuring import Latency, Traffic, distribution, longest_pause, traffic, waits
 from qblock.lab.compare.probing import Probe
-from qblock.lab.compare.running import AFTER, BEFORE, CONTROL, COPYING, GAVE_UP, IN_STEP, SWITCHING, Settings
+from qblock.lab.compare.running import AFTER, BEFORE, CONTROL, COPYING, GAVE_UP, SWITCHING, Settings
 from qblock.lab.compare.strategies import STRATEGIES, Strategy
 
 SETTINGS: Final = "settings.json"
@@ -82,7 +82,7 @@ def load_settings(directory: Path) -> tuple[Settings, list[Strategy]]:
 
 
 def examine(directory: Path) -> Report:
-    """Compute everything from the files of a comparison. Raises `OSError`, `ValueError` and `KeyError` if they are not all there."""
+    """Compute everything from the files of a comparison. Raises `OSError`, `ValueError`, `KeyError` if they are not all there."""
     settings, strategies = load_settings(directory)
     control = read_history(directory / CONTROL)
     waited = waits(control)
@@ -138,7 +138,3 @@ def _length(found: Mapping[str, tuple[int, int]], phase: str) -> int | None:
 def as_json(report: Report) -> dict[str, Any]:
     """The report as JSON values; the same report gives the same text."""
     return attrs.asdict(report, value_serializer=lambda _, __, value: value.value if isinstance(value, enum.Enum) else value)
-
-
-STAGES: Final = (COPYING, IN_STEP, SWITCHING)
-"""The phases of an operation, in their order."""

@@ -28,7 +28,6 @@ from qblock.testing.images import make_chain
 from qblock.testing.machines import drive_text
 from qblock.testing.simloop import run
 
-
 START: Final = "start"
 LAYERS: Final = ("base.qcow2", "top.qcow2")
 CONTROL: Final = "control"

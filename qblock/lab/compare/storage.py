@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import attrs
 
@@ -42,67 +42,75 @@ class Storage:
         return self.disks.get(name.partition("/")[0], self.disks[SOURCE]), name
 
 
-def modelled_file(storage: Storage) -> type[FileDriver]:
+class ModelledFile(FileDriver):
+    """See the module. ``storage`` is set by the subclass that a machine gets."""
+
+    storage: ClassVar[Storage]
+
+    async def open(self) -> None:
+        await super().open()
+        self.prefers_copy_range = False
+        self.disk, self.file = self.storage.place(self.options.filename)
+
+    @classmethod
+    async def create(cls, options: FileCreateOptions, context: CreateContext) -> None:
+        disk, file = cls.storage.place(options.filename)
+        await disk.write(file, 0, 0)
+        await super().create(options, context)
+        cls.storage.recorder.add(Made(context.env.clock.now_ns(), file))
+        if options.size:
+            cls.storage.recorder.add(Resized(context.env.clock.now_ns(), file, options.size))
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await self.disk.read(self.file, offset, len(buffer))
+        await super().read_into(offset, buffer)
+        self.storage.recorder.add(Read(self.env.clock.now_ns(), self.file, offset, len(buffer)))
+
+    async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
+        await self.disk.write(self.file, offset, len(buffer))
+        await super().write_from(offset, buffer)
+        self._wrote(offset, len(buffer), self.storage.recorder.keep(buffer))
+        if fua:
+            await self.flush()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
+    ) -> None:
+        await self.disk.write(self.file, offset, 0)
+        await super().write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback)
+        self._wrote(offset, min(length, self.length() - offset), NO_BYTES)
+        if fua:
+            await self.flush()
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.disk.write(self.file, offset, 0)
+        await super().discard(offset, length)
+        self._wrote(offset, min(length, self.length() - offset), NO_BYTES)
+
+    async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        await self.disk.write(self.file, 0, 0)
+        await super().truncate(length, exact=exact, preallocation=preallocation)
+        self.storage.recorder.add(Resized(self.env.clock.now_ns(), self.file, length))
+
+    async def flush(self) -> None:
+        began = len(self.storage.recorder.records)
+        await self.disk.flush()
+        self.storage.recorder.add(Flushed(self.env.clock.now_ns(), self.file, began))
+
+    async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
+        return Data(length, offset) if offset < self.length() else Zero(length, offset)
+
+    async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
+        raise BlockIOError(errno.ENOTSUP)
+
+    def _wrote(self, offset: int, length: int, place: int) -> None:
+        self.storage.recorder.add(Wrote(self.env.clock.now_ns(), self.file, offset, length, place))
+
+
+def modelled_file(where: Storage) -> type[FileDriver]:
     """Driver ``file`` for one machine: register it in that machine's registry."""
 
-    class ModelledFile(FileDriver):
-        async def open(self) -> None:
-            await super().open()
-            self.prefers_copy_range = False
-            self.disk, self.file = storage.place(self.options.filename)
+    class FileOnTheseDisks(ModelledFile):
+        storage = where
 
-        @classmethod
-        async def create(cls, options: FileCreateOptions, context: CreateContext) -> None:
-            disk, file = storage.place(options.filename)
-            await disk.write(file, 0, 0)
-            await super().create(options, context)
-            storage.recorder.add(Made(context.env.clock.now_ns(), file))
-            if options.size:
-                storage.recorder.add(Resized(context.env.clock.now_ns(), file, options.size))
-
-        async def read_into(self, offset: int, buffer: memoryview) -> None:
-            await self.disk.read(self.file, offset, len(buffer))
-            await super().read_into(offset, buffer)
-            storage.recorder.add(Read(self.env.clock.now_ns(), self.file, offset, len(buffer)))
-
-        async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
-            await self.disk.write(self.file, offset, len(buffer))
-            await super().write_from(offset, buffer)
-            self._wrote(offset, len(buffer), storage.recorder.keep(buffer))
-            if fua:
-                await self.flush()
-
-        async def write_zeroes(
-            self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
-        ) -> None:
-            await self.disk.write(self.file, offset, 0)
-            await super().write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback)
-            self._wrote(offset, min(length, self.length() - offset), NO_BYTES)
-            if fua:
-                await self.flush()
-
-        async def discard(self, offset: int, length: int) -> None:
-            await self.disk.write(self.file, offset, 0)
-            await super().discard(offset, length)
-            self._wrote(offset, min(length, self.length() - offset), NO_BYTES)
-
-        async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
-            await self.disk.write(self.file, 0, 0)
-            await super().truncate(length, exact=exact, preallocation=preallocation)
-            storage.recorder.add(Resized(self.env.clock.now_ns(), self.file, length))
-
-        async def flush(self) -> None:
-            began = len(storage.recorder.records)
-            await self.disk.flush()
-            storage.recorder.add(Flushed(self.env.clock.now_ns(), self.file, began))
-
-        async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
-            return Data(length, offset) if offset < self.length() else Zero(length, offset)
-
-        async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
-            raise BlockIOError(errno.ENOTSUP)
-
-        def _wrote(self, offset: int, length: int, place: int) -> None:
-            storage.recorder.add(Wrote(self.env.clock.now_ns(), self.file, offset, length, place))
-
-    return ModelledFile
+    return FileOnTheseDisks
