@@ -30,7 +30,7 @@ from qblock.units import MiB, align_up, parse_size
 PROGRAM: Final = "qblock lab compare"
 MIN_SIZE: Final = 8 * MiB
 MAX_SIZE: Final = 1024 * MiB
-_VALUED: Final = frozenset({"seed", "disk", "size", "only", "output", "picture", "keep", "recompute", "crash"})
+_VALUED: Final = frozenset({"seed", "disk", "size", "only", "output", "picture", "keep", "recompute", "crash", "guest"})
 
 HELP: Final = """usage: qblock lab compare [OPTIONS]
 Moves a disk in every way that was proposed or built, each time under the same guest on the same modelled disks, and tells
@@ -39,6 +39,7 @@ what that takes, what the guest feels, what is allowed meanwhile, and what a cra
   --only NAME[,NAME...] only these strategies: {names}
   --disk {disks:17} the kind of disks (default: {disk})
   --size SIZE           size of the disk that is moved (default: by the kind of disks)
+  --guest bursty|steady whether the guest makes pauses in its writing, in which a copy can catch up (default: bursty)
   --seed N              the seed of the guest's load and the content (default: 1)
   --output json|human   what to print (default: human)
   --picture FILE.svg    draw it, too
@@ -86,7 +87,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _report(line: CommandLine) -> Report:
     if line.has("recompute"):
-        for option in ("keep", "only", "disk", "size", "seed"):
+        for option in ("keep", "only", "disk", "size", "seed", "guest"):
             if line.has(option):
                 raise UsageError(f"--recompute takes the files as they are: --{option} does not go with it")
         return _examined(Path(line.last("recompute", "")).resolve())
@@ -112,7 +113,8 @@ def _settings(line: CommandLine) -> Settings:
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UsageError(f"--size: the disk must have {MIN_SIZE // MiB}M to {MAX_SIZE // MiB}M")
     seed = line.number("seed")
-    return Settings(seed=1 if seed is None else seed, disk=model.name, size=size)
+    steady = line.choice("guest", ("bursty", "steady")) == "steady"
+    return Settings(seed=1 if seed is None else seed, disk=model.name, size=size, steady=steady)
 
 
 def _strategies(line: CommandLine) -> list[Strategy]:

@@ -119,15 +119,16 @@ def look_at_crashes(
     replay = make_left_files(run, records, scratch)
     base, top = initial_tags(settings.seed, settings.size)
     promise = Promise.of(settings.size, base | top)
+    judging = _Judging(replay, promise, scratch)
     points = []
     for moment, phase in choose_moments(records):
         replay.advance(moment)
         promise.advance(records, moment)
         pick = _pick(records, moment, phase, by_itself=by_itself)
-        left = {crash: _leftover(scratch / crash, promise, pick) for crash in CRASHES}
+        kill, power = (judging.leftover(crash, pick) for crash in CRASHES)
         last = records[moment - 1]
         points.append(
-            CrashPoint(moment=moment, ns=last.ns, phase=phase, last=_told(last), pick=pick, **left)
+            CrashPoint(moment=moment, ns=last.ns, phase=phase, last=_told(last), pick=pick, kill=kill, power=power)
         )
     return points
 
@@ -145,10 +146,26 @@ def _pick(records: Sequence[Record], moment: int, phase: str, *, by_itself: bool
     return SOURCE
 
 
-def _leftover(directory: Path, promise: Promise, pick: str) -> Leftover:
-    source, target = judge(directory / SOURCE_NAME, promise), judge(directory / TARGET_NAME, promise)
-    good = {SOURCE: source.good, TARGET: target.good, UNKNOWN: source.good and target.good}
-    return Leftover(source=source, target=target, safe=good[pick])
+@attrs.define(eq=False)
+class _Judging:
+    """Judges images anew only when they or the promise have changed."""
+
+    replay: Replay
+    promise: Promise
+    scratch: Path
+    _known: dict[tuple[str, str, int, int], Verdict] = attrs.field(init=False, factory=dict)
+
+    def leftover(self, crash: str, pick: str) -> Leftover:
+        """What a kind of crash leaves now."""
+        source, target = self._verdict(crash, SOURCE, SOURCE_NAME), self._verdict(crash, TARGET, TARGET_NAME)
+        good = {SOURCE: source.good, TARGET: target.good, UNKNOWN: source.good and target.good}
+        return Leftover(source=source, target=target, safe=good[pick])
+
+    def _verdict(self, crash: str, disk: str, name: str) -> Verdict:
+        key = (crash, disk, self.replay.versions[crash, disk], self.promise.version)
+        if key not in self._known:
+            self._known[key] = judge(self.scratch / crash / name, self.promise)
+        return self._known[key]
 
 
 def _told(record: Record) -> str:

@@ -52,6 +52,8 @@ class Promise:
 
     size: int
     moment: int = attrs.field(init=False, default=0)
+    version: int = attrs.field(init=False, default=0)
+    """How often the promise has changed."""
     content: bytearray = attrs.field(init=False, repr=False)
     """The disk as the last flush promised it."""
     _settled: list[int] = attrs.field(init=False, repr=False)
@@ -77,6 +79,7 @@ class Promise:
             if isinstance(record, Issued):
                 self._under_way[record.number] = (index, record)
                 if record.op == WRITE:
+                    self.version += 1
                     for block in _blocks(record):
                         self._recent.setdefault(block, []).append(FIRST_TAG + record.number)
             elif isinstance(record, Answered):
@@ -98,6 +101,7 @@ class Promise:
                     del self._recent[block]
 
     def _settle(self, block: int, tag: int) -> None:
+        self.version += 1
         self._settled[block] = tag
         self.content[block * BLOCK : (block + 1) * BLOCK] = marked(tag, block)
 

@@ -51,6 +51,10 @@ class Pace:
     writes_per_flush: int
     phase_ns: int
 
+    def steady(self) -> Pace:
+        """The same amount of everything without pauses between the bursts."""
+        return attrs.evolve(self, burst_lasts_ns=self.burst_every_ns)
+
 
 @attrs.frozen
 class GuestRequest:

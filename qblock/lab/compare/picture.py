@@ -50,7 +50,7 @@ def draw(report: Report) -> str:
     sheet.text(MARGIN, 40, "Moving a disk under its guest", size=22, bold=True)
     sheet.text(
         MARGIN, 62,
-        f"The same load on a disk of {format_size(settings.size)}, seed {settings.seed}, on modelled disks ({settings.disk}: "
+        f"The same load on a disk of {format_size(settings.size)}, seed {settings.seed}{', without pauses' if settings.steady else ''}, on modelled disks ({settings.disk}: "
         f"{settings.model.summary})",
         size=12.5, colour=FAINT,
     )  # fmt: skip

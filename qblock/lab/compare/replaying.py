@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -22,10 +23,14 @@ _PIECE: Final = 1 << 20
 
 
 class Replay:
-    """Files that follow a history. ``directories`` tells for each kind of crash where its files are; they are ours to make."""
+    """Files that follow a history. ``directories`` tells for each kind of crash where its files are; they are ours to make.
+
+    ``versions`` counts how often the files of a kind of crash on a disk have changed.
+    """
 
     def __init__(self, run: Path, records: Sequence[Record], directories: dict[str, Path]) -> None:
         self.moment = 0
+        self.versions: Counter[tuple[str, str]] = Counter()
         self._records = records
         self._directories = directories
         self._unflushed: dict[str, list[tuple[int, Effect]]] = {}
@@ -58,6 +63,7 @@ class Replay:
 
     def _apply(self, crash: str, effect: Effect) -> None:
         path = self._directories[crash] / effect.file
+        self.versions[crash, effect.file.partition("/")[0]] += 1
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if isinstance(effect, Made):

@@ -18,7 +18,7 @@ import attrs
 from qblock.clock import LoopClock
 from qblock.lab.compare.disks import DISKS, Disk, DiskModel
 from qblock.lab.compare.history import Entered, Recorder
-from qblock.lab.compare.load import BLOCK, LabGuest, initial_tags, marked, requests_of
+from qblock.lab.compare.load import BLOCK, LabGuest, Pace, initial_tags, marked, requests_of
 from qblock.lab.compare.storage import SOURCE, TARGET, Storage, modelled_file
 from qblock.lab.compare.strategies import DEVICE, GaveUp, Management, Strategy
 from qblock.monitor.client import QmpClient, QmpError
@@ -39,16 +39,26 @@ PATIENCE: Final = 20
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """What a comparison is made with; ``size`` in bytes. The same settings give the same histories."""
+    """What a comparison is made with; ``size`` in bytes. The same settings give the same histories.
+
+    A ``steady`` guest makes no pauses in its writing.
+    """
 
     seed: int
     disk: str
     size: int
+    steady: bool = False
 
     @property
     def model(self) -> DiskModel:
         """The disks."""
         return DISKS[self.disk]
+
+    @property
+    def pace(self) -> Pace:
+        """How much the guest does."""
+        pace = self.model.pace
+        return pace.steady() if self.steady else pace
 
 
 def make_start(settings: Settings, directory: Path) -> None:
@@ -89,7 +99,7 @@ async def running_machine(settings: Settings, directory: Path, dialect: Dialect)
         machine.system.registry.register(modelled_file(Storage(directory, disks, recorder)))
         await machine.add_drive(drive_text(directory / SOURCE / LAYERS[-1], DEVICE, "qcow2"))
         async with await QmpClient.in_process(machine.hub) as client:
-            patience = PATIENCE * settings.model.pace.phase_ns
+            patience = PATIENCE * settings.pace.phase_ns
             yield Site(machine, Management(client, recorder, directory, patience), recorder)
     finally:
         await machine.close()
@@ -107,7 +117,7 @@ def perform(strategy: Strategy | None, settings: Settings, directory: Path, *, u
             graph, clock = site.machine.system.graph, site.recorder.clock
             guest = LabGuest(graph, DEVICE, clock, site.recorder, tags=base | top)
             async with asyncio.TaskGroup() as group:
-                group.create_task(guest.run(requests_of(settings.seed, settings.size, settings.model.pace)), name="guest")
+                group.create_task(guest.run(requests_of(settings.seed, settings.size, settings.pace)), name="guest")
                 if strategy is None:
                     site.recorder.add(Entered(clock.now_ns(), BEFORE))
                     await clock.sleep_ns(until_ns - clock.now_ns())
@@ -125,7 +135,7 @@ async def _go_through(strategy: Strategy, settings: Settings, site: Site) -> Non
     def enter(phase: str) -> None:
         site.recorder.add(Entered(clock.now_ns(), phase))
 
-    pause_ns = settings.model.pace.phase_ns
+    pause_ns = settings.pace.phase_ns
     enter(BEFORE)
     await clock.sleep_ns(pause_ns)
     enter(COPYING)

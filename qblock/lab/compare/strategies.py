@@ -90,7 +90,7 @@ class Management:
             raise GaveUp(f"{' or '.join(names)} did not come within {self.patience_ns // SECOND_NS} s") from None
         self.note("event", event.name)
         if "error" in event.data or event.name == "BLOCK_JOB_CANCELLED":
-            raise GaveUp(f"{event.name}: {event.data.get('error', '')}")
+            raise GaveUp(" ".join([event.name, *filter(None, [event.data.get("error")])]))
         return event
 
     async def offset_is_len(self) -> None:

@@ -42,7 +42,8 @@ def render(report: Report, painter: Painter) -> str:
     """All tables."""
     settings = report.settings
     head = (
-        f"A disk of {format_size(settings.size)} is moved while the same guest uses it (seed {settings.seed}, virtual time).\n"
+        f"A disk of {format_size(settings.size)} is moved while the same guest uses it (seed {settings.seed}, virtual time"
+        f"{', no pauses in its writing' if settings.steady else ''}).\n"
         f"Disks, {settings.disk}: {settings.model.summary}."
     )
     parts = [head, _legend(report, painter), _costs(report, painter)]
@@ -87,7 +88,7 @@ def _costs(report: Report, painter: Painter) -> str:
             (
                 run.name,
                 seconds(run.copy_ns),
-                milliseconds(run.switch_ns) if COPYING in run.phases and SWITCHING in run.phases else "itself",
+                "itself" if run.switched and run.switch_ns is None else milliseconds(run.switch_ns),
                 milliseconds(run.pause_ns[OPERATION]),
                 mebibytes(source.read),
                 mebibytes(source.written),
