@@ -180,9 +180,10 @@ class _Exchange:
     def _refuse_shared(self, own_block: OpBlocker | None = None) -> None:
         """Raise `DeviceInUse` when somebody else holds the image; ``own_block`` is ours."""
         root = self.backend.node
-        for edge in root.parents:
-            if edge is not self.backend.root:
-                raise DeviceInUse(self.device, f"{edge.parent.describe_user()} uses its node '{root.node_name}'")
+        others = [edge.parent for edge in root.parents if edge is not self.backend.root]
+        if others:
+            holder = next((user for user in others if isinstance(user, BlockJob)), others[0])
+            raise DeviceInUse(self.device, f"{holder.describe_user()} uses its node '{root.node_name}'")
         if root.monitor_owned:
             raise DeviceInUse(
                 self.device, f"its node '{root.node_name}' belongs to the monitor, which has added it by blockdev-add"
