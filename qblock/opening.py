@@ -145,6 +145,8 @@ class Opener:
                 elif ref is not None and field.role is not ChildRole.BACKING:
                     child = await self._open_child(ref, standalone=field.standalone)
                     self._attach(node, child, field.wire, field.role)
+            if (hit := self.env.trace.bdrv_open_common) is not None:
+                hit(node=node.node_name, filename=node.driver.filename() or "", driver=node.driver.name)
             await node.driver.open()
         except BaseException:
             await self._close_tree(node, opened=False)

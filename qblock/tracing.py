@@ -193,7 +193,7 @@ class Trace:
     # -------------------------------------------------------------------------------------------------- images, the monitor
 
     bdrv_open_common: Hit | None = event("An image is opened", 'bs {node} filename "{filename}" format_name "{driver}"')
-    handle_hmp_command: Hit | None = event("A line of the human monitor is executed", "mon {monitor} cmdline: {line}")
+    handle_hmp_command: Hit | None = event("A line of the human monitor is executed", "cmdline: {line}")
 
     # ------------------------------------------------------------------------------------------------------------------ all
 
@@ -213,7 +213,8 @@ class Trace:
         """Add an event under ``extra``, unless it is there already; who listens to such names hears it at once."""
         if name not in self._declared and name not in DECLARED:
             self._declared[name] = TraceEvent(name, doc, line)
-            self._refresh(name)
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in self._listeners):
+                self._refresh(name)
 
     def find(self, name: str) -> TraceEvent | None:
         """The declaration of the event ``name``."""
@@ -242,15 +243,20 @@ class Trace:
 
         return undo
 
-    def switch(self, pattern: str, *, on: bool) -> bool:
-        """Let the events that match ``pattern`` be logged or not; False when there are none."""
+    def switch(self, pattern: str, *, on: bool) -> None:
+        """Let the events that match ``pattern`` be logged or not; those declared later are off."""
         names = [declared.name for declared in self.matching(pattern)]
         if on:
             self._switched_on.update(names)
         else:
             self._switched_on.difference_update(names)
         self._refresh(pattern)
-        return bool(names)
+
+    def line(self, name: str, members: Mapping[str, object]) -> str:
+        """An event as a line of a log, without a time stamp and without its end."""
+        declared = self.find(name)
+        assert declared is not None, name
+        return declared.format(members)
 
     def is_logged(self, name: str) -> bool:
         """Whether the event is switched on; those who only listen do not count."""
@@ -274,9 +280,7 @@ class Trace:
         if self.log is not None:
             self.log(name, members)
             return
-        declared = self.find(name)
-        assert declared is not None
-        print(declared.format(members), file=sys.stderr)  # noqa: T201 - the default for programs
+        sys.stderr.write(f"{self.line(name, members)}\n")
 
 
 DECLARED: Final[dict[str, TraceEvent]] = {

@@ -13,13 +13,13 @@ from typing import Final
 import attrs
 
 from qblock.errors import QBlockError
-from qblock.monitor import hmp_2012, hmp_blkmirror, hmp_block_copy, hmp_commands
+from qblock.monitor import hmp_2012, hmp_blkmirror, hmp_block_copy, hmp_commands, hmp_tracing
 from qblock.monitor.command import CommandContext, CommandTable
 from qblock.monitor.dialects import BOTH, Dialect, belonging_to
 from qblock.monitor.hmp_command import HmpCall, HmpCommand, PlainError, hmp_command
 from qblock.monitor.hmp_grammar import Cursor, HmpSyntaxError, parse_arguments
 
-MODULES: Final = (hmp_commands, hmp_2012, hmp_blkmirror, hmp_block_copy)
+MODULES: Final = (hmp_commands, hmp_2012, hmp_blkmirror, hmp_block_copy, hmp_tracing)
 """Where the commands are written."""
 
 __all__ = ["HmpCall", "HmpCommand", "HmpMonitor", "HmpOutput", "hmp_command"]
@@ -76,6 +76,8 @@ class HmpMonitor:
 
     async def run(self, context: CommandContext, line: str) -> HmpOutput:
         """Execute a line. Mistakes and failures are part of the output."""
+        if (hit := context.system.env.trace.handle_hmp_command) is not None:
+            hit(line=line)
         name, rest = self.split(line)
         if not name:
             return HmpOutput("")

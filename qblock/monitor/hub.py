@@ -17,8 +17,10 @@ import attrs
 from qblock.monitor.command import CommandTable
 from qblock.monitor.commands import table
 from qblock.monitor.dialects import Dialect
+from qblock.monitor.events import EVENTS
 from qblock.monitor.hmp import HmpMonitor
 from qblock.monitor.throttle import EventThrottle
+from qblock.monitor.tracing import declare_events, trace_event
 from qblock.monitor.turns import Turns
 
 if TYPE_CHECKING:
@@ -92,11 +94,12 @@ class MonitorHub:
     def __attrs_post_init__(self) -> None:
         self.commands = table(self.dialect)
         self.hmp = HmpMonitor(self.commands)
+        declare_events(self.system.env.trace, self.commands, EVENTS)
         self._throttle = EventThrottle(self.system.env.clock, self._tell)
 
     def open(self) -> None:
         """Begin to pass events on."""
-        self._unsubscribe = self.subscribe(self._throttle.event)
+        self._unsubscribe = self.subscribe(self._event)
 
     async def close(self) -> None:
         """Let go of the system; sessions are ended by their servers."""
@@ -114,6 +117,10 @@ class MonitorHub:
                 listener(name, shown, when)
 
         return self.system.events.subscribe(pass_on)
+
+    def _event(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> None:
+        trace_event(self.system.env.trace, name, data)
+        self._throttle.event(name, data, when)
 
     def _tell(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> None:
         for session in tuple(self.sessions):

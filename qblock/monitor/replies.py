@@ -307,3 +307,12 @@ class BlockDirtyBitmapSha256:
     """Reply of x-debug-block-dirty-bitmap-sha256."""
 
     sha256: str = required(doc="hash of the bits, in hexadecimal")
+
+
+@attrs.frozen
+class TraceEventInfo:
+    """An item of trace-event-get-state's reply."""
+
+    name: str = required(doc="name of the event")
+    state: Literal["unavailable", "disabled", "enabled"] = required(doc="whether it is logged")
+    vcpu: bool = required(doc="whether each CPU has a state of its own; never so here")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from qblock.errors import CommandError, QBlockError
+from qblock.monitor import tracing
 from qblock.monitor.command import CommandContext
 from qblock.monitor.descriptors import FdBatch, ReceivedFds
 from qblock.monitor.qmp import Phase, QmpFault, QmpRequest, QmpSession
@@ -137,7 +138,11 @@ class MonitorSession:
             raise item.error
         self.qmp.check_available(item)
         command = self.hub.commands.find(item.command, oob=item.oob)
-        result = await command.run(CommandContext(self.hub, self, batch), item.arguments)
+        context = CommandContext(self.hub, self, batch)
+        if self.hub.system.env.trace.extra:
+            result = await tracing.run_traced(command, context, item.arguments)
+        else:
+            result = await command.run(context, item.arguments)
         return self.qmp.reply(item, result)
 
     def _send(self, data: bytes) -> None:

@@ -18,6 +18,7 @@ from qblock.monitor.commands import (
     rfc_2012,
     snapshots,
     stream,
+    tracing,
     transaction,
 )
 from qblock.monitor.dialects import Dialect
@@ -37,6 +38,7 @@ MODULES = (
     rfc_2012,
     snapshots,
     stream,
+    tracing,
     transaction,
 )
 

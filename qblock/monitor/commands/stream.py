@@ -42,4 +42,6 @@ async def block_stream(ctx: CommandContext, args: BlockStreamArguments) -> None:
         auto_finalize=args.auto_finalize,
         auto_dismiss=args.auto_dismiss,
     )
-    await start_stream(ctx.system, device=args.device, request=request)
+    job = await start_stream(ctx.system, device=args.device, request=request)
+    if (hit := ctx.system.env.trace.qmp_block_stream) is not None:
+        hit(node=job.device.node_name)
