@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qblock.actions.action import Action
 from qblock.errors import DeviceNotFound, NodeNotFound
+from qblock.jobs.job import Job
 from qblock.jobs.mirror import (
     MirrorRequest,
     NewTarget,
@@ -51,7 +52,7 @@ class _StartMirror(Action):
 
     async def afterwards(self) -> None:
         """See `Action`: the job begins with a pause."""
-        await self._mirror.job.noticed()
+        await _paused(self._mirror.job)
 
     async def abort(self) -> None:
         """See `Action`."""
@@ -88,6 +89,12 @@ class StartBlockdevMirror(_StartMirror):
         )
 
 
+async def _paused(job: Job) -> None:
+    """Wait until a job whose nodes are drained has come to rest."""
+    while not (job.paused or job.run_ended):
+        await job.noticed()
+
+
 class StartMirror2012(Action):
     """``drive-mirror`` of April 2012. ``speed`` is in bytes per second, 0 for no limit."""
 
@@ -120,7 +127,7 @@ class StartMirror2012(Action):
 
     async def afterwards(self) -> None:
         """See `Action`."""
-        await self._job.noticed()
+        await _paused(self._job)
 
     async def abort(self) -> None:
         """See `Action`."""
