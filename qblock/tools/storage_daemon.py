@@ -22,13 +22,14 @@ from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.options import parse_keyval
 from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
-from qblock.tools.tracing import Tracer, configure, print_events
+from qblock.tools.tracing import Tracer, asks_for_list, monitor_trace, print_events
 
 if TYPE_CHECKING:
     from qblock.monitor.chardev import ChardevOptions
     from qblock.monitor.dialects import Dialect
     from qblock.monitor.hub import MonitorHub
     from qblock.system import BlockSystem
+    from qblock.tracing import Trace
 
 PROGRAM: Final = "qblock-storage-daemon"
 NO_EXPORTS: Final = "exports are not supported by this version; nodes and jobs are reached through --monitor"
@@ -44,7 +45,7 @@ Runs block nodes and jobs, driven over QMP. Options are carried out in the order
   --object TYPE,id=ID,...                       add an object (also as JSON)
   --dialect NAME                                whose commands the monitors have: 7.2 (default), rfc-2012,
                                                 blkmirror-2012, block-copy-2011
-  -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE]
+  -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE][,timestamp=on]
                                                 write lines about events ('help' lists them; also as JSON)
   --pidfile PATH                                write the process id when everything is set up
   --daemonize                                   go to the background when everything is set up
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    tracer = Tracer()
+    tracer = Tracer(PROGRAM)
     try:
         arguments = Arguments(args, "hVT:", _LONG)
         if arguments.words:
@@ -73,7 +74,7 @@ def _run(args: list[str]) -> int:
         if _answer_questions(arguments):
             return 0
         for text in arguments.all("T"):
-            configure(tracer, text)
+            tracer.configure(text)
         if "daemonize" in arguments:
             return _in_background(lambda ready: asyncio.run(_serve(arguments, tracer, ready)))
         asyncio.run(_serve(arguments, tracer, lambda: None))
@@ -94,11 +95,21 @@ def _answer_questions(arguments: Arguments) -> bool:
         print(HELP)
     elif "V" in arguments:
         print(f"{PROGRAM} version {PROGRAM_VERSION}")
-    elif "help" in arguments.all("T"):
-        print_events()
+    elif asks_for_list(arguments.all("T")):
+        trace = monitor_trace(_dialect(arguments.get("dialect")))
+        _declare_events(trace)
+        print_events(trace)
     else:
         return False
     return True
+
+
+def _declare_events(trace: Trace) -> None:
+    """The trace events of the daemon's own life."""
+    trace.declare("program_ready", "All options are carried out", "")
+    trace.declare("program_exit", "The program was told to quit, and begins to close everything", "")
+    trace.declare("blockdev_opened", "A node of the command line is there", "node_name={node_name}")
+    trace.declare("monitor_listening", "A monitor can be used", "chardev={chardev}")
 
 
 # --------------------------------------------------------------------------------------------------------- background
@@ -148,12 +159,12 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
 
     async with AsyncExitStack() as stack:
         system = await stack.enter_async_context(BlockSystem.create(policy=OpenPolicy.follow(), announce=announce))
-        clock = system.env.clock
-        stack.callback(system.events.subscribe(tracer.qmp_event))
         hub = MonitorHub(system, dialect=_dialect(arguments.get("dialect")))
+        _declare_events(system.env.trace)
+        tracer.attach(system.env.trace, system.env.clock)
         hub.open()
         stack.push_async_callback(hub.close)
-        setup = _Setup(system, hub, tracer, stack)
+        setup = _Setup(system, hub, stack)
         for name, text in arguments.given:
             await setup.carry_out(name, text)
         setup.check_chardevs()
@@ -162,9 +173,11 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
             _write_pid(path)
             stack.callback(_remove, path)
         ready()
-        tracer.trace("program_ready", clock.wall())
+        if (hit := system.env.trace.extra.get("program_ready")) is not None:
+            hit()
         await hub.wait_quit()
-        tracer.trace("program_exit", clock.wall())
+        if (hit := system.env.trace.extra.get("program_exit")) is not None:
+            hit()
 
 
 def _dialect(name: str | None) -> Dialect:
@@ -219,7 +232,6 @@ class _Setup:
 
     system: BlockSystem
     hub: MonitorHub
-    tracer: Tracer
     stack: AsyncExitStack
     chardevs: dict[str, ChardevOptions] = attrs.field(factory=dict)
     used: set[str] = attrs.field(factory=set)
@@ -244,7 +256,8 @@ class _Setup:
             raise InvalidParameter("node-name", "is missing: without a name nobody could use the node")
         node = await self.system.opener.open_blockdev(options, strings=strings)
         node.monitor_owned = True
-        self.tracer.trace("blockdev_opened", self.system.env.clock.wall(), node_name=node.node_name)
+        if (hit := self.system.env.trace.extra.get("blockdev_opened")) is not None:
+            hit(node_name=node.node_name)
 
     def _chardev(self, text: str) -> None:
         from qblock.monitor.chardev import chardev_from
@@ -275,7 +288,8 @@ class _Setup:
         self.used.add(label)
         server = MonitorServer(self.hub, self.chardevs[label])
         await self.stack.enter_async_context(server)
-        self.tracer.trace("monitor_listening", self.system.env.clock.wall(), chardev=label)
+        if (hit := self.system.env.trace.extra.get("monitor_listening")) is not None:
+            hit(chardev=label)
 
     async def _object(self, text: str) -> None:
         options, strings = _mapping(text, implied_key="qom-type")

@@ -1,57 +1,94 @@
-"""Tracing for programs: lines about what happens, chosen by name patterns.
+"""--trace of the programs: which trace events are logged, and where the lines go.
 
-Takes the options of QEMU's --trace (``[enable=]PATTERN``, ``events=FILE``, ``file=FILE``, also as JSON). Differs from QEMU: the
-events are our own, one for each QMP event (``qmp_event_block_job_ready``) and a few of the program's life; there is one
-backend, which writes lines ``PID@SECONDS.MICROSECONDS:NAME DATA``.
+Takes the options of QEMU's --trace (``[enable=]PATTERN``, ``events=FILE``, ``file=FILE``, also as JSON); ``help`` lists them.
+Lines are those of QEMU's log backend: the event's name and what it has to tell, on standard error unless ``file`` is given.
+Differs from QEMU: ``timestamp=on`` is an option of --trace (QEMU has it in -msg), and stamps are those of the machine's own
+clock; of several ``file`` options the last one counts, whatever follows it.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any, Final
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import attrs
 
 from qblock.errors import CommandError, InvalidParameter
 from qblock.options import parse_keyval
+from qblock.tools.console import complain
+from qblock.tracing import Trace
 
-PREFIX: Final = "qmp_event_"
-QMP_EVENTS: Final = (
-    "BLOCK_IO_ERROR", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_JOB_PENDING",
-    "BLOCK_JOB_READY", "BLOCK_WRITE_THRESHOLD", "BLOCK_IMAGE_CORRUPTED", "JOB_STATUS_CHANGE",
-)  # fmt: skip
-PROGRAM_EVENTS: Final = ("program_ready", "program_exit", "blockdev_opened", "monitor_listening")
-EVENTS: Final = (*PROGRAM_EVENTS, *(PREFIX + name.lower() for name in QMP_EVENTS))
+if TYPE_CHECKING:
+    from qblock.clock import Clock
+    from qblock.monitor.dialects import Dialect
+
+HELP_WORDS: Final = frozenset({"help", "?", "list"})
+"""What asks for the list of events instead of naming some."""
+SWITCHES: Final = {"on": True, "off": False}
+
+
+@attrs.frozen
+class _Wish:
+    """A pattern, and where it was given if that was in a file; a pattern after ``-`` switches off."""
+
+    pattern: str
+    place: str = ""
+
+    def apply(self, trace: Trace, program: str) -> None:
+        """Do it; an event that does not exist is worth a warning, as in QEMU."""
+        name = self.pattern.removeprefix("-")
+        if "*" not in name and trace.find(name) is None:
+            complain(program, f"{self.place}warning: trace event '{name}' does not exist")
+        trace.switch(name, on=name == self.pattern)
 
 
 @attrs.define(eq=False)
 class Tracer:
-    """Which events are on, and where their lines go. Later patterns win; a pattern after ``-`` switches off."""
+    """What the --trace options of one command line ask for, in their order; `attach` does it, `close` at the end."""
 
-    patterns: list[str] = attrs.field(factory=list)
+    program: str
+    timestamps: bool = False
     output: IO[str] | None = None
+    _wishes: list[_Wish] = attrs.field(factory=list, init=False)
 
-    def enabled(self, name: str) -> bool:
-        """Whether an event of that name is written."""
-        state = False
-        for pattern in self.patterns:
-            if fnmatch.fnmatchcase(name, pattern.removeprefix("-")):
-                state = not pattern.startswith("-")
-        return state
+    @classmethod
+    def of(cls, program: str, texts: list[str] | tuple[str, ...]) -> Tracer:
+        """A tracer for these values of --trace; raises `CommandError`."""
+        tracer = cls(program)
+        try:
+            for text in texts:
+                tracer.configure(text)
+        except BaseException:
+            tracer.close()
+            raise
+        return tracer
 
-    def trace(self, name: str, when: tuple[int, int], **data: object) -> None:
-        """Write one line, if the event is on; ``when`` is wall-clock seconds and microseconds."""
-        if self.patterns and self.enabled(name):
-            text = " ".join(f"{key}={_text(value)}" for key, value in data.items())
-            print(f"{os.getpid()}@{when[0]}.{when[1]:06}:{name} {text}".rstrip(), file=self.output or sys.stderr, flush=True)
+    def configure(self, text: str) -> None:
+        """Take one value of --trace; raises `CommandError`."""
+        options = _parse(text)
+        if "enable" in options:
+            self._wishes.append(_Wish(options.pop("enable")))
+        if "events" in options:
+            self._read_events(options.pop("events"))
+        if "timestamp" in options:
+            value = options.pop("timestamp")
+            if value not in SWITCHES:
+                raise InvalidParameter("timestamp", f"must be 'on' or 'off', not '{value}'")
+            self.timestamps = SWITCHES[value]
+        if "file" in options:
+            self._open(options.pop("file"))
+        for name in options:
+            raise InvalidParameter(name, "is unexpected: --trace takes enable, events, file and timestamp")
 
-    def qmp_event(self, name: str, data: Mapping[str, Any], when: tuple[int, int]) -> None:
-        """A subscriber for a BlockSystem's event bus."""
-        self.trace(PREFIX + name.lower(), when, **{key.replace("-", "_"): value for key, value in data.items()})
+    def attach(self, trace: Trace, clock: Clock) -> None:
+        """Switch the events of ``trace`` as asked for; time stamps are of ``clock``. Warns of events that do not exist."""
+        trace.log = partial(self._write, trace, clock)
+        for wish in self._wishes:
+            wish.apply(trace, self.program)
 
     def close(self) -> None:
         """Close the file that was opened for ``file=``."""
@@ -59,41 +96,30 @@ class Tracer:
             self.output.close()
             self.output = None
 
+    def _write(self, trace: Trace, clock: Clock, name: str, members: Mapping[str, object]) -> None:
+        stamp = ""
+        if self.timestamps:
+            seconds, microseconds = clock.wall()
+            stamp = f"{os.getpid()}@{seconds}.{microseconds:06}:"
+        output = self.output if self.output is not None else sys.stderr
+        output.write(f"{stamp}{trace.line(name, members)}\n")
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def print_events(names: Iterable[str] = EVENTS, write: Callable[[str], None] = print) -> None:
-    """What --trace help prints."""
-    for name in sorted(names):
-        write(name)
-
-
-def configure(tracer: Tracer, text: str) -> None:
-    """Take one --trace option; raises `CommandError`."""
-    options = _parse(text)
-    if "enable" in options:
-        _enable(tracer, options.pop("enable"))
-    if "events" in options:
-        path = options.pop("events")
+    def _read_events(self, path: str) -> None:
         try:
             with open(path, encoding="utf-8") as file:
                 lines = [line.strip() for line in file]
         except OSError as error:
             raise CommandError(f"--trace: cannot read '{path}': {error.strerror}") from error
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if line and not line.startswith("#"):
-                _enable(tracer, line)
-    if "file" in options:
-        path = options.pop("file")
-        tracer.close()
+                self._wishes.append(_Wish(line, f"{path}:{number}: "))
+
+    def _open(self, path: str) -> None:
+        self.close()
         try:
-            tracer.output = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by Tracer.close
+            self.output = open(path, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by `close`
         except OSError as error:
             raise CommandError(f"--trace: cannot write '{path}': {error.strerror}") from error
-    for name in options:
-        raise InvalidParameter(name, "is unexpected: --trace takes enable, events and file")
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -109,7 +135,23 @@ def _parse(text: str) -> dict[str, Any]:
     return dict(options)
 
 
-def _enable(tracer: Tracer, pattern: str) -> None:
-    if not fnmatch.filter(EVENTS, pattern.removeprefix("-")):
-        raise CommandError(f"--trace: no event is called '{pattern.removeprefix('-')}'; --trace help lists them")
-    tracer.patterns.append(pattern)
+def asks_for_list(texts: list[str] | tuple[str, ...]) -> bool:
+    """Whether one of these values of --trace asks what events there are."""
+    return not HELP_WORDS.isdisjoint(texts)
+
+
+def print_events(trace: Trace, write: Callable[[str], None] = print) -> None:
+    """What ``--trace help`` prints: the name of every event, in alphabetical order."""
+    for name in sorted(event.name for event in trace.matching()):
+        write(name)
+
+
+def monitor_trace(dialect: Dialect) -> Trace:
+    """The events of a program whose monitors have the commands of ``dialect``, all of them off."""
+    from qblock.monitor.commands import table
+    from qblock.monitor.events import EVENTS
+    from qblock.monitor.tracing import declare_events
+
+    trace = Trace()
+    declare_events(trace, table(dialect), EVENTS)
+    return trace
