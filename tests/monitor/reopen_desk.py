@@ -12,7 +12,7 @@ import attrs
 import pytest
 
 from qblock.drivers.file import FileDriver
-from qblock.guest import Guest
+from qblock.guest import UNKNOWN, ContentMap, Guest
 from qblock.image import open_image
 from qblock.monitor.client import QmpError
 from qblock.monitor.dialects import Dialect
@@ -101,16 +101,16 @@ class Desk:
         name = root.node.driver.filename()
         return None if name is None else os.path.relpath(name, self.path)
 
-    def proves_equal(self, filename: str) -> int:
-        """Compare an image that is closed with all that the guest has written; returns how many bytes were known."""
-        known = 0
-        with open_image(self.path / filename) as image:
-            for run, tag in self.guest.content.runs():
-                for offset in range(run.offset, run.end, MiB):
-                    length = min(MiB, run.end - offset)
-                    self.guest.content.check(offset, memoryview(image.read(offset, length)), filename)
-                known += run.length if tag >= 0 else 0
-        return known
+
+def prove(content: ContentMap, image: Path) -> int:
+    """An image that is closed holds what a guest has written; the result is how many bytes are known."""
+    known = 0
+    with open_image(image) as disk:
+        for run, tag in content.runs():
+            if tag != UNKNOWN:
+                content.check(run.offset, memoryview(disk.read(run.offset, run.length)), str(image))
+                known += run.length
+    return known
 
 
 @contextmanager
