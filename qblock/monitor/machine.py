@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import random as random_module
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -44,7 +44,8 @@ DEFAULT_INTERFACE: Final = "virtio"
 class MachineOptions:
     """What a machine starts with, as on the command line: values of -drive, -blockdev and -qmp, and a seed for its chances.
 
-    ``paused`` is -S: the guest begins with the command cont. ``dialect`` is what all its monitors speak.
+    ``paused`` is -S: the guest begins with the command cont. ``dialect`` is what all its monitors speak. ``watch``
+    gets the block system before anything is opened in it, to listen to its trace events.
     """
 
     drives: Sequence[str] = ()
@@ -53,6 +54,7 @@ class MachineOptions:
     seed: int | None = None
     paused: bool = False
     dialect: Dialect = Dialect.SYSTEM
+    watch: Callable[[BlockSystem], object] | None = None
 
 
 def qmp_socket(path: str | Path) -> ChardevOptions:
@@ -97,6 +99,8 @@ class Machine:
             clock=clock, policy=OpenPolicy.follow(), random=random, warn=reports.warn, announce=reports.say
         )
         hub = MonitorHub(system, options.dialect, report=reports.complain, output=reports.say)
+        if options.watch is not None:
+            options.watch(system)
         hub.run_state = RunState.PRELAUNCH if options.paused else RunState.RUNNING
         machine = cls(system, hub, clock, random, reports, virtual_time)
         machine.started_ns = clock.now_ns()

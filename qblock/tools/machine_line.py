@@ -11,10 +11,11 @@ from qblock.monitor.machine import Machine, MachineOptions
 from qblock.monitor.reports import Reports
 from qblock.testing.simloop import SimLoop
 from qblock.tools.command_line import CommandLine
+from qblock.tools.tracing import Tracer, asks_for_list, monitor_trace, print_events
 
 
-def machine_options(line: CommandLine) -> MachineOptions:
-    """The machine that the command line describes."""
+def machine_options(line: CommandLine, tracer: Tracer) -> MachineOptions:
+    """The machine that the command line describes, its trace events logged as ``tracer`` says."""
     return MachineOptions(
         drives=line.values.get("drive", ()),
         blockdevs=line.values.get("blockdev", ()),
@@ -22,7 +23,16 @@ def machine_options(line: CommandLine) -> MachineOptions:
         seed=line.number("seed"),
         paused=line.has("S"),
         dialect=dialect_named(line.last("dialect", Dialect.SYSTEM.value)),
+        watch=lambda system: tracer.attach(system.env.trace, system.env.clock),
     )
+
+
+def answers_trace_help(line: CommandLine) -> bool:
+    """Print the trace events when ``--trace help`` asks for them; False when it does not."""
+    if not asks_for_list(line.values.get("trace", ())):
+        return False
+    print_events(monitor_trace(dialect_named(line.last("dialect", Dialect.SYSTEM.value))))
+    return True
 
 
 def loop_factory(clock: str, *, manual: bool) -> Callable[[], asyncio.AbstractEventLoop]:

@@ -6,7 +6,8 @@ import asyncio
 import signal
 import sys
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from contextlib import closing
+from typing import Any, Final, TypeVar
 
 from qblock.monitor.console import Console
 from qblock.monitor.loopthread import LoopThread
@@ -15,8 +16,10 @@ from qblock.monitor.repl import Repl
 from qblock.monitor.repl_commands import install
 from qblock.monitor.reports import Report, Reports
 from qblock.tools.command_line import CommandLine
-from qblock.tools.machine_line import loop_factory, machine_options, start_machine
+from qblock.tools.machine_line import answers_trace_help, loop_factory, machine_options, start_machine
+from qblock.tools.tracing import Tracer
 
+PROGRAM: Final = "qblock"
 T = TypeVar("T")
 
 
@@ -25,11 +28,14 @@ def run_machine(line: CommandLine, *, clock: str, prompt: bool, greeting: str) -
 
     ``greeting`` is for a person at a terminal. Raises `QBlockError` and `OSError` when the machine cannot start.
     """
-    options = machine_options(line)
-    if prompt:
-        return _run_with_prompt(clock, options, greeting)
-    with asyncio.Runner(loop_factory=loop_factory(clock, manual=True)) as runner:
-        runner.run(_serve(options))
+    if answers_trace_help(line):
+        return 0
+    with closing(Tracer.of(PROGRAM, line.values.get("trace", ()))) as tracer:
+        options = machine_options(line, tracer)
+        if prompt:
+            return _run_with_prompt(clock, options, greeting)
+        with asyncio.Runner(loop_factory=loop_factory(clock, manual=True)) as runner:
+            runner.run(_serve(options))
     return 0
 
 

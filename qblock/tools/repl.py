@@ -30,6 +30,8 @@ HELP: Final = """usage: qblock [OPTIONS]             a machine with disks, and a
   --clock real|virtual    which time the machine lives on; virtual time moves by `step` and `run`
   --dialect NAME          whose commands it has: 7.2 (default), or a proposal of its time, to try it and compare:
                           rfc-2012, blkmirror-2012, block-copy-2011
+  --trace [enable=]PATTERN[,events=FILE][,file=FILE][,timestamp=on]
+                          write lines about what happens inside, as 'mirror_*'; 'help' lists the events
   --seed N                the seed of all chances (node names, what the guest writes)
   -h, --help              show this; `qblock demo --help` and so on show theirs
   -V, --version           show the version
@@ -38,7 +40,7 @@ HELP: Final = """usage: qblock [OPTIONS]             a machine with disks, and a
 At the prompt, `help` lists the commands. Lines can also be piped in; the exit code is then 1 if one of them failed."""
 
 
-_VALUED: Final = frozenset({"drive", "blockdev", "qmp", "monitor", "clock", "seed", "dialect"})
+_VALUED: Final = frozenset({"drive", "blockdev", "qmp", "monitor", "clock", "seed", "dialect", "trace"})
 _FLAGS: Final = HELP_FLAGS | {"V", "version", "S"}
 
 

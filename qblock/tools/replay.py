@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,8 @@ from qblock.monitor.script import ScriptError, Step, parse_script
 from qblock.tools.arguments import UsageError
 from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
 from qblock.tools.console import complain, ending_quietly
-from qblock.tools.machine_line import loop_factory, machine_options, start_machine
+from qblock.tools.machine_line import answers_trace_help, loop_factory, machine_options, start_machine
+from qblock.tools.tracing import Tracer
 
 PROGRAM: Final = "qblock replay"
 OK, UNMET, UNUSABLE = 0, 1, 2
@@ -41,6 +43,7 @@ Performs a script of QMP commands and expectations (see docs/replay.md); '-' rea
   --clock virtual|real  the clock of the machine that is made for the run (default: virtual)
   --seed N              the seed of its chances
   --dialect NAME        whose commands it has: 7.2 (default), rfc-2012, blkmirror-2012, block-copy-2011
+  --trace PATTERN       which of its trace events are written to standard error (see qblock --help)
   -drive OPTIONS        a disk of that machine
   -blockdev OPTIONS     a node of that machine
   -h, --help            show this
@@ -48,7 +51,7 @@ Performs a script of QMP commands and expectations (see docs/replay.md); '-' rea
 Exit code: 0 everything was as expected, 1 something was not, 2 the script or the command line is wrong."""
 
 
-_VALUED: Final = frozenset({"socket", "define", "output", "clock", "seed", "dialect", "drive", "blockdev"})
+_VALUED: Final = frozenset({"socket", "define", "output", "clock", "seed", "dialect", "drive", "blockdev", "trace"})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,15 +65,15 @@ def _run(argv: Sequence[str]) -> int:
         if line.has("h") or line.has("help"):
             print(HELP)
             return OK
+        if answers_trace_help(line):
+            return OK
         steps = parse_script(_script_text(line), _variables(line))
         transcript = _transcript(line)
         if line.has("socket"):
             _check_no_machine(line)
             asyncio.run(_run_on_socket(line.last("socket", ""), steps, transcript))
         else:
-            clock = line.choice("clock", ("virtual", "real"))
-            with asyncio.Runner(loop_factory=loop_factory(clock, manual=False)) as runner:
-                runner.run(_run_on_machine(machine_options(line), steps, transcript))
+            _run_here(line, steps, transcript)
     except (UsageError, ScriptError) as error:
         complain(PROGRAM, str(error))
         return UNUSABLE
@@ -80,6 +83,13 @@ def _run(argv: Sequence[str]) -> int:
         complain(PROGRAM, str(error))
         return UNMET
     return OK
+
+
+def _run_here(line: CommandLine, steps: Sequence[Step], transcript: Transcript) -> None:
+    clock = line.choice("clock", ("virtual", "real"))
+    loop = loop_factory(clock, manual=False)
+    with closing(Tracer.of(PROGRAM, line.values.get("trace", ()))) as tracer, asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(_run_on_machine(machine_options(line, tracer), steps, transcript))
 
 
 def _script_text(line: CommandLine) -> str:
@@ -111,7 +121,7 @@ def _transcript(line: CommandLine) -> Transcript:
 
 
 def _check_no_machine(line: CommandLine) -> None:
-    for name in ("drive", "blockdev", "clock", "seed", "dialect"):
+    for name in ("drive", "blockdev", "clock", "seed", "dialect", "trace"):
         if line.has(name):
             raise UsageError(f"--{name} describes a machine of its own, and --socket means another one")
 

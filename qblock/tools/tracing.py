@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -56,7 +56,7 @@ class Tracer:
     _wishes: list[_Wish] = attrs.field(factory=list, init=False)
 
     @classmethod
-    def of(cls, program: str, texts: list[str] | tuple[str, ...]) -> Tracer:
+    def of(cls, program: str, texts: Sequence[str]) -> Tracer:
         """A tracer for these values of --trace; raises `CommandError`."""
         tracer = cls(program)
         try:
@@ -135,7 +135,7 @@ def _parse(text: str) -> dict[str, Any]:
     return dict(options)
 
 
-def asks_for_list(texts: list[str] | tuple[str, ...]) -> bool:
+def asks_for_list(texts: Sequence[str]) -> bool:
     """Whether one of these values of --trace asks what events there are."""
     return not HELP_WORDS.isdisjoint(texts)
 
