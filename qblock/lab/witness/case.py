@@ -25,7 +25,7 @@ _OVER: Message = {"ended": True}
 
 def run_case(plan: Plan, directory: Path, *, disk: Path, socket: Path) -> list[str]:
     """Perform ``plan`` in ``directory``, which must be empty, on a copy of the chain in ``disk``; returns the steps that
-    were taken before the kill. ``socket``: the path of the QMP socket. Raises `LabError`.
+    were taken before the kill. ``socket``: the path of the QMP socket. Raises `LabError`, and `StepNotTaken`.
     """
     for name in (BASE, SOURCE):
         shutil.copyfile(disk / name, directory / name)
@@ -35,8 +35,12 @@ def run_case(plan: Plan, directory: Path, *, disk: Path, socket: Path) -> list[s
     finally:
         case.end()
     if plan.step is not None and plan.step not in case.steps:
-        raise LabError(f"the step '{plan.step}' was never reached; there are {', '.join(case.steps)}")
+        raise StepNotTaken(f"the step '{plan.step}' was never reached; there are {', '.join(case.steps)}")
     return case.steps
+
+
+class StepNotTaken(LabError):
+    """In this case the step does not come."""
 
 
 @attrs.define(eq=False)

@@ -113,8 +113,9 @@ class Stops:
             self._take(message)
 
     def read_order(self) -> None:
-        """The parent has said something while the machine was running."""
-        self._take(self.wire.receive())
+        """The parent has said something while the machine was running; a stop in between may have taken it already."""
+        if self.wire.has_news:
+            self._take(self.wire.receive())
 
     def _take(self, order: Message) -> None:
         self.orders.append(order)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -68,6 +69,11 @@ class Wire:
         if "broken" in message:
             raise LabError(message["broken"])
         return message
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `receive` would return at once."""
+        return bool(select.select([self.sock], [], [], 0)[0])
 
     def close(self) -> None:
         """Let go of this end."""
