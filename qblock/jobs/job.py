@@ -104,6 +104,11 @@ class Job(abc.ABC):
         """A cancel was requested; returns whether to treat it as forced. The default treats every cancel so."""
         return True
 
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether the job comes to an end without being told anything more."""
+        return True
+
     def complete(self) -> None:
         """Told to complete (accepted only when ready)."""
         raise CommandError(f"Job '{self.id}' cannot be told to complete: a {self.type} job ends by itself")

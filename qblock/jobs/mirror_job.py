@@ -139,6 +139,11 @@ class MirrorJob(BlockJob):
         """A cancel after READY that is not forced only means: finish without switching over."""
         return force or not self.is_ready
 
+    @property
+    def ends_by_itself(self) -> bool:
+        """See `Job`: once it was told what to do when the two sides are equal."""
+        return self._should_complete or self.cancel_requested
+
     # ------------------------------------------------------------------------------------------------------------ running
 
     async def run(self) -> None:
@@ -259,13 +264,21 @@ class MirrorJob(BlockJob):
         self.progress_remaining = self.bitmap.count + self.in_flight.bytes
         if not self.is_ready:
             self.ready()
-        if not (self._should_complete or self.cancel_requested) or self.force_cancelled:
+        if not self._group_ends or self.force_cancelled:
             return False
         if not self._is_clean():
             self._misses += 1
             if self._misses <= _PATIENCE:
                 return False
         return await self._finish()
+
+    @property
+    def _group_ends(self) -> bool:
+        """Whether this job and all that end together with it have been told to: until then it follows its source, or its guest
+        would be held while another disk's copy goes on.
+        """
+        assert self.txn is not None
+        return all(job.ends_by_itself for job in self.txn.jobs)
 
     async def _finish(self) -> bool:
         """Hold the guest's requests; they stay held if the two sides are equal then (True)."""
