@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 
@@ -29,6 +29,9 @@ from qblock.permissions import Perm
 from qblock.registry import DriverRegistry
 
 T = TypeVar("T")
+
+Watch: TypeAlias = Callable[[Environment], object]
+"""Listens to what happens in the session that has this environment, by its trace events."""
 
 
 @attrs.frozen
@@ -143,11 +146,13 @@ def _with_drivers(options: Mapping[str, Any], *, root: bool = False) -> dict[str
     return {"driver": "file", **nested}
 
 
-def run_session(body: Callable[[ImageSession], Awaitable[T]]) -> T:
-    """Run ``body`` with a session on a loop of its own."""
+def run_session(body: Callable[[ImageSession], Awaitable[T]], watch: Watch | None = None) -> T:
+    """Run ``body`` with a session on a loop of its own; ``watch`` gets its environment before anything is opened."""
 
     async def main() -> T:
         async with ImageSession.create() as session:
+            if watch is not None:
+                watch(session.environment)
             return await body(session)
 
     return asyncio.run(main())

@@ -12,11 +12,14 @@ import importlib
 import sys
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from qblock.errors import QBlockError
 from qblock.tools.arguments import UsageError
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
+
+if TYPE_CHECKING:
+    from qblock.tools.images import Watch
 
 SUBCOMMANDS: Final[Mapping[str, str]] = {
     "check": "check [-q] [-f FMT | --image-opts] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE",
@@ -30,11 +33,14 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
 }
 NOT_YET: Final = frozenset({"amend", "bench", "bitmap", "commit", "dd", "measure", "rebase", "resize", "snapshot"})
 
-_HELP: Final = """usage: qblock-img COMMAND [OPTIONS]
+PROGRAM: Final = "qblock-img"
+_HELP: Final = """usage: qblock-img [-T TRACE] COMMAND [OPTIONS]
 Works on disk images that no machine is using.
 
   -h, --help     show this
   -V, --version  show the version
+  -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE][,timestamp=on]
+                 write lines about what happens inside ('help' lists the events)
 
 Commands:
 """
@@ -52,6 +58,44 @@ def program() -> NoReturn:
 
 
 def _run(args: list[str]) -> int:
+    try:
+        traces, args = _take_traces(args)
+        if not traces:
+            return _perform(args)
+        return _perform_traced(args, traces)
+    except UsageError as error:
+        return _usage_failure(str(error))
+    except QBlockError as error:
+        complain(PROGRAM, str(error))
+        return 1
+
+
+def _take_traces(args: list[str]) -> tuple[list[str], list[str]]:
+    """The values of --trace before the command, and what follows them."""
+    traces = []
+    while args and (args[0] in ("-T", "--trace") or args[0].startswith("--trace=")):
+        option, equals, value = args[0].partition("=")
+        if not equals and len(args) < 2:
+            raise UsageError(f"the option {option} needs a value")
+        traces.append(value if equals else args[1])
+        args = args[1:] if equals else args[2:]
+    return traces, args
+
+
+def _perform_traced(args: list[str], traces: list[str]) -> int:
+    from contextlib import closing
+
+    from qblock.tools.tracing import Tracer, asks_for_list, print_events
+    from qblock.tracing import Trace
+
+    if asks_for_list(traces):
+        print_events(Trace())
+        return 0
+    with closing(Tracer.of(PROGRAM, traces)) as tracer:
+        return _perform(args, lambda env: tracer.attach(env.trace, env.clock))
+
+
+def _perform(args: list[str], watch: Watch | None = None) -> int:
     if args and args[0] in ("-V", "--version"):
         print(f"qblock-img version {PROGRAM_VERSION}")
         return 0
@@ -62,14 +106,7 @@ def _run(args: list[str]) -> int:
     if name not in SUBCOMMANDS:
         what = "is not supported yet" if name in NOT_YET else "is not a command"
         return _usage_failure(f"'{name}' {what}")
-    module = _load(f"qblock.tools.img_{name}")
-    try:
-        code: int = module.run(rest)
-    except UsageError as error:
-        return _usage_failure(str(error))
-    except QBlockError as error:
-        complain("qblock-img", str(error))
-        return 1
+    code: int = _load(f"qblock.tools.img_{name}").run(rest, watch)
     return code
 
 

@@ -18,7 +18,7 @@ from qblock.errors import CommandError
 from qblock.imageinfo import in_order
 from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects
 from qblock.tools.console import complain
-from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
 
 EXIT_OK, EXIT_FAILED, EXIT_CORRUPT, EXIT_LEAKS, EXIT_NO_CHECK = 0, 1, 2, 3, 63
 FIXES: Final = {"leaks": CheckFix.LEAKS, "all": CheckFix.LEAKS | CheckFix.ERRORS}
@@ -32,8 +32,8 @@ class _NoCheck(CommandError):
     """The image's format has no check."""
 
 
-def run(args: list[str]) -> int:
-    """The sub-command; returns the exit code."""
+def run(args: list[str], watch: Watch | None = None) -> int:
+    """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(
         args, "f:qr:T:U", {"output=": "output", "repair=": "r", "image-opts": "image-opts", "force-share": "U",
                            "object=": "object", "format=": "f"}
@@ -55,7 +55,7 @@ def run(args: list[str]) -> int:
         extra=cache_options(arguments.get("T")),
     )
     try:
-        name, result = run_session(lambda session: _check(session, wanted, fix))
+        name, result = run_session(lambda session: _check(session, wanted, fix), watch)
     except _NoCheck as error:
         complain("qblock-img", str(error))
         return EXIT_NO_CHECK

@@ -15,7 +15,7 @@ from qblock.errors import QBlockError
 from qblock.status import ChainExtent, chain_status
 from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects
 from qblock.tools.console import Progress, complain
-from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
 from qblock.units import MiB, align_down
 from qblock.zeroes import all_zero
 
@@ -33,8 +33,8 @@ class _Stop(Exception):
         self.code = code
 
 
-def run(args: list[str]) -> int:
-    """The sub-command; returns the exit code."""
+def run(args: list[str], watch: Watch | None = None) -> int:
+    """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(
         args, "f:F:T:pqsU", {"image-opts": "image-opts", "force-share": "U", "object=": "object"}
     )
@@ -42,7 +42,7 @@ def run(args: list[str]) -> int:
         raise UsageError("Expecting two image file names")
     check_objects(arguments)
     try:
-        return run_session(lambda session: _compare(session, arguments))
+        return run_session(lambda session: _compare(session, arguments), watch)
     except _Stop as stop:
         if stop.code != DIFFERENT:
             complain("qblock-img", str(stop))

@@ -29,7 +29,7 @@ from qblock.tools.creation import (
     remove_file,
     wants_help,
 )
-from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
 from qblock.units import MiB
 
 MAX_WORKERS: Final = 16
@@ -65,8 +65,8 @@ class _Request:
         return "n" not in self.arguments
 
 
-def run(args: list[str]) -> int:
-    """The sub-command; returns the exit code."""
+def run(args: list[str], watch: Watch | None = None) -> int:
+    """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(args, "B:CF:O:S:T:UWcf:l:m:no:pqr:t:", LONG)
     fmt = arguments.get("O") or "raw"
     if wants_help(arguments.all("o")):
@@ -75,7 +75,7 @@ def run(args: list[str]) -> int:
     request = _checked(arguments, fmt)
     existed = os.path.lexists(request.output)
     try:
-        run_session(lambda session: _convert(session, request))
+        run_session(lambda session: _convert(session, request), watch)
     except BaseException:
         if request.creates and not existed:
             remove_file(request.output)

@@ -16,11 +16,11 @@ from qblock.tools.creation import (
     print_help,
     wants_help,
 )
-from qblock.tools.images import ImageSession, run_session
+from qblock.tools.images import ImageSession, Watch, run_session
 
 
-def run(args: list[str]) -> int:
-    """The sub-command; returns the exit code."""
+def run(args: list[str], watch: Watch | None = None) -> int:
+    """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(args, "f:b:F:o:uq", {"object=": "object"})
     fmt = arguments.get("f") or "raw"
     texts = arguments.all("o")
@@ -40,7 +40,7 @@ def run(args: list[str]) -> int:
     check_backing(filename, values)
     if len(words) == 2:
         values["size"] = size_of(words[1], "image size")
-    return run_session(lambda session: _create(session, filename, fmt, values, arguments))
+    return run_session(lambda session: _create(session, filename, fmt, values, arguments), watch)
 
 
 async def _create(session: ImageSession, filename: str, fmt: str, values: dict[str, Any], arguments: Arguments) -> int:

@@ -10,11 +10,11 @@ from qblock.errors import CommandError
 from qblock.imageinfo import human_lines, image_info
 from qblock.node import BlockDriverState
 from qblock.tools.arguments import Arguments, UsageError, check_objects
-from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
 
 
-def run(args: list[str]) -> int:
-    """The sub-command; returns the exit code."""
+def run(args: list[str], watch: Watch | None = None) -> int:
+    """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(
         args, "f:U", {"output=": "output", "backing-chain": "backing-chain", "force-share": "U",
                       "image-opts": "image-opts", "object=": "object"}
@@ -32,7 +32,7 @@ def run(args: list[str]) -> int:
     )
     if wanted.fmt is not None and wanted.image_opts:
         raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
-    infos = run_session(lambda session: _collect(session, wanted))
+    infos = run_session(lambda session: _collect(session, wanted), watch)
     if fmt == "json":
         print(json.dumps(infos if wanted.backing else infos[0], indent=4, ensure_ascii=False))
     else:

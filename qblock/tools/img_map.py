@@ -13,7 +13,7 @@ import attrs
 from qblock.errors import CommandError
 from qblock.status import ChainExtent, chain_status
 from qblock.tools.arguments import Arguments, UsageError, check_objects
-from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
 
 MAX_QUESTION = 1 << 40
 """How many bytes one question about the chain covers."""
@@ -41,8 +41,8 @@ class Area:
         return self.offset is None or self.offset + self.length == other.offset
 
 
-def run(args: list[str]) -> int:
-    """The sub-command; returns the exit code."""
+def run(args: list[str], watch: Watch | None = None) -> int:
+    """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(
         args, "f:s:l:U", {"output=": "output", "format=": "f", "start-offset=": "s", "max-length=": "l",
                           "image-opts": "image-opts", "force-share": "U", "object=": "object"}
@@ -60,7 +60,7 @@ def run(args: list[str]) -> int:
         force_share="U" in arguments,
     )
     show = _print_json if output == "json" else _print_lines
-    run_session(lambda session: show(session, wanted, start, max_length))
+    run_session(lambda session: show(session, wanted, start, max_length), watch)
     return 0
 
 

@@ -11,6 +11,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Iterable
+from contextlib import closing
 from typing import Final, NoReturn
 
 from qblock.errors import CommandError, QBlockError
@@ -19,6 +20,8 @@ from qblock.options import parse_keyval
 from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
 from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.tools.tracing import Tracer, asks_for_list, print_events
+from qblock.tracing import Trace
 
 PROMPT: Final = "qemu-io> "
 DISCARD_MODES: Final = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
@@ -27,7 +30,6 @@ REFUSED: Final = {
     "m": "buffers are not misaligned on purpose",
     "k": "files are read and written by threads",
     "i": "files are read and written by threads",
-    "T": "there is nothing to trace here; see qblock-storage-daemon --trace",
 }
 
 HELP: Final = """usage: qblock-io [OPTIONS] [-c COMMAND]... [FILE]
@@ -43,6 +45,8 @@ Reads and writes a disk image by commands.
   -U, --force-share    open it although another program writes to it (needs -r)
   --image-opts         FILE is a list of options: driver=...,file.filename=...
   --object OBJECT      secret,id=NAME,...
+  -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE][,timestamp=on]
+                       write lines about what happens inside ('help' lists the events)
   -h, --help           show this
   -V, --version        show the version
 
@@ -70,12 +74,19 @@ def _run(args: list[str]) -> int:
         if "V" in arguments:
             print(f"qblock-io version {PROGRAM_VERSION}")
             return 0
+        if asks_for_list(arguments.all("T")):
+            print_events(Trace())
+            return 0
         if len(arguments.words) > 1:
             raise UsageError("expecting at most one image file name")
         arguments.refuse(REFUSED)
         check_objects(arguments)
         wanted = _wanted(arguments, arguments.words[0]) if arguments.words else None
-        return run_session(lambda session: _Program(session).run(arguments, wanted))
+        with closing(Tracer.of("qblock-io", arguments.all("T"))) as tracer:
+            return run_session(
+                lambda session: _Program(session).run(arguments, wanted),
+                lambda env: tracer.attach(env.trace, env.clock),
+            )
     except UsageError as error:
         complain("qblock-io", f"{error}\n{HELP}")
     except QBlockError as error:
