@@ -48,9 +48,10 @@ def draw(report: Report) -> str:
     sheet = Sheet(WIDTH, height, title="Ways of moving a disk, compared")
     settings = report.settings
     sheet.text(MARGIN, 40, "Moving a disk under its guest", size=22, bold=True)
+    load = f"seed {settings.seed}" + (", without pauses" if settings.steady else "")
     sheet.text(
         MARGIN, 62,
-        f"The same load on a disk of {format_size(settings.size)}, seed {settings.seed}{', without pauses' if settings.steady else ''}, on modelled disks ({settings.disk}: "
+        f"The same load on a disk of {format_size(settings.size)}, {load}, on modelled disks ({settings.disk}: "
         f"{settings.model.summary})",
         size=12.5, colour=FAINT,
     )  # fmt: skip

@@ -33,7 +33,7 @@ LAYERS: Final = ("base.qcow2", "top.qcow2")
 CONTROL: Final = "control"
 """The run in which nothing is moved: what the guest costs by itself."""
 BEFORE, COPYING, IN_STEP, SWITCHING, AFTER, GAVE_UP = "before", "copying", "in step", "switching", "after", "gave up"
-PATIENCE: Final = 20
+PATIENCE: Final = 10
 """How many times the length of a phase management waits for a copy to be in step."""
 
 
