@@ -34,6 +34,7 @@ from qblock import requests
 from qblock.blockers import OpType
 from qblock.creating import create_image_file
 from qblock.device_dirty import CHUNK, DeviceDirty
+from qblock.drain import drained
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, DeviceInUse, DeviceNotFound, InvalidParameter, NodeNotFound
 from qblock.filenames import has_protocol
@@ -281,22 +282,26 @@ async def prepare_mirror_2012(
     node = await system.opener.open_image(
         target.filename, fmt=fmt, read_only=False, backing=False, options={"cache": {"no-flush": True}}
     )
+    node.monitor_owned = True  # until the job holds it
     try:
-        if _source(system, device) is not source or system.graph.cow_node(source) is not below:
-            raise DeviceInUse(device, "its images have changed meanwhile")
-        if node.length != source.length:
-            raise CommandError(
-                f"'{device}' has {source.length} bytes and the target {node.length}: make the target the same size"
-            )
-        with Transaction() as change:
-            job = Mirror2012Job(system.jobs, job_id, source=source, target=node, base=base, existing=existing)
-            system.jobs.create(job, txn)
-            change.add(abort=partial(system.jobs.abandon, job))
-            job.set_speed(speed)
-            job.take_nodes(change)
+        async with drained(source):  # a write under way now would not know of the bitmap when it ends
+            if _source(system, device) is not source or system.graph.cow_node(source) is not below:
+                raise DeviceInUse(device, "its images have changed meanwhile")
+            if node.length != source.length:
+                raise CommandError(
+                    f"'{device}' has {source.length} bytes and the target {node.length}: make the target the same size"
+                )
+            with Transaction() as change:
+                job = Mirror2012Job(system.jobs, job_id, source=source, target=node, base=base, existing=existing)
+                system.jobs.create(job, txn)
+                change.add(abort=partial(system.jobs.abandon, job))
+                job.set_speed(speed)
+                job.take_nodes(change)
     except BaseException:
+        node.monitor_owned = False
         await system.opener.close_orphans()
         raise
+    node.monitor_owned = False
     return job
 
 
