@@ -105,12 +105,16 @@ async def perform(system: BlockSystem, actions: Sequence[Action], *, grouped: bo
     try:
         await system.jobs.resumed()
         await _prepare(actions, begun, JobTransaction() if grouped else None)
-        for action in actions:
+        for index, action in enumerate(actions):
+            if (hit := system.env.trace.transaction_commit) is not None:
+                hit(action=action.kind, index=index)
             action.commit()
         for action in actions:
             await action.afterwards()
     finally:
         for action in reversed(begun):
+            if (hit := system.env.trace.transaction_clean) is not None:
+                hit(action=action.kind, index=actions.index(action))
             action.clean()
         drained_end(watched)
         await system.jobs.resumed()
@@ -128,9 +132,13 @@ async def _prepare(actions: Sequence[Action], begun: list[Action], group: JobTra
                 )
             action.group = group
             begun.append(action)
+            if (hit := action.system.env.trace.transaction_prepare) is not None:
+                hit(action=action.kind, index=len(prepared))
             await action.prepare()
             prepared.append(action)
     except BaseException:
         for action in reversed(prepared):
+            if (hit := action.system.env.trace.transaction_abort) is not None:
+                hit(action=action.kind, index=prepared.index(action))
             await action.abort()
         raise

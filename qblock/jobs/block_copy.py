@@ -112,10 +112,17 @@ class BlockCopyJob(BlockJob):
         assert edge is not None
         return edge
 
+    @property
+    def _filename(self) -> str | None:
+        return self._target_edge.node.driver.filename()
+
     # ------------------------------------------------------------------------------------------------------------ running
 
     async def run(self) -> None:
         """See the module."""
+        if (hit := self.runner.trace.block_copy_start) is not None:
+            incremental = self.plan.base is not None
+            hit(job=self.id, node=self.source.node_name, filename=self._filename, incremental=incremental)
         await self._find_what_to_copy()
         buffer = memoryview(bytearray(min(CHUNK, self.source.length)))
         await self._copy_dirty(buffer)
@@ -148,6 +155,8 @@ class BlockCopyJob(BlockJob):
             await self._copy(run, buffer)
             cursor, delay = run.end, self.limit.delay_ns(run.length)
         await self._flush_target()
+        if (hit := self.runner.trace.block_copy_dirty) is not None:
+            hit(job=self.id, dirty=self.bitmap.count)
         await self.sleep_ns(delay)
 
     async def _hold_and_copy_rest(self, buffer: memoryview) -> None:
@@ -166,6 +175,8 @@ class BlockCopyJob(BlockJob):
 
     async def _copy(self, run: ByteRange, buffer: memoryview) -> None:
         """Copy a dirty run: clean first, then read, so that a write which races with this leaves its bit behind."""
+        if (hit := self.runner.trace.block_copy_iteration) is not None:
+            hit(job=self.id, offset=run.offset, length=run.length)
         self.bitmap.reset(run.offset, run.length)
         began = self.runner.clock.now_ns()
         offset = run.offset
@@ -213,6 +224,8 @@ class BlockCopyJob(BlockJob):
 
     async def prepare(self) -> None:
         """See `Job`: the switch, all or nothing."""
+        if (hit := self.runner.trace.block_copy_switch) is not None:
+            hit(job=self.id, filename=self._filename)
         self._replacement = self._target_edge.node
         with Transaction() as change, self.runner.graph.deferred_permissions(change):
             self._dismantle(change)

@@ -28,6 +28,8 @@ class GuestRequests:
 
     async def guest_flushed(self, generation: int) -> None:
         """See `MirrorHost`."""
+        if self.job.flushes.active and (hit := self.job.runner.trace.mirror_flush_generation) is not None:
+            hit(job=self.job.id, generation=generation)
         await self.job.flushes.reached(generation)
 
     @property
