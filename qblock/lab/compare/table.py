@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -18,6 +19,8 @@ from qblock.lab.compare.storage import SOURCE, TARGET
 from qblock.units import MILLISECOND_NS, SECOND_NS, MiB, format_size
 
 GUEST_ALONE: Final = "guest alone"
+_WIDTH: Final = 100
+"""How long lines of text get; the widest table is a little wider."""
 _BOLD: Final = "1"
 _DIM: Final = "2"
 _RED: Final = "31"
@@ -44,7 +47,7 @@ def render(report: Report, painter: Painter) -> str:
     head = (
         f"A disk of {format_size(settings.size)} is moved while the same guest uses it (seed {settings.seed}, virtual time"
         f"{', no pauses in its writing' if settings.steady else ''}).\n"
-        f"Disks, {settings.disk}: {settings.model.summary}."
+        f"Disks ({settings.disk}): {settings.model.summary}."
     )
     parts = [head, _legend(report, painter), _costs(report, painter)]
     parts += [_latencies(report, op, painter) for op in OPERATIONS]
@@ -80,7 +83,7 @@ def _legend(report: Report, painter: Painter) -> str:
 
 def _costs(report: Report, painter: Painter) -> str:
     rows: list[Row] = [
-        ("", "copy", "switch", "longest pause", "source read", "source written", "target written", "target flushes")
+        ("", "copy", "switch", "longest pause", "S read", "S written", "T written", "T flushes")
     ]
     for run in report.runs:
         source, target = run.cost[SOURCE], run.cost[TARGET]
@@ -96,7 +99,7 @@ def _costs(report: Report, painter: Painter) -> str:
                 str(target.flushes),
             )
         )
-    return _titled("TIME AND COST (bytes: of the operation, beyond what the guest causes by itself)", aligned(rows), painter)
+    return _titled("TIME AND COST (S source, T target: what the operation asks of the disks, beyond what the guest does)", aligned(rows), painter)
 
 
 def seconds(ns: int | None) -> str:
@@ -148,7 +151,9 @@ def _allowed(report: Report, painter: Painter) -> str:
             said = probe.text or (probe.then if "fails" in probe.then else "")
             if said and run.name not in texts.setdefault(said, []):
                 texts[said].append(run.name)
-    notes = [painter.paint(f"  {', '.join(names)}: {text}", _DIM) for text, names in texts.items()]
+    said_by = [f"{', '.join(names)}: {text}" for text, names in texts.items()]
+    wrapped = [textwrap.fill(note, _WIDTH, initial_indent="  ", subsequent_indent="    ") for note in said_by]
+    notes = [painter.paint(note, _DIM) for note in wrapped]
     title = "WHAT IS ALLOWED MEANWHILE (while copying / in step; one word: the same in both)"
     return _titled(title, lines + notes, painter)
 
@@ -168,7 +173,7 @@ def _allowed_word(probe: Probe) -> str:
 
 
 def _crashes(report: Report, painter: Painter) -> str:
-    heads: Row = ("", "", *(phase for phase in _CRASH_PHASES), "management")
+    heads: Row = ("", "", *_CRASH_PHASES, "management")
     rows = [heads]
     for run in report.runs:
         for number, crash in enumerate(CRASHES):
@@ -177,8 +182,9 @@ def _crashes(report: Report, painter: Painter) -> str:
     lines = aligned(rows, left=len(heads))
     coloured = [painter.paint(line, _RED) if "LOSES" in line else line for line in lines]
     title = (
-        "WHAT SURVIVES A CRASH (S source, T target: at how many of the moments looked at the image opens, checks clean\n"
-        "and holds every write that was flushed; killed: the process dies; power cut: nothing unflushed is left)"
+        "WHAT SURVIVES A CRASH (at how many of the moments looked at the source and the target are good: the\n"
+        "image opens, checks clean, and holds every write that was flushed; killed: the process dies; power\n"
+        "cut: nothing unflushed is left; risky: management cannot know which is the disk, and one is not good)"
     )
     return _titled(title, coloured, painter)
 
@@ -195,7 +201,7 @@ def _crash_cell(points: Sequence[CrashPoint], crash: str) -> str:
     def share(good: Callable[[Leftover], bool]) -> str:
         return f"{sum(good(left_by(point, crash)) for point in points)}/{len(points)}"
 
-    return f"S {share(lambda left: left.source.good)} T {share(lambda left: left.target.good)}"
+    return f"{share(lambda left: left.source.good)}  {share(lambda left: left.target.good)}"
 
 
 def knowledge(run: RunReport, crash: str) -> str:
@@ -208,4 +214,4 @@ def knowledge(run: RunReport, crash: str) -> str:
         return "always knows"
     phases = " and ".join(dict.fromkeys(point.phase for point in guesses))
     risky = sum(not left_by(point, crash).safe for point in guesses)
-    return f"must guess while {phases}, may lose at {risky}/{len(guesses)}"
+    return f"guesses while {phases}: {risky}/{len(guesses)} risky"
