@@ -1,18 +1,50 @@
-"""``qblock lab witness``: the command line around `qblock.lab.witness`."""
+"""``qblock lab witness``: the command line around `qblock.lab.witness`. See docs/labs.md."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
+from qblock.errors import QBlockError
+from qblock.lab.witness.experiment import Experiment, Outcome, Progress, Scope, UnknownStep, recompute
+from qblock.lab.witness.plan import Victim
+from qblock.lab.witness.report import as_json, as_text, plain, step_lines
 from qblock.tools.arguments import UsageError
-from qblock.tools.command_line import HELP_FLAGS, parse_command_line
+from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
 from qblock.tools.console import complain, ending_quietly
 
 PROGRAM: Final = "qblock lab witness"
+SHOWN, NOT_SHOWN, UNUSABLE = 0, 1, 2
 
 HELP: Final = """usage: qblock lab witness [OPTIONS]
-  -h, --help            show this"""
+       qblock lab witness --recompute DIRECTORY
+Kills management, the machine, or both at every step of drive-reopen with a witness (dialect rfc-2012), lets whoever is left
+decide which image the guest goes on with, and looks for every write that the guest had flushed. Then the same without the
+witness: how much each image would lose, and pairs of crashes that look the same and need different images.
+
+  --step NAME           this step only; may be repeated (see --list)
+  --kill WHO            management, machine or both: this one only; may be repeated
+  --with-witness        the first part only
+  --without-witness     the second part only
+  --seed N              the seed of the guest's pace; it decides every line (default: 1)
+  --keep DIRECTORY      leave the files of all cases there: images, journals, witness, verdict.json (some 300 MiB)
+  --recompute DIRECTORY find the verdicts on such files again, and compare them with those that were kept
+  --output text|json    a table, or all of it for programs
+  --list                show the steps
+  -h, --help            show this
+
+Exit code: 0 no write was lost with the witness, and without it there are crashes that nobody can tell apart; 1 it is not so;
+2 the command line is wrong."""
+
+_VALUED: Final = frozenset({"step", "kill", "seed", "keep", "recompute", "output"})
+_FLAGS: Final = HELP_FLAGS | {"with-witness", "without-witness", "list"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,9 +54,107 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        parse_command_line(argv, valued=frozenset(), flags=HELP_FLAGS)
-        print(HELP)
-    except UsageError as error:
+        line = parse_command_line(argv, valued=_VALUED, flags=_FLAGS)
+        if line.has("h") or line.has("help"):
+            print(HELP)
+            return SHOWN
+        if line.words:
+            raise UsageError(f"there is nothing to be said about '{line.words[0]}': all is told by options")
+        return _recompute(line) if line.has("recompute") else _perform(line)
+    except (UsageError, UnknownStep) as error:
         complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
-        return 2
-    return 0
+        return UNUSABLE
+    except BrokenPipeError:  # whoever reads us has had enough
+        raise
+    except (QBlockError, OSError) as error:
+        complain(PROGRAM, str(error))
+        return NOT_SHOWN
+
+
+def _perform(line: CommandLine) -> int:
+    scope = _scope(line)
+    output = line.choice("output", ("text", "json"))
+    with _directory(line) as directory, _progress() as progress:
+        experiment = Experiment(scope, directory, keep=line.has("keep"), progress=progress)
+        if line.has("list"):
+            print("\n".join(step_lines(experiment.steps())))
+            return SHOWN
+        outcome = experiment.run()
+    _show(outcome, output)
+    if line.has("keep"):
+        print(f"the files are in {line.last('keep', '')}", file=sys.stderr)
+    return SHOWN if outcome.shown else NOT_SHOWN
+
+
+def _recompute(line: CommandLine) -> int:
+    for name in ("step", "kill", "with-witness", "without-witness", "seed", "keep", "list"):
+        if line.has(name):
+            raise UsageError(f"--{name} is for a new run, and --recompute looks at an old one")
+    output = line.choice("output", ("text", "json"))
+    with _progress() as progress:
+        outcome, different = recompute(Path(line.last("recompute", "")), progress)
+    _show(outcome, output)
+    for case in different:
+        complain(PROGRAM, f"{case}: the files say something else than the verdict that was kept with them")
+    if not different:
+        print(f"all {len(outcome.verdicts)} verdicts are those that were kept", file=sys.stderr)
+    return SHOWN if outcome.shown and not different else NOT_SHOWN
+
+
+def _scope(line: CommandLine) -> Scope:
+    known = {victim.value: victim for victim in Victim}
+    victims = [known.get(name) for name in line.values.get("kill", known)]
+    if None in victims:
+        raise UsageError(f"--kill takes {', '.join(known)}")
+    only = [part for part, name in ((True, "with-witness"), (False, "without-witness")) if line.has(name)]
+    seed = line.number("seed")
+    return Scope(
+        seed=1 if seed is None else seed,
+        steps=tuple(line.values.get("step", ())),
+        victims=tuple(victim for victim in Victim if victim in victims),
+        parts=tuple(only) or (True, False),
+    )
+
+
+@contextlib.contextmanager
+def _directory(line: CommandLine) -> Iterator[Path]:
+    """Where the files go: what is not kept goes to memory, if that can be (a kill takes nothing from the kernel's hands)."""
+    if line.has("keep"):
+        directory = Path(line.last("keep", ""))
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UsageError(f"--keep: {directory} is there already, and is not an empty directory")
+        yield directory
+        return
+    memory = Path("/dev/shm")
+    place = memory if "TMPDIR" not in os.environ and os.access(memory, os.W_OK) else None
+    directory = Path(tempfile.mkdtemp(prefix="qblock-lab-", dir=place))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """On a terminal: a line that tells how far we are, and is gone afterwards."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+
+    def show(done: int, total: int) -> None:
+        print(f"\r\x1b[K{done} of {total} cases", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _show(outcome: Outcome, output: str) -> None:
+    if output == "json":
+        print(json.dumps(as_json(outcome)))
+        return
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    paint = (lambda text, colour: f"\x1b[{colour}m{text}\x1b[0m") if colours else plain
+    for text in as_text(outcome, paint):
+        print(text)

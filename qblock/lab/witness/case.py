@@ -6,6 +6,7 @@ until the machine has come to rest, and the machine stands still at each of its 
 
 from __future__ import annotations
 
+import os
 import select
 import shutil
 from collections import Counter
@@ -27,8 +28,8 @@ def run_case(plan: Plan, directory: Path, *, disk: Path, socket: Path) -> list[s
     """Perform ``plan`` in ``directory``, which must be empty, on a copy of the chain in ``disk``; returns the steps that
     were taken before the kill. ``socket``: the path of the QMP socket. Raises `LabError`, and `StepNotTaken`.
     """
-    for name in (BASE, SOURCE):
-        shutil.copyfile(disk / name, directory / name)
+    os.link(disk / BASE, directory / BASE)  # nobody writes to it
+    shutil.copyfile(disk / SOURCE, directory / SOURCE)
     case = _Case(plan, directory, socket)
     try:
         case.run()

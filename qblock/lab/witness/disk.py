@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,9 @@ from qblock.image import open_image
 from qblock.testing.images import make_chain
 from qblock.units import KiB, MiB
 
-SIZE: Final = 4 * MiB
+CHUNKS: Final = 2
+"""Parts of the disk that the mirror copies at once, each 1 MiB."""
+SIZE: Final = CHUNKS * MiB
 CLUSTER: Final = 64 * KiB
 BLOCK: Final = 4 * KiB
 """What one write of the guest covers."""
@@ -57,11 +59,11 @@ class Write:
 
 
 def make_write(kind: GuestKind, number: int) -> Write:
-    """The guest's write of that number. Numbered writes that follow each other lie in different mebibytes."""
+    """The guest's write of that number. Numbered writes that follow each other lie in different chunks."""
     if kind is GuestKind.DOOR:
         return Write(number, BLOCK, b"the door is open" if number % 2 else b"the door is shut")
-    place = number % (4 * (MiB // CLUSTER))
-    return Write(number, place % 4 * MiB + place // 4 * CLUSTER + BLOCK, b"write %09d\n" % number)
+    place = number % (SIZE // CLUSTER)
+    return Write(number, place % CHUNKS * MiB + place // CHUNKS * CLUSTER + BLOCK, b"write %09d\n" % number)
 
 
 def _first_record(cluster: int) -> bytes:
@@ -126,6 +128,10 @@ def flushed_entry(number: int) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- an image
 
 
+def _numbers(values: Iterable[int]) -> tuple[int, ...]:
+    return tuple(values)
+
+
 @attrs.frozen
 class Findings:
     """What an image holds of a guest's writes.
@@ -135,8 +141,8 @@ class Findings:
     the image cannot be used at all.
     """
 
-    lost: Sequence[int] = ()
-    damaged: Sequence[int] = ()
+    lost: Sequence[int] = attrs.field(default=(), converter=_numbers)
+    damaged: Sequence[int] = attrs.field(default=(), converter=_numbers)
     corruptions: int = 0
     leaks: int = 0
     error: str = ""

@@ -8,6 +8,8 @@ management can see is the same, while different images are right.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import select
 import shutil
@@ -24,12 +26,14 @@ from qblock.lab.witness.disk import GuestKind, make_disk
 from qblock.lab.witness.management import Decision, Ground, Image
 from qblock.lab.witness.plan import Plan, Victim
 from qblock.lab.witness.processes import Child, Ended, LabError, Wire
-from qblock.lab.witness.verdict import Verdict, judge, keep
+from qblock.lab.witness.verdict import Verdict, judge, keep, read_kept
 from qblock.monitor.commands import table
 from qblock.monitor.dialects import Dialect
 
-DELAYS: Final = (0, 1, 2)
+DELAYS: Final = (0, 1)
 """How long the guest with the door is let alone before the switch, in its ticks: it has flipped the door once more then."""
+
+RUN: Final = "run.json"
 
 Progress = Callable[[int, int], None]
 """Told how many cases are done, of how many."""
@@ -47,10 +51,9 @@ class Scope:
 
 @attrs.frozen
 class Outcome:
-    """What was found. ``steps``: those with the witness, or, when it was not used at all, those without."""
+    """What was found, in the order of the steps."""
 
     scope: Scope
-    steps: Sequence[str]
     verdicts: Sequence[Verdict]
 
     def of(self, *, witness: bool, guest: GuestKind = GuestKind.COUNTER) -> list[Verdict]:
@@ -74,8 +77,8 @@ class Outcome:
 
     @property
     def shown(self) -> bool:
-        """Whether everything that was asked for is as it should be."""
-        return self.held and (False not in self.scope.parts or bool(self.scope.steps) or bool(self.twins))
+        """Whether everything that was asked for is as it should be. A pair needs two steps."""
+        return self.held and (False not in self.scope.parts or len(self.scope.steps) == 1 or bool(self.twins))
 
 
 def twins(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Verdict]]:
@@ -95,30 +98,48 @@ def twins(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Verdict]]:
 
 @attrs.define(eq=False)
 class Experiment:
-    """Performs a scope below ``directory``, which must be empty or new."""
+    """Performs a scope below ``directory``, which must be empty or new. What it leaves there with ``keep``: the files of each
+    case with its verdict, and `RUN`, which `recompute` reads; without, nothing.
+    """
 
     scope: Scope
     directory: Path
+    keep: bool = False
     progress: Progress = lambda done, total: None
     workers: int = attrs.field(factory=lambda: len(os.sched_getaffinity(0)))
     _own: Path = attrs.field(init=False)
+    _disk: Path = attrs.field(init=False)
 
     def run(self) -> Outcome:
-        """All of it; raises `LabError` and `UnknownStep`."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._own = Path(tempfile.mkdtemp(prefix="qblock-lab-"))  # the name of a socket must be short
-        try:
-            make_disk(self._own)
-            table(Dialect.RFC_2012)  # loaded once, for all children
-            found = {part: self.find_steps(witness=part) for part in self.scope.parts}
-            self._check_steps(sorted({step for steps in found.values() for step in steps}))
+        """All of it; raises `LabError`, of which `UnknownStep` is one."""
+        with self._prepared():
+            found = {part: self._find_steps(witness=part) for part in self.scope.parts}
+            self._check_steps(list(dict.fromkeys(step for steps in found.values() for step in steps)))
             verdicts = self._perform_all([plan for part in found for plan in self._plans(part, found[part])])
             verdicts += self._perform_all(list(self._plans_for_twins(verdicts)))
+        outcome = Outcome(self.scope, verdicts)
+        if self.keep:
+            write_run(outcome, self.directory)
+        return outcome
+
+    def steps(self) -> list[str]:
+        """Find the steps, and kill nobody."""
+        with self._prepared():
+            return self._find_steps(witness=True)
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        self._disk = self.directory / "disk"
+        self._disk.mkdir(parents=True)
+        self._own = Path(tempfile.mkdtemp(prefix="qblock-lab-"))  # the name of a socket must be short
+        try:
+            make_disk(self._disk)
+            table(Dialect.RFC_2012)  # loaded once, for all children
+            yield
         finally:
             shutil.rmtree(self._own)
-        return Outcome(self.scope, next(iter(found.values())), verdicts)
 
-    def find_steps(self, *, witness: bool) -> list[str]:
+    def _find_steps(self, *, witness: bool) -> list[str]:
         """The steps that are taken when nobody is killed; raises `LabError` when that leads to a wrong end."""
         steps, verdict = self._perform(Plan(witness=witness, seed=self.scope.seed), "s")
         if not verdict.sound or verdict.decision != Decision(Image.TARGET, Ground.MACHINE):
@@ -153,9 +174,13 @@ class Experiment:
     def _perform(self, plan: Plan, socket: str) -> tuple[list[str], Verdict]:
         directory = self.directory / plan.place
         directory.mkdir(parents=True)
-        steps = run_case(plan, directory, disk=self._own, socket=self._own / socket)
-        verdict = judge(plan, directory)
-        keep(verdict, directory)
+        try:
+            steps = run_case(plan, directory, disk=self._disk, socket=self._own / socket)
+            verdict = judge(plan, directory)
+            keep(verdict, directory)
+        finally:
+            if not self.keep:
+                shutil.rmtree(directory)
         return steps, verdict
 
     def _perform_all(self, plans: Sequence[Plan]) -> list[Verdict]:
@@ -207,3 +232,32 @@ class UnknownStep(LabError):
     def __init__(self, step: str, known: Sequence[str]) -> None:
         super().__init__(f"there is no step '{step}'; there are {', '.join(known)}")
         self.known = known
+
+
+def write_run(outcome: Outcome, directory: Path) -> None:
+    """Note in ``directory`` what was tried, in which order."""
+    scope = outcome.scope
+    members = {"seed": scope.seed, "steps": list(scope.steps), "victims": [victim.value for victim in scope.victims]}
+    cases = [str(found.plan.place) for found in outcome.verdicts]
+    text = json.dumps(members | {"parts": list(scope.parts), "cases": cases}, indent=2)
+    (directory / RUN).write_text(f"{text}\n")
+
+
+def recompute(directory: Path, progress: Progress = lambda done, total: None) -> tuple[Outcome, list[Path]]:
+    """Find all verdicts of a kept run again, from the files of its cases; also gives the cases in which they differ from those
+    that were kept. Raises `LabError` when ``directory`` does not hold a run.
+    """
+    try:
+        run = json.loads((directory / RUN).read_text())
+        scope = Scope(run["seed"], run["steps"], [Victim(name) for name in run["victims"]], run["parts"])
+        verdicts, different = [], []
+        for number, case in enumerate(run["cases"]):
+            progress(number, len(run["cases"]))
+            kept = read_kept(directory / case)
+            verdicts.append(judge(kept.plan, directory / case))
+            if verdicts[-1] != kept:
+                different.append(Path(case))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise LabError(f"{directory} does not hold a run of this experiment, or not all of it: {error!r}") from None
+    progress(len(verdicts), len(verdicts))
+    return Outcome(scope, verdicts), different

@@ -66,7 +66,9 @@ class Plan:
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""
-        return attrs.asdict(self, value_serializer=lambda _, __, value: value.value if isinstance(value, enum.Enum) else value)
+        return attrs.asdict(
+            self, value_serializer=lambda _, __, value: value.value if isinstance(value, enum.Enum) else value
+        )
 
     @classmethod
     def load(cls, members: dict[str, Any]) -> Plan:

@@ -116,12 +116,6 @@ def keep(verdict: Verdict, directory: Path) -> None:
     (directory / VERDICT).write_text(json.dumps(verdict.dump(), indent=2) + "\n")
 
 
-def kept_cases(directory: Path) -> list[Path]:
-    """The directories below ``directory`` that hold a case."""
-    return sorted(path.parent for path in directory.rglob(VERDICT))
-
-
-def recompute(directory: Path) -> tuple[Verdict, Verdict]:
-    """The verdict that was kept in the directory of a case, and the one that its other files lead to now."""
-    kept = Verdict.load(json.loads((directory / VERDICT).read_text()))
-    return kept, judge(kept.plan, directory)
+def read_kept(directory: Path) -> Verdict:
+    """The verdict that was kept in the directory of a case; raises `OSError`, `KeyError` and `ValueError`."""
+    return Verdict.load(json.loads((directory / VERDICT).read_text()))
