@@ -21,7 +21,7 @@ from qblock.testing.schedules import Seeded
 from qblock.units import KiB, MiB
 
 SIZE = 8 * MiB
-BUSY = Workload(interval_ns=1_000_000, sizes=(512, 4096, 16 * KiB, 64 * KiB, 128 * KiB), discards=6, zero_writes=4)
+BUSY = Workload(interval_ns=4_000_000, sizes=(512, 4096, 16 * KiB, 128 * KiB), discards=6, zero_writes=4)
 LAYERS = (("base.qcow2", ((0, 3 * MiB, 1), (5 * MiB, MiB, 2))), ("top.qcow2", ((MiB, MiB, 3), (7 * MiB, 64 * KiB, 4))))
 
 
