@@ -99,7 +99,8 @@ def _costs(report: Report, painter: Painter) -> str:
                 str(target.flushes),
             )
         )
-    return _titled("TIME AND COST (S source, T target: what the operation asks of the disks, beyond what the guest does)", aligned(rows), painter)
+    title = "TIME AND COST (S source, T target: what the operation asks of the disks, beyond what the guest does)"
+    return _titled(title, aligned(rows), painter)
 
 
 def seconds(ns: int | None) -> str:
@@ -214,4 +215,4 @@ def knowledge(run: RunReport, crash: str) -> str:
         return "always knows"
     phases = " and ".join(dict.fromkeys(point.phase for point in guesses))
     risky = sum(not left_by(point, crash).safe for point in guesses)
-    return f"guesses while {phases}: {risky}/{len(guesses)} risky"
+    return f"{risky}/{len(guesses)} risky while {phases}"
