@@ -214,8 +214,11 @@ class Graph:
         """Make ``node`` the child of ``parent`` called ``name``.
 
         ``perm`` and ``shared`` are for backends and jobs; what a node takes from its child is for its driver to say.
-        Raises `CommandError` (loop, name of the child taken), `PermissionConflict`, `ReadOnlyNode`.
+        Raises `CommandError` (loop, name of the child taken), `PermissionConflict`, `ReadOnlyNode`, and `NodeNotFound` when
+        ``node`` was closed since the caller has looked it up.
         """
+        if node.closed:
+            raise NodeNotFound(node.node_name)
         if isinstance(parent, BlockDriverState):
             if name in parent.children:
                 raise CommandError(f"Node '{parent.node_name}' has a child '{name}' already")

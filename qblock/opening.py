@@ -163,9 +163,7 @@ class Opener:
         self.graph.add_node(node)
         return node
 
-    async def _open_child(
-        self, ref: NodeSpec | NodeReference | UnprobedSpec, *, standalone: bool
-    ) -> BlockDriverState:
+    async def _open_child(self, ref: NodeSpec | NodeReference | UnprobedSpec, *, standalone: bool) -> BlockDriverState:
         if isinstance(ref, NodeReference):
             return self.graph.lookup(ref.name)
         if isinstance(ref, UnprobedSpec):
@@ -354,16 +352,17 @@ class Opener:
         async with self._closing:
             while orphans := [node for node in self.graph.orphans() if node not in self._pinned]:
                 for node in orphans:
-                    if not node.parents:
+                    if not node.parents and not node.closed:
                         await self.close_node(node)
 
     async def close_node(self, node: BlockDriverState, *, opened: bool = True) -> None:
         """Flush and close one node that has no parents, and take it out of the graph; its children stay.
 
-        Requests of a user that has let go of the node already are waited for.
+        Requests of a user that has let go of the node already are waited for. Nobody can begin to use it from now on.
         """
         assert not node.parents, f"{node!r} is still in use"
         self._pinned.add(node)
+        node.closed = True
         try:
             await wait_idle(node)
             if opened:
@@ -371,13 +370,13 @@ class Opener:
         except BaseException:
             # Cancelled: whoever closes orphans next closes this one.
             self._pinned.discard(node)
+            node.closed = False
             raise
         with Transaction() as change:
             for edge in list(node.children.values()):
                 self.graph.detach(edge, change)
         self.graph.remove_node(node)
         self._pinned.discard(node)
-        node.closed = True
 
     async def _shut(self, node: BlockDriverState) -> None:
         try:

@@ -17,6 +17,7 @@ from reopen_desk import MACHINES, NEW, OLD, SIZE, Desk, desk, error_of, no_descr
 
 from qblock.drive_reopen import Witness, drive_reopen
 from qblock.errors import BlockIOError, DeviceInUse, QBlockError
+from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import MachineOptions
 from qblock.testing.images import make_image
@@ -344,3 +345,31 @@ def test_nobody_else_changes_the_medium_meanwhile(step: str, tmp_path: Path) -> 
         assert len(refused) == 2
         assert all("being changed" in text for text in refused)
         assert table.medium() == "new"
+
+
+@pytest.mark.parametrize("command", ["drive-mirror", "blockdev-snapshot-sync"])
+@pytest.mark.parametrize("delay", range(0, 16_000, 2_000))
+def test_who_had_looked_up_the_old_image_does_not_get_a_closed_one(command: str, delay: int, tmp_path: Path) -> None:
+    """Another monitor's command may be under way while the image under it goes; it works, or it fails, at any moment."""
+    with desk(tmp_path) as table:
+        members = {
+            "drive-mirror": {"target": f"{tmp_path}/copy", "format": "qcow2", "sync": "full", "job-id": "j"},
+            "blockdev-snapshot-sync": {"snapshot-file": f"{tmp_path}/overlay", "format": "qcow2"},
+        }[command]
+
+        async def body() -> list[object]:
+            async with await QmpClient.in_process(table.local.machine.hub) as other:
+                theirs = asyncio.ensure_future(other.execute(command, {"device": "virtio0", **members}))
+                await asyncio.sleep(delay / 1e6)
+                ours = table.local.qmp.client.execute(
+                    "drive-reopen", device="virtio0", new_image_file=f"{tmp_path}/new"
+                )
+                return await asyncio.gather(theirs, ours, return_exceptions=True)
+
+        theirs, ours = table.local.run(body())
+        assert {type(result) for result in (theirs, ours)} <= {dict, QmpError}
+        assert not [text for text in map(str, (theirs, ours)) if "Internal error" in text]
+        if ours == {}:
+            assert table.medium() in ("new", "overlay")
+        table.local.guest_write("virtio0", 0, 4096, 1)
+        assert not [node for node in table.local.machine.system.graph.nodes.values() if node.closed]

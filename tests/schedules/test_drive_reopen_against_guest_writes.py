@@ -128,7 +128,6 @@ def test_every_acknowledged_write_is_in_the_image_that_the_drive_has(
 
         local.run(main())
         assert set(outcomes) <= {"moved", "DeviceInUse", "OpenFileFailed"}
-        print(outcomes)
         assert not any(os.readlink(f"/proc/self/fd/{fd}").startswith(f"{tmp_path}/witness") for fd in descriptors())
 
 
