@@ -27,11 +27,11 @@ from qblock.monitor.machine import Machine, MachineOptions, qmp_socket
 from qblock.testing.machines import drive_text
 from qblock.testing.simloop import SimLoop
 
-BEGIN, DONE = "drive_reopen_begin", "drive_reopen_done"
+BEGIN, OPENED, DONE = "drive_reopen_begin", "drive_reopen_opened", "drive_reopen_done"
 TRACED: Final = ("drive_reopen_*", "mirror_one_iteration")
 """The events at which the machine stops; those of the mirror only while drive-reopen waits for it."""
-GUEST_GOES_ON: Final = "guest_flush_after_reopen"
-"""The step at which the guest has, for the first time after drive-reopen, been told that its data is safe."""
+GUEST_GOES_ON: Final = "guest_flush_on_new_image"
+"""The step at which the guest has, for the first time since the new image is open, been told that its data is safe."""
 
 
 @attrs.define(eq=False)
@@ -95,8 +95,10 @@ class Stops:
             self._reopening = True
         if not self._reopening:
             return
+        if name == OPENED:
+            self._guest_awaited = True
         if name == DONE:
-            self._reopening, self._guest_awaited = False, True
+            self._reopening = False
         self.stop(name)
         self.writer.poke()
 

@@ -29,7 +29,7 @@ STEP_TEXTS: Final[Mapping[str, str]] = {
     "in-sync-noted": "management has seen that offset equals len, and noted it",
     "witness-sent": "the witness is there, empty, and the machine has a descriptor of it",
     "intent-noted": "management has noted that it is about to send drive-reopen",
-    GUEST_GOES_ON: "The guest has been told, for the first time after drive-reopen, that its data is safe",
+    GUEST_GOES_ON: "the guest has been told, for the first time since the new image is open, that its data is safe",
     "reply-received": "drive-reopen has been answered, and management has not noted it",
     "switch-noted": "management has noted that the guest has switched",
     "later": "the guest has been going on for a while",

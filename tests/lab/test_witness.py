@@ -1,0 +1,385 @@
+"""`qblock lab witness`: the protocol holds, its verdicts can be found from the files alone, and the lab can fail.
+
+The lab forks, so it always runs in a process of its own here, which has no other threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qblock
+from qblock.lab.witness.disk import (
+    GuestKind,
+    History,
+    examine,
+    first_content,
+    flushed_entry,
+    make_disk,
+    make_write,
+    write_entry,
+)
+from qblock.lab.witness.experiment import twins
+from qblock.lab.witness.management import Decision, Ground, Image, decide
+from qblock.lab.witness.plan import Plan, Victim
+from qblock.lab.witness.report import STEP_TEXTS
+from qblock.lab.witness.verdict import Verdict
+from qblock.tools import lab_witness
+
+Json = dict[str, Any]
+
+
+def lab(*args: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """A run of the program, with Python statements that are executed first."""
+    code = f"import sys\n{before}\nfrom qblock.__main__ import main\nsys.exit(main(['lab', 'witness', *sys.argv[1:]]))"
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a whole run; its output beside them."""
+    directory = tmp_path_factory.mktemp("lab") / "kept"
+    done = lab("--keep", directory)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (directory / "output").write_text(done.stdout)
+    return directory
+
+
+def cases(kept: Path) -> dict[str, Json]:
+    """The kept verdicts by the place of their case."""
+    names = json.loads((kept / "run.json").read_text())["cases"]
+    return {name: json.loads((kept / name / "verdict.json").read_text()) for name in names}
+
+
+def by_step(kept: Path, victim: str) -> dict[str, Json]:
+    """Those with the witness and one victim."""
+    plans = {name: found for name, found in cases(kept).items() if found["plan"]["witness"]}
+    return {found["plan"]["step"]: found for found in plans.values() if found["plan"]["victim"] == victim}
+
+
+# ---------------------------------------------------------------------------------------------------- what it shows
+
+
+def test_nothing_is_lost_at_any_step(kept: Path) -> None:
+    """Every step with every victim: the chosen image has every flushed write; the last line says so."""
+    found = [case for case in cases(kept).values() if case["plan"]["witness"]]
+    steps = {case["plan"]["step"] for case in found}
+    assert len(found) == 3 * len(steps)
+    assert {"intent-noted", "drive_reopen_closed", "drive_reopen_witness_written", "reply-received"} < steps
+    for case in found:
+        assert case["sound"] and case[case["decision"]["image"]]["lost"] == [], case
+    last = " ".join((kept / "output").read_text().splitlines()[-3:])
+    assert f"With the witness: {len(found)} kills, and no flushed write was lost." in last
+
+
+def test_the_byte_decides_between_intent_and_reply(kept: Path) -> None:
+    """Before it is written the source is taken, from then on the target; and each time the other one would not always do."""
+    both = by_step(kept, "both")
+    steps = list(both)
+    written = steps.index("drive_reopen_witness_written")
+    for number, step in enumerate(
+        steps[steps.index("intent-noted") : steps.index("switch-noted")], steps.index("intent-noted")
+    ):
+        expected = "source" if number < written else "target"
+        assert both[step]["decision"] == {"image": expected, "ground": "byte"}, step
+        assert both[step]["byte"] is (number >= written)
+    assert "target" not in both["intent-noted"]["right"]
+    assert both["reply-received"]["right"] == ["target"]
+
+
+def test_a_machine_that_lives_is_asked(kept: Path) -> None:
+    """With management alone dead, drive-reopen goes on to its end, and so does the guest."""
+    alone = by_step(kept, "management")
+    assert {case["decision"]["ground"] for case in alone.values()} == {"machine"}
+    assert alone["intent-noted"]["decision"]["image"] == "source"
+    assert alone["drive_reopen_begin"]["decision"]["image"] == "target"
+    assert alone["drive_reopen_begin"]["flushed"] > by_step(kept, "both")["drive_reopen_begin"]["flushed"]
+
+
+def test_without_the_witness_two_crashes_look_the_same_and_need_different_images(kept: Path) -> None:
+    """Found from the files, by code of its own: equal to the last byte; the guest's last flushed write is in one image only."""
+    seen: dict[str, list[Path]] = {}
+    for name, case in cases(kept).items():
+        if case["plan"]["guest"] == "door":
+            seen.setdefault(fingerprint(kept / name), []).append(kept / name)
+    pairs = [{door_tells(directory) for directory in alike} for alike in seen.values()]
+    assert any({("source",), ("target",)} <= answers for answers in pairs)
+    assert "crashes look the same" in " ".join((kept / "output").read_text().split())
+
+
+def fingerprint(directory: Path) -> str:
+    """Of everything that management can look at when it starts again."""
+    journal = (directory / "management.journal").read_text().partition("restarted\n")[0]
+    digest = hashlib.sha256(journal.encode())
+    for name in ("base.qcow2", "source.qcow2", "target.raw", "witness"):
+        path = directory / name
+        digest.update(path.read_bytes() if path.exists() else b"there is none")
+    return digest.hexdigest()
+
+
+def door_tells(directory: Path) -> tuple[str, ...]:
+    """The images in which the door is as the guest was last promised, or as it wrote since."""
+    entries = [json.loads(line) for line in (directory / "guest.journal").read_text().splitlines()]
+    flushed = max(entry.get("flushed", 0) for entry in entries)
+    writes = [entry for entry in entries if entry.get("write", 0) >= flushed]
+    right = []
+    for name in ("source.qcow2", "target.raw"):
+        with qblock.open(directory / name, fmt=name.partition(".")[2], backing=True) as image:
+            if image.read(writes[0]["offset"], 16).decode() in [entry["record"] for entry in writes]:
+                right.append(name.partition(".")[0])
+    return tuple(right)
+
+
+# ------------------------------------------------------------------------------------------------------- from the files
+
+
+@pytest.mark.qemu
+def test_verdicts_agree_with_what_the_real_qemu_img_finds(kept: Path, tmp_path: Path) -> None:
+    """The chosen image of each case, as qemu-img checks and reads it; compared by code of this test, from the journals."""
+    for name, case in cases(kept).items():
+        directory, raw = kept / name, tmp_path / "raw"
+        for image in ("source", "target") if case["plan"]["victim"] == "both" else (case["decision"]["image"],):
+            path = next(iter(directory.glob(f"{image}.*")), None)
+            if path is None or case[image]["error"]:
+                assert not case[image]["error"] or case["decision"]["image"] != image
+                continue
+            subprocess.run(["qemu-img", "convert", "-O", "raw", path, raw], check=True)
+            content = raw.read_bytes()
+            assert lost_by_the_journal(directory, content) == case[image]["lost"], (name, image)
+            if path.suffix == ".qcow2" and case["decision"]["image"] == image:
+                checked = subprocess.run(["qemu-img", "check", "-q", path], check=False)
+                assert checked.returncode in (0, 3), name  # 3: leaked clusters, which a kill may leave
+
+
+def lost_by_the_journal(directory: Path, content: bytes) -> list[int]:
+    """Flushed writes that ``content`` does not hold, and that were not written over."""
+    lost, later, flushed = [], {}, 0
+    lines = [json.loads(line) for line in (directory / "guest.journal").read_text().splitlines()]
+    flushed = max(line.get("flushed", 0) for line in lines)
+    for line in reversed([line for line in lines if "write" in line]):
+        place = line["offset"]
+        later.setdefault(place, False)
+        held = content[place : place + 4096] == line["record"].encode() * 256
+        later[place] = later[place] or held
+        if not later[place] and line["write"] <= flushed:
+            lost.append(line["write"])
+    return sorted(lost)
+
+
+def test_kept_files_lead_to_the_same_verdicts_until_somebody_changes_them(kept: Path, tmp_path: Path) -> None:
+    """--recompute looks at nothing but the files: without the byte, the source would be chosen, and writes lost."""
+    again = lab("--recompute", kept)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == (kept / "output").read_text()
+    assert "verdicts are those that were kept" in again.stderr
+    witness = kept / "with-witness" / "reply-received" / "both" / "witness"
+    witness.write_bytes(b"")
+    try:
+        changed = lab("--recompute", kept)
+    finally:
+        witness.write_bytes(b"1")
+    assert changed.returncode == 1
+    assert "reply-received/both: the files say something else" in changed.stderr
+    assert "reply-received/both: the source was chosen: writes" in changed.stdout
+
+
+def test_the_seed_decides_every_line() -> None:
+    """The same seed, the same outcome, although processes and directories are others."""
+    args = ("--step", "intent-noted", "--step", "reply-received", "--output", "json", "--seed")
+    one, again, other = (lab(*args, seed).stdout for seed in ("5", "5", "6"))
+    assert json.loads(one)["shown"] is True
+    assert one == again
+    assert one != other
+
+
+# ----------------------------------------------------------------------------------------------------- it can fail
+
+NO_BYTE = """
+from qblock.witness import Witness
+async def write(self, executor): pass
+Witness.write = write
+"""
+BYTE_FIRST = """
+from qblock.drive_reopen import _Exchange
+run = _Exchange.run
+async def byte_first(self):
+    await self.witness.write(self.system.env.executor)
+    await run(self)
+_Exchange.run = byte_first
+"""
+GUEST_BEFORE_BYTE = """
+import asyncio
+from qblock.witness import Witness
+write = Witness.write
+async def too_late(self, executor):
+    for backend in exchange[0].system.graph.backends: backend.resume()
+    await exchange[0].system.clock.sleep_ns(0)
+    for _ in range(20): await asyncio.sleep(0)
+    await write(self, executor)
+    for backend in exchange[0].system.graph.backends: backend.quiesce()
+from qblock.drive_reopen import _Exchange
+exchange = []
+run = _Exchange.run
+async def noted(self):
+    exchange.append(self)
+    await run(self)
+_Exchange.run, Witness.write = noted, too_late
+"""
+LOST_COPY = """
+from qblock.jobs.mirror_2012 import Mirror2012Job
+async def nothing_more(self, buffer): pass
+Mirror2012Job._finish = nothing_more
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "step", "said"),
+    [
+        (NO_BYTE, "reply-received", "the source was chosen: writes"),
+        (BYTE_FIRST, "mirror_one_iteration", "the target was chosen: "),
+        (GUEST_BEFORE_BYTE, "guest_flush_on_new_image", "the source was chosen: writes"),
+    ],
+    ids=["the byte is never written", "the byte is written first", "the guest goes on before the byte"],
+)
+def test_a_broken_protocol_is_seen(broken: str, step: str, said: str) -> None:
+    """The lab can fail: with another order of the same things a write is lost, and it says where."""
+    done = lab("--with-witness", "--kill", "both", "--step", step, before=broken)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"with-witness/{step}/both: {said}" in done.stdout
+    assert "1 of 1 kills went WRONG" in done.stdout
+
+
+def test_a_mirror_that_does_not_finish_is_seen() -> None:
+    """Nobody has to be killed for that: the control run says it."""
+    done = lab("--with-witness", "--step", "later", before=LOST_COPY)
+    assert done.returncode == 1
+    assert "nobody was killed, and yet this came out" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- its command line
+
+
+def test_the_steps_are_found_and_described() -> None:
+    """--list: those of management, and every trace event of drive-reopen, each with a sentence."""
+    done = lab("--list")
+    assert done.returncode == 0, done.stderr
+    steps = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert set(STEP_TEXTS) < set(steps)
+    assert steps["drive_reopen_witness_synced"] == "The byte is durable"
+    assert list(steps).index("drive_reopen_done") < list(steps).index("reply-received")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--kill", "everybody"], "--kill takes management, machine, both"),
+        (["here"], "there is nothing to be said about 'here'"),
+        (["--recompute", "x", "--seed", "1"], "--seed is for a new run"),
+        (["--output", "yaml"], "--output takes text or json"),
+        (["--keeep", "x"], "did you mean --keep?"),
+    ],
+)
+def test_wrong_command_lines_are_told_by_2(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing is started."""
+    assert lab_witness.main(args) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--keep takes a new or an empty directory; --recompute one that a run has left."""
+    (tmp_path / "thesis.txt").write_text("all of it")
+    assert lab_witness.main(["--keep", str(tmp_path)]) == 2
+    assert lab_witness.main(["--recompute", str(tmp_path)]) == 1
+    assert "does not hold a run of this experiment" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_unknown_step_is_told_with_those_that_there_are() -> None:
+    """They are known only after a run in which nobody is killed."""
+    done = lab("--step", "coffee")
+    assert done.returncode == 2
+    assert "there is no step 'coffee'; there are before-mirror, " in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- its parts
+
+
+@pytest.mark.parametrize(
+    ("lines", "witness", "expected"),
+    [
+        ([], None, (Image.SOURCE, Ground.JOURNAL)),
+        (["in sync"], b"", (Image.SOURCE, Ground.JOURNAL)),
+        (["about to reopen"], b"", (Image.SOURCE, Ground.BYTE)),
+        (["about to reopen"], b"1", (Image.TARGET, Ground.BYTE)),
+        (["about to reopen"], None, (None, Ground.NOTHING)),
+        (["about to reopen", "switched"], b"1", (Image.TARGET, Ground.JOURNAL)),
+        (["about to reopen", "restarted", "the machine says: source"], b"", (Image.SOURCE, Ground.MACHINE)),
+    ],
+)
+def test_management_decides_by_the_rule(
+    lines: list[str], witness: bytes | None, expected: tuple[Image, Ground]
+) -> None:
+    """The machine knows best, then the journal, then the byte; without any of them nobody knows."""
+    assert decide(lines, witness) == Decision(*expected)
+
+
+def history(tmp_path: Path, kind: GuestKind, count: int, flushed: int) -> History:
+    """Of a guest that has written ``count`` times."""
+    path = tmp_path / "journal"
+    entries = [write_entry(make_write(kind, number)) for number in range(1, count + 1)]
+    path.write_bytes(b"".join(entries) + flushed_entry(flushed) + b'{"write": 99, "off')
+    return History.read(path)
+
+
+def test_an_image_is_searched_for_every_flushed_write(tmp_path: Path) -> None:
+    """Written over is not lost, not flushed is not lost, and what nobody wrote is damage."""
+    make_disk(tmp_path)
+    known = history(tmp_path, GuestKind.COUNTER, 40, 39)
+    assert len(known.writes) == 40 and known.flushed == 39
+    with qblock.open(tmp_path / "source.qcow2", writable=True, fmt="qcow2", backing=True) as image:
+        for write in known.writes[:38]:
+            image.write(write.offset, write.content)
+    found = examine(tmp_path / "source.qcow2", known)
+    assert (found.lost, found.damaged, found.corruptions) == ((39,), (), 0)
+    with qblock.open(tmp_path / "source.qcow2", writable=True, fmt="qcow2", backing=True) as image:
+        image.write(8192, b"?")
+    assert examine(tmp_path / "source.qcow2", known).damaged == (8192,)
+    assert examine(tmp_path / "target.qcow2", known).error == "there is no such file"
+
+
+def test_a_door_that_was_shut_again_hides_nothing(tmp_path: Path) -> None:
+    """The same contents come back: only what the disk holds at the end counts."""
+    known = history(tmp_path, GuestKind.DOOR, 4, 4)
+    place = known.writes[0].offset
+    content = bytearray(first_content())
+    content[place : place + 4096] = b"the door is shut" * 256
+    (tmp_path / "target.raw").write_bytes(content)
+    assert examine(tmp_path / "target.raw", known).sound
+    content[place : place + 4096] = b"the door is open" * 256
+    (tmp_path / "target.raw").write_bytes(content)
+    assert examine(tmp_path / "target.raw", known).lost == (4,)
+
+
+def test_twins_need_the_same_view_and_no_common_right_image() -> None:
+    """Two crashes after which either image will do prove nothing."""
+
+    def verdict(step: str, view: str, source: Mapping[str, Any], target: Mapping[str, Any]) -> Verdict:
+        plan = Plan(step, Victim.BOTH, witness=False)
+        members = {"plan": plan.dump(), "decision": {"image": None, "ground": "nothing"}, "flushed": 1, "byte": None}
+        return Verdict.load(members | {"journal": [], "view": view, "source": source, "target": target})
+
+    fine: Json = {}
+    lossy = {"lost": [1]}
+    early, late = verdict("early", "same", fine, lossy), verdict("late", "same", lossy, fine)
+    assert twins([late, early]) == [(early, late)]
+    assert twins([early, verdict("late", "other", lossy, fine)]) == []
+    assert twins([early, verdict("late", "same", fine, fine)]) == []
+    assert twins([early, verdict("late", "same", lossy, lossy)]) == []
