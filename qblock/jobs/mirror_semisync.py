@@ -88,9 +88,10 @@ class GuestFlushes:
         self.durable = max(self.durable, generation)
 
     def doubt(self) -> None:
-        """A request has failed: what the target held there may be gone."""
+        """A request has failed: the round does not bring the target up to date. What was durable there may be gone, but only
+        where something younger was being copied; so every flush from now on asks for a later generation anyway.
+        """
         self.doubts += 1
-        self.durable = NOTHING
 
     async def stop(self) -> None:
         """No flush waits any more; returns when the last round has ended."""

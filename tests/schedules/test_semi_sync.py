@@ -18,13 +18,13 @@ from qblock.jobs.mirror_job import MirrorJob
 from qblock.jobs.state import VERBS, JobStatus, JobVerb, OnError
 from qblock.node import BlockDriverState
 from qblock.requests import refresh_length
-from qblock.testing.crash import CrashStorage
+from qblock.testing.crash import CrashStorage, Effect
 from qblock.testing.jobbench import BusyGuest, Faults, JobBench, driver_of, eventually
 from qblock.testing.schedules import Seeded
 from qblock.testing.simloop import run
 from qblock.units import KiB
 
-SEEDS = range(40)
+SEEDS = range(24)
 BLOCK = 1536
 BLOCKS = 40
 SIZE = BLOCK * BLOCKS
@@ -93,12 +93,25 @@ class Journal:
         )
 
 
+class LazyStorage(CrashStorage):
+    """Its flushes take a while, and cover what had happened when they began. ``random`` None: they do not."""
+
+    random: Random | None = None
+
+    async def flush(self) -> None:
+        at = len(self.effects)
+        if self.random is not None:
+            await asyncio.sleep(self.random.choice((0, 0.0003, 0.002)))
+        await self._turn(writes=True)
+        self.effects.append(Effect("flush", at))
+
+
 async def crash_node(bench: JobBench) -> BlockDriverState:
     """The target t, which remembers all that was done to it."""
-    bench.system.registry.register(CrashStorage)
-    node = await bench.system.opener.open_blockdev({"driver": CrashStorage.name, "node-name": "t"})
+    bench.system.registry.register(LazyStorage)
+    node = await bench.system.opener.open_blockdev({"driver": LazyStorage.name, "node-name": "t"})
     node.monitor_owned = True
-    assert isinstance(node.driver, CrashStorage)
+    assert isinstance(node.driver, LazyStorage)
     node.driver.fill(bytes(SIZE))
     node.driver.restless = True
     refresh_length(node)
@@ -134,7 +147,8 @@ def broken(seed: int, mode: CopyMode, *, power_cut: bool) -> int:
         bench, random = JobBench(seed), Random(seed)
         source, target = await bench.node("s", SIZE), await crash_node(bench)
         storage = target.driver
-        assert isinstance(storage, CrashStorage)
+        assert isinstance(storage, LazyStorage)
+        storage.random = Random(seed)
         guest = Journal(bench.disk(source, "d"), storage, seed)
         ready: list[int] = []
 
@@ -154,7 +168,7 @@ def broken(seed: int, mode: CopyMode, *, power_cut: bool) -> int:
         await bench.jobs.cancel(job)
         await bench.jobs.wait(job)
         await bench.close()
-        moments = [random.randint(ready[0], last) for _ in range(40)]
+        moments = [ready[0], *(random.randint(ready[0], last) for _ in range(39))]
         images = [storage.after_power_cut(m, random) if power_cut else storage.after_kill(m) for m in moments]
         return sum(not guest.kept(image, moment) for image, moment in zip(images, moments, strict=True))
 
@@ -178,7 +192,7 @@ def test_the_other_modes_do_not_promise_that() -> None:
 
 
 @pytest.mark.parametrize("policy", OnError)
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(15))
 def test_no_flush_and_no_section_waits_for_ever(seed: int, policy: OnError) -> None:
     """Pauses, sections, failing targets, cancels, all at once: the guest's flushes end, and so do the sections, without
     anybody resuming the job.
@@ -231,7 +245,7 @@ def test_no_flush_and_no_section_waits_for_ever(seed: int, policy: OnError) -> N
     run(main, Seeded(seed))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("ending", ["complete", "soft", "force", "quit"])
 def test_the_end_of_the_job_answers_flushes(seed: int, ending: str) -> None:
     """Whichever way it ends, and at whatever moment of a round; the guest's disk is whole on the side it is on."""
