@@ -139,6 +139,29 @@ def test_the_source_of_a_job_is_busy_and_that_of_blkmirror_is_not(report: Report
     assert in_step["resize"]
 
 
+def test_it_is_told_what_was_tried_and_what_became_of_the_operation(report: Report) -> None:
+    """Each dialect is asked in its own words; and what is allowed may still do harm."""
+    again = {
+        run.name: next(probe.command for probe in run.probes if probe.name == "another mirror") for run in report.runs
+    }
+    assert again["block-copy"] == 'block_copy virtio0 "target/other.qcow2"'
+    assert "'full': True" in again["rfc-2012"]
+    assert "'mode': 'no-backing-file'" in again["blkmirror"]
+    assert "'sync': 'full'" in again["mirror"]
+    removed = next(probe for probe in run_of(report, "rfc-2012").probes if probe.name == "drive_del")
+    assert removed.allowed
+    assert removed.then == "the operation fails: the job has ended"
+    stream = [probe for probe in run_of(report, "blkmirror").probes if probe.name == "stream"]
+    assert [probe.allowed for probe in stream] == [False, True]
+    assert "stream job 'virtio0' was not done" in stream[1].then
+
+
+def test_a_directory_may_have_any_name(tmp_path: Path) -> None:
+    """Names go through options, QMP and HMP, each with a quoting of its own."""
+    again = examine(compared(tmp_path / 'a "quoted", name=\\', ["block-copy", "mirror"]))
+    assert [run.outcome for run in again.runs] == ["switched", "switched"]
+
+
 def test_before_the_switch_the_source_is_good_at_every_moment(report: Report) -> None:
     """A crash while copying costs the copy and nothing else, whichever way was taken."""
     for run in report.runs:

@@ -15,7 +15,7 @@ import attrs
 
 from qblock.errors import QBlockError
 from qblock.lab.compare.running import COPYING, IN_STEP, START, Settings, Site, lay_out, running_machine
-from qblock.lab.compare.strategies import DEVICE, GaveUp, Management, Strategy
+from qblock.lab.compare.strategies import DEVICE, GaveUp, Management, Strategy, block_copy_line
 from qblock.monitor.client import QmpError
 from qblock.testing.simloop import run
 from qblock.units import SECOND_NS, MiB
@@ -35,6 +35,7 @@ class Probe:
 
     name: str
     phase: str
+    command: str
     allowed: bool
     text: str
     then: str
@@ -47,7 +48,7 @@ def _mirror_again(strategy: Strategy, directory: Path) -> tuple[str, dict[str, J
     command, arguments = strategy.mirror
     target = str(directory / "target/other.qcow2")
     if command == "block_copy":
-        return _HUMAN, {"command-line": f'block_copy {DEVICE} "{target}"'}
+        return _HUMAN, {"command-line": block_copy_line(target)}
     return command, {**arguments, "target": target}
 
 
@@ -115,10 +116,20 @@ def _ask(inquiry: _Inquiry, command: tuple[str, dict[str, Json]]) -> Probe:
             refusal = await _try(site.management, command)
             then = await _go_on(inquiry.strategy, site, started)
             return Probe(
-                name=inquiry.name, phase=inquiry.phase, allowed=not refusal, text=refusal, then="" if refusal else then
+                name=inquiry.name,
+                phase=inquiry.phase,
+                command=site.management.masked(_as_text(command)),
+                allowed=not refusal,
+                text=refusal,
+                then="" if refusal else then,
             )
 
     return run(main)
+
+
+def _as_text(command: tuple[str, dict[str, Json]]) -> str:
+    name, arguments = command
+    return str(arguments["command-line"]) if name == _HUMAN else f"{name} {arguments}"
 
 
 async def _try(management: Management, command: tuple[str, dict[str, Json]]) -> str:

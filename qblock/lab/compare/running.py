@@ -27,14 +27,15 @@ from qblock.monitor.machine import Machine, MachineOptions
 from qblock.testing.images import make_chain
 from qblock.testing.machines import drive_text
 from qblock.testing.simloop import run
+from qblock.units import SECOND_NS
 
 START: Final = "start"
 LAYERS: Final = ("base.qcow2", "top.qcow2")
 CONTROL: Final = "control"
 """The run in which nothing is moved: what the guest costs by itself."""
 BEFORE, COPYING, IN_STEP, SWITCHING, AFTER, GAVE_UP = "before", "copying", "in step", "switching", "after", "gave up"
-PATIENCE: Final = 10
-"""How many times the length of a phase management waits for a copy to be in step."""
+PATIENT_PHASES, PATIENT_PASSES = 4, 8
+"""Management waits for a copy to be in step as long as so many phases last, and moving the whole disk so many times takes."""
 
 
 @attrs.frozen(kw_only=True)
@@ -59,6 +60,11 @@ class Settings:
         """How much the guest does."""
         pace = self.model.pace
         return pace.steady() if self.steady else pace
+
+    @property
+    def patience_ns(self) -> int:
+        """How long management waits for a copy to be in step."""
+        return PATIENT_PHASES * self.pace.phase_ns + PATIENT_PASSES * self.size * SECOND_NS // self.model.bandwidth
 
 
 def make_start(settings: Settings, directory: Path) -> None:
@@ -99,8 +105,7 @@ async def running_machine(settings: Settings, directory: Path, dialect: Dialect)
         machine.system.registry.register(modelled_file(Storage(directory, disks, recorder)))
         await machine.add_drive(drive_text(directory / SOURCE / LAYERS[-1], DEVICE, "qcow2"))
         async with await QmpClient.in_process(machine.hub) as client:
-            patience = PATIENCE * settings.pace.phase_ns
-            yield Site(machine, Management(client, recorder, directory, patience), recorder)
+            yield Site(machine, Management(client, recorder, directory, settings.patience_ns), recorder)
     finally:
         await machine.close()
         recorder.close()

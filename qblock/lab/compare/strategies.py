@@ -18,7 +18,7 @@ from qblock.errors import QBlockError
 from qblock.lab.compare.history import Recorder, Told
 from qblock.monitor.client import QmpClient, QmpError, QmpEvent
 from qblock.monitor.dialects import Dialect
-from qblock.units import MILLISECOND_NS, SECOND_NS
+from qblock.units import MILLISECOND_NS, SECOND_NS, format_duration
 
 if TYPE_CHECKING:
     from qblock.driver import Json
@@ -87,7 +87,7 @@ class Management:
             async with asyncio.timeout(self.patience_ns / SECOND_NS):
                 event = await self.client.wait_event(*names)
         except TimeoutError:
-            raise GaveUp(f"{' or '.join(names)} did not come within {self.patience_ns // SECOND_NS} s") from None
+            raise GaveUp(f"{' or '.join(names)} did not come within {format_duration(self.patience_ns)}") from None
         self.note("event", event.name)
         if "error" in event.data or event.name == "BLOCK_JOB_CANCELLED":
             raise GaveUp(" ".join([event.name, *filter(None, [event.data.get("error")])]))
@@ -104,7 +104,7 @@ class Management:
                 self.note("reply", f"offset == len == {jobs[0]['len']}")
                 return
             await self.recorder.clock.sleep_ns(POLL_NS)
-        raise GaveUp(f"offset was not len within {self.patience_ns // SECOND_NS} s")
+        raise GaveUp(f"offset was not len within {format_duration(self.patience_ns)}")
 
     async def hand_over_witness(self) -> str:
         """Pass a descriptor of the witness file by ``getfd``; returns its name."""
@@ -166,8 +166,14 @@ async def _reopen(management: Management) -> None:
     )
 
 
+def block_copy_line(filename: str) -> str:
+    """The HMP command of 2011 that copies the disk to a file."""
+    escaped = filename.replace("\\", "\\\\").replace('"', '\\"')
+    return f'block_copy {DEVICE} "{escaped}"'
+
+
 async def _block_copy(management: Management) -> None:
-    await management.hmp(f'block_copy {DEVICE} "{management.target}"')
+    await management.hmp(block_copy_line(management.target))
     await management.event("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 
