@@ -20,7 +20,7 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.clock import Clock, CoSleep, LoopClock
 from qblock.lab.witness.disk import GUEST_JOURNAL, SOURCE, GuestKind, flushed_entry, make_write, write_entry
-from qblock.lab.witness.plan import DEVICE, TICK_NS, Plan
+from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, TICK_NS, Plan
 from qblock.lab.witness.processes import Message, Wire
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import Machine, MachineOptions, qmp_socket
@@ -62,7 +62,7 @@ class Writer:
                 await self.backend.flush()
                 os.write(journal, flushed_entry(self.number))
                 stop_at.guest_has_flushed()
-                await self._pause.sleep_ns(TICK_NS + self.random.randrange(TICK_NS // 4))
+                await self._pause.sleep_ns(self.random.randrange(TICK_NS, LONGEST_TICK_NS))
         finally:
             os.close(journal)
 

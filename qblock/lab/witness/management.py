@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qblock.lab.witness.disk import SOURCE
-from qblock.lab.witness.plan import DEVICE, MANAGEMENT_JOURNAL, POLL_NS, TICK_NS, WITNESS, Plan
+from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, MANAGEMENT_JOURNAL, POLL_NS, WITNESS, Plan
 from qblock.lab.witness.processes import LabError, Wire
 from qblock.monitor.client import QmpClient, QmpConnectionLost
 
@@ -152,7 +152,7 @@ class Management:
             await self._send_witness(qmp)
             self._step("witness-sent")
             arguments["witness"] = WITNESS
-        self._sleep(POLL_NS + self.plan.delay * TICK_NS)
+        self._sleep(POLL_NS + self.plan.delay * LONGEST_TICK_NS)
         self.journal.note(ABOUT)
         self._step("intent-noted")
         await qmp.execute("drive-reopen", arguments)

@@ -16,7 +16,9 @@ WITNESS: Final = "witness"
 """The witness's file in the directory of a case, and its name in the machine."""
 MANAGEMENT_JOURNAL: Final = "management.journal"
 TICK_NS: Final = 20 * MILLISECOND_NS
-"""The guest's pause between two writes."""
+"""The guest's shortest pause between two writes."""
+LONGEST_TICK_NS: Final = 25 * MILLISECOND_NS
+"""The guest's longest pause; in so much time it writes at least once."""
 POLL_NS: Final = 100 * MILLISECOND_NS
 """Management's pause between two looks at the job."""
 
@@ -33,7 +35,7 @@ class Victim(enum.Enum):
 class Plan:
     """One case. ``step`` and ``victim`` are None when nobody is killed.
 
-    ``delay`` is how many of the guest's ticks management waits, being in sync, before it goes on.
+    ``delay`` is how many of the guest's longest ticks management waits, being in sync, before it goes on.
     """
 
     step: str | None = None
