@@ -25,12 +25,12 @@ SHOWN, NOT_SHOWN, UNUSABLE = 0, 1, 2
 
 HELP: Final = """usage: qblock lab witness [OPTIONS]
        qblock lab witness --recompute DIRECTORY
-Kills management, the machine, or both at every step of drive-reopen with a witness (dialect rfc-2012), lets whoever is left
-decide which image the guest goes on with, and looks for every write that the guest had flushed. Then the same without the
-witness: how much each image would lose, and pairs of crashes that look the same and need different images.
+Kills management, the machine, both, or the host beneath them at every step of drive-reopen with a witness (dialect rfc-2012),
+lets whoever is left decide which image the guest goes on with, and looks for every write that the guest had flushed. Then the
+same without the witness: how much each image would lose, and pairs of crashes that look the same and need different images.
 
   --step NAME           this step only; may be repeated (see --list)
-  --kill WHO            management, machine or both: this one only; may be repeated
+  --kill WHO            management, machine, both, or host (a power cut): this one only; may be repeated
   --with-witness        the first part only
   --without-witness     the second part only
   --seed N              the seed of the guest's pace; it decides every line (default: 1)

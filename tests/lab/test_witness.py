@@ -72,7 +72,7 @@ def test_nothing_is_lost_at_any_step(kept: Path) -> None:
     """Every step with every victim: the chosen image has every flushed write; the last line says so."""
     found = [case for case in cases(kept).values() if case["plan"]["witness"]]
     steps = {case["plan"]["step"] for case in found}
-    assert len(found) == 3 * len(steps)
+    assert len(found) == 4 * len(steps)
     assert {"intent-noted", "drive_reopen_closed", "drive_reopen_witness_written", "reply-received"} < steps
     for case in found:
         assert case["sound"] and case[case["decision"]["image"]]["lost"] == [], case
@@ -93,6 +93,15 @@ def test_the_byte_decides_between_intent_and_reply(kept: Path) -> None:
         assert both[step]["byte"] is (number >= written)
     assert "target" not in both["intent-noted"]["right"]
     assert both["reply-received"]["right"] == ["target"]
+
+
+def test_after_a_power_cut_the_byte_counts_from_when_it_is_durable(kept: Path) -> None:
+    """Between writing it and making it durable the two kinds of crash differ, and both choices are right."""
+    killed, cut = by_step(kept, "both"), by_step(kept, "host")
+    differing = [step for step in killed if killed[step]["decision"] != cut[step]["decision"]]
+    assert differing == ["drive_reopen_witness_written"]
+    assert killed[differing[0]]["byte"] and not cut[differing[0]]["byte"]
+    assert killed[differing[0]]["right"] == ["source", "target"]
 
 
 def test_a_machine_that_lives_is_asked(kept: Path) -> None:
@@ -233,6 +242,11 @@ async def noted(self):
     await run(self)
 _Exchange.run, Witness.write = noted, too_late
 """
+NO_SYNC = """
+from qblock.witness import Witness
+async def sync(self, executor): pass
+Witness.sync = sync
+"""
 LOST_COPY = """
 from qblock.jobs.mirror_2012 import Mirror2012Job
 async def nothing_more(self, buffer): pass
@@ -255,6 +269,14 @@ def test_a_broken_protocol_is_seen(broken: str, step: str, said: str) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"with-witness/{step}/both: {said}" in done.stdout
     assert "1 of 1 kills went WRONG" in done.stdout
+
+
+def test_a_byte_that_is_not_durable_is_seen_by_a_power_cut_only() -> None:
+    """What a kill leaves with the kernel, the host takes along."""
+    done = lab("--with-witness", "--step", "reply-received", before=NO_SYNC)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "with-witness/reply-received/host: the source was chosen: writes" in done.stdout
+    assert "1 of 4 kills went WRONG" in done.stdout
 
 
 def test_a_mirror_that_does_not_finish_is_seen() -> None:
@@ -280,7 +302,7 @@ def test_the_steps_are_found_and_described() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--kill", "everybody"], "--kill takes management, machine, both"),
+        (["--kill", "everybody"], "--kill takes management, machine, both, host"),
         (["here"], "there is nothing to be said about 'here'"),
         (["--recompute", "x", "--seed", "1"], "--seed is for a new run"),
         (["--output", "yaml"], "--output takes text or json"),

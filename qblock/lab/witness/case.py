@@ -16,9 +16,10 @@ from pathlib import Path
 import attrs
 
 from qblock.lab.witness.disk import BASE, SOURCE
+from qblock.lab.witness.durability import COPIES, cut_power
 from qblock.lab.witness.machine import machine_process
 from qblock.lab.witness.management import management_process
-from qblock.lab.witness.plan import POLL_NS, Plan, Victim
+from qblock.lab.witness.plan import MANAGEMENT_JOURNAL, POLL_NS, WITNESS, Plan, Victim
 from qblock.lab.witness.processes import Child, Ended, LabError, Message
 
 _OVER: Message = {"ended": True}
@@ -75,12 +76,13 @@ class _Case:
             self._receive(self._machine)
 
     def end(self) -> None:
-        """Nothing of the case lives on; logs without a word are removed."""
+        """Nothing of the case lives on; logs without a word are removed, and what the start anew after a power cut watched."""
         for child in self._children:
             child.kill()
         for log in self.directory.glob("*.log"):
             if not log.stat().st_size:
                 log.unlink()
+        shutil.rmtree(self.directory / COPIES, ignore_errors=True)
 
     def _management_lived(self) -> bool:
         return not self._struck or self.plan.victim is Victim.MACHINE
@@ -123,6 +125,8 @@ class _Case:
         if self.plan.victim is not Victim.MANAGEMENT:
             self._machine.kill()
             self._moving = False
+        if self.plan.victim is Victim.HOST:
+            cut_power(self.directory, (SOURCE, self.plan.target, WITNESS, MANAGEMENT_JOURNAL))
 
     # ------------------------------------------------------------------------------------------------------- who is next
 

@@ -20,7 +20,8 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.clock import Clock, CoSleep, LoopClock
 from qblock.lab.witness.disk import GUEST_JOURNAL, SOURCE, GuestKind, flushed_entry, make_write, write_entry
-from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, TICK_NS, Plan
+from qblock.lab.witness.durability import watch
+from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, TICK_NS, Plan, Victim
 from qblock.lab.witness.processes import Message, Wire
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import Machine, MachineOptions, qmp_socket
@@ -126,6 +127,8 @@ class Stops:
 
 def machine_process(plan: Plan, directory: Path, socket: Path, wire: Wire) -> None:
     """Everything that the machine's process does. Ends when management quits the machine."""
+    if plan.victim is Victim.HOST:
+        watch(directory)
     with asyncio.Runner(loop_factory=lambda: SimLoop(manual=True)) as runner:
         runner.run(_run(plan, directory, socket, wire))
 

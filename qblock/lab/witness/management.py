@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qblock.lab.witness.disk import SOURCE
-from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, MANAGEMENT_JOURNAL, POLL_NS, WITNESS, Plan
+from qblock.lab.witness.durability import watch
+from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, MANAGEMENT_JOURNAL, POLL_NS, WITNESS, Plan, Victim
 from qblock.lab.witness.processes import LabError, Wire
 from qblock.monitor.client import QmpClient, QmpConnectionLost
 
@@ -101,6 +102,8 @@ class Journal:
 
 def management_process(plan: Plan, directory: Path, socket: Path, wire: Wire) -> None:
     """Everything that management's process does, from its start or its start anew."""
+    if plan.victim is Victim.HOST:
+        watch(directory)
     management = Management(plan, directory, socket, wire, Journal(directory / MANAGEMENT_JOURNAL))
     asyncio.run(management.run())
 

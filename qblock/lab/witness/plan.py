@@ -29,6 +29,8 @@ class Victim(enum.Enum):
     MANAGEMENT = "management"
     MACHINE = "machine"
     BOTH = "both"
+    HOST = "host"
+    """Both, and with them all that no file was told to keep: a power cut."""
 
 
 @attrs.frozen

@@ -78,8 +78,16 @@ def as_text(outcome: Outcome, paint: Paint = plain) -> Iterator[str]:
             "is left decides which image the guest goes on with, by asking the machine, by what it had noted, or by the byte."
         )
         yield ""
-        yield from _with_witness(with_it, outcome.scope.victims, paint)
-        yield ""
+        if killed := [victim for victim in outcome.scope.victims if victim is not Victim.HOST]:
+            yield from _with_witness(with_it, killed, paint)
+            yield ""
+        if Victim.HOST in outcome.scope.victims:
+            yield from _paragraph(
+                "The host loses its power: both die, and of each file only what had been made durable is left."
+            )
+            yield ""
+            yield from _with_witness(with_it, [Victim.HOST], paint)
+            yield ""
     if without := outcome.of(witness=False):
         yield from _paragraph(
             "Without it, both killed. What each image lacks of the flushed writes, and whether what was noted tells which one "
@@ -104,16 +112,20 @@ def _with_witness(verdicts: Sequence[Verdict], victims: Sequence[Victim], paint:
     for found in verdicts:
         by_step.setdefault(found.plan.step or "", {})[found.plan.victim] = found
     width = max(map(len, by_step))
-    titles = "".join(f"  {victim.value + (' die' if victim is Victim.BOTH else ' dies'):16}" for victim in victims)
+    titles = "".join(f"  {_title(victim):16}" for victim in victims)
     yield paint(f"{'step':{width}}  byte{titles}  {'flushed':>7}  {'lost':>4}  {'otherwise':>9}", DIM)
     for step, row in by_step.items():
         last = row[victims[-1]]
         byte = {None: "-", False: "no", True: "yes"}[last.byte]
         cells = "".join("  " + _decision(row[victim], paint) for victim in victims)
-        lost = sum(len(found.chosen.lost) for found in row.values() if found.chosen is not None)
+        lost = sum(len(row[victim].chosen_lost) for victim in victims)
         other = last.target if last.decision.image is Image.SOURCE else last.source
         shown = paint(f"{lost:4}", BAD if lost else GOOD)
         yield f"{step:{width}}  {byte:4}{cells}  {last.flushed:7}  {shown}  {_lacks(other):>9}".rstrip()
+
+
+def _title(victim: Victim) -> str:
+    return f"{victim.value} {'die' if victim is Victim.BOTH else 'dies'}"
 
 
 def _decision(found: Verdict, paint: Paint) -> str:

@@ -41,6 +41,11 @@ class Verdict:
         """What the image holds with which the guest goes on; None when none could be chosen."""
         return None if self.decision.image is None else self.found(self.decision.image)
 
+    @property
+    def chosen_lost(self) -> Sequence[int]:
+        """The flushed writes that are lost with the choice."""
+        return () if self.chosen is None else self.chosen.lost
+
     def found(self, image: Image) -> Findings:
         """What was found in one of the two images."""
         return self.source if image is Image.SOURCE else self.target
