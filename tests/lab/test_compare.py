@@ -85,6 +85,15 @@ def test_everything_can_be_computed_again_from_the_kept_files(
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(report)))
 
 
+def test_the_files_can_be_made_again_from_the_history_byte_for_byte(kept: Path, tmp_path: Path) -> None:
+    """So what is judged at earlier moments is what was there, too: nothing happened that was not recorded."""
+    for name in NAMES:
+        records = read_history(kept / name)
+        make_left_files(kept / name, records, tmp_path / name, len(records))
+        for image in (SOURCE_NAME, TARGET_NAME):
+            assert (tmp_path / name / "kill" / image).read_bytes() == (kept / name / image).read_bytes(), (name, image)
+
+
 def test_a_changed_history_changes_the_verdict(kept: Path, tmp_path: Path) -> None:
     """The verdicts come from the files: an image whose data were tampered with is not called good."""
     copy = tmp_path / "copy"

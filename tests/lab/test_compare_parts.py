@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections.abc import Coroutine
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from qblock.clock import LoopClock
+from qblock.errors import BlockIOError
 from qblock.image import create
 from qblock.lab.compare.crashes import choose_moments
 from qblock.lab.compare.disks import DISKS, Disk, DiskModel
@@ -50,12 +52,26 @@ from qblock.lab.compare.load import (
 )
 from qblock.lab.compare.measuring import Traffic, Waited, distribution, longest_pause, rank, traffic, waits
 from qblock.lab.compare.replaying import KILL, POWER, Replay
-from qblock.lab.compare.running import AFTER, BEFORE, COPYING, IN_STEP, SWITCHING
+from qblock.lab.compare.running import (
+    AFTER,
+    BEFORE,
+    COPYING,
+    IN_STEP,
+    SWITCHING,
+    Settings,
+    lay_out,
+    make_start,
+    running_machine,
+)
 from qblock.lab.compare.storage import Storage, modelled_file
+from qblock.lab.compare.strategies import DEVICE, GaveUp
+from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import Machine, MachineOptions
+from qblock.permissions import Perm
+from qblock.system import BlockSystem
 from qblock.testing.machines import drive_text
 from qblock.testing.simloop import run
-from qblock.units import MILLISECOND_NS, MiB
+from qblock.units import MILLISECOND_NS, KiB, MiB
 
 MS = MILLISECOND_NS
 PACE = DISKS["ssd"].pace
@@ -156,6 +172,82 @@ def test_latency_counts_from_when_a_request_came_and_also_while_it_waits_for_ano
     counted = traffic(records, until_ns=records[-1].ns)["source"]
     assert (counted.writes, counted.written) == (2, 2 * BLOCK)
     assert (counted.reads, counted.read) == (2, 2 * BLOCK)
+
+
+def test_all_that_happens_to_a_file_is_recorded_so_that_it_can_be_made_again(tmp_path: Path) -> None:
+    """Zeroes, discards, growth, durable writes and new files, not only what a qcow2 disk happens to use."""
+    (tmp_path / "source").mkdir()
+    create(tmp_path / "source" / "disk.raw", MiB, fmt="raw")
+
+    async def main() -> tuple[list[Record], str]:
+        clock = LoopClock()
+        recorder = Recorder(tmp_path, clock)
+        system = BlockSystem.create(clock=clock)
+        disk = Disk(disk_model(latency=MS, flush=MS), clock)
+        system.registry.register(modelled_file(Storage(tmp_path, {"source": disk, "target": disk}, recorder)))
+        backend = await system.drive_add(drive_text(tmp_path / "source" / "disk.raw", "disk", "raw") + ",discard=unmap")
+        backend.set_permissions(backend.perm | Perm.RESIZE, backend.shared)
+        await backend.write(0, b"\x11" * 256 * KiB)
+        await backend.write_from(0, memoryview(b"\x22" * 4096), fua=True)
+        await backend.write_zeroes(64 * KiB, 64 * KiB)
+        await backend.write_zeroes(8 * KiB, 4 * KiB, may_unmap=True, fua=True)
+        await backend.discard(128 * KiB, 64 * KiB)
+        await backend.truncate(2 * MiB)
+        await backend.flush()
+        new = str(tmp_path / "target" / "new.raw")
+        await system.opener.create_image("file", {"filename": new, "size": 12345})
+        refusal = ""
+        try:
+            await backend.copy_range(0, backend, MiB, 4096)
+        except BlockIOError as error:
+            refusal = errno.errorcode[error.errno or 0]
+        await system.close()
+        recorder.close()
+        return recorder.records, refusal
+
+    (tmp_path / "target").mkdir()
+    places = {crash: tmp_path / crash for crash in (KILL, POWER)}
+    for place in places.values():
+        (place / "target").mkdir(parents=True)
+        (place / "source").mkdir()
+        create(place / "source" / "disk.raw", MiB, fmt="raw")
+    records, refusal = run(main)
+    assert refusal == "ENOTSUP"
+    assert {type(record) for record in records} == {Wrote, Resized, Flushed, Made}
+    Replay(tmp_path, records, places).advance(len(records))
+    left = tmp_path / "source" / "disk.raw"
+    assert left.stat().st_size == 2 * MiB
+    for place in places.values():
+        assert (place / "source" / "disk.raw").read_bytes() == left.read_bytes()
+    assert (places[KILL] / "target" / "new.raw").read_bytes() == bytes(12345)
+
+
+def test_management_gives_up_after_its_patience_and_on_errors(tmp_path: Path) -> None:
+    """A strategy that does not work ends as a row that says so, not as a hang."""
+    settings = Settings(seed=1, disk="ssd", size=8 * MiB)
+    make_start(settings, tmp_path)
+    lay_out(tmp_path / "start", tmp_path / "run")
+
+    async def main() -> list[str]:
+        async with running_machine(settings, tmp_path / "run", Dialect.SYSTEM) as site:
+            management, texts = site.management, []
+            for attempt in (
+                management.event("BLOCK_JOB_READY"), management.hmp("drive_mirror nothing t.qcow2 qcow2"),
+                management.offset_is_len(),
+            ):  # fmt: skip
+                with pytest.raises(GaveUp) as caught:
+                    await attempt
+                texts.append(str(caught.value))
+            await management.execute("drive-mirror", {"device": DEVICE, "target": management.target, "sync": "full"})
+            await management.execute("block-job-cancel", {"device": DEVICE})
+            with pytest.raises(GaveUp, match="BLOCK_JOB_CANCELLED"):
+                await management.event("BLOCK_JOB_CANCELLED")
+            return texts
+
+    late, error, ended = run(main)
+    assert late == "BLOCK_JOB_READY did not come within 6.4s"
+    assert error.startswith("Error:")
+    assert ended == "the job has ended"
 
 
 def test_a_guest_notices_when_it_reads_what_it_did_not_write(tmp_path: Path) -> None:
