@@ -11,15 +11,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from qblock.clock import CoSleep, LoopClock, RealClock
     from qblock.errors import (
         BlockIOError,
         CommandError,
         ImageError,
+        JobCancelled,
         OpenDenied,
         QBlockError,
     )
     from qblock.image import Image, ImageFile, MapExtent, create
     from qblock.image import open_image as open
+    from qblock.jobs.job import Job
     from qblock.monitor.client import QmpClient
     from qblock.policy import OpenPolicy
     from qblock.system import BlockSystem
@@ -29,15 +32,20 @@ __version__: Final = "0.1.0"
 __all__ = [
     "BlockIOError",
     "BlockSystem",
+    "CoSleep",
     "CommandError",
     "Image",
     "ImageError",
     "ImageFile",
+    "Job",
+    "JobCancelled",
+    "LoopClock",
     "MapExtent",
     "OpenDenied",
     "OpenPolicy",
     "QBlockError",
     "QmpClient",
+    "RealClock",
     "create",
     "open",
 ]
@@ -45,15 +53,20 @@ __all__ = [
 _HOMES: Final[Mapping[str, str]] = {
     "BlockIOError": "qblock.errors:BlockIOError",
     "BlockSystem": "qblock.system:BlockSystem",
+    "CoSleep": "qblock.clock:CoSleep",
     "CommandError": "qblock.errors:CommandError",
     "Image": "qblock.image:Image",
     "ImageError": "qblock.errors:ImageError",
     "ImageFile": "qblock.image:ImageFile",
+    "Job": "qblock.jobs.job:Job",
+    "JobCancelled": "qblock.errors:JobCancelled",
+    "LoopClock": "qblock.clock:LoopClock",
     "MapExtent": "qblock.image:MapExtent",
     "OpenDenied": "qblock.errors:OpenDenied",
     "OpenPolicy": "qblock.policy:OpenPolicy",
     "QBlockError": "qblock.errors:QBlockError",
     "QmpClient": "qblock.monitor.client:QmpClient",
+    "RealClock": "qblock.clock:RealClock",
     "create": "qblock.image:create",
     "open": "qblock.image:open_image",
 }
