@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 
 import pytest
 
+from qblock.backend import BlockBackend
 from qblock.clock import LoopClock
 from qblock.drain import drained
 from qblock.jobs.mirror_2012 import Mirror2012Job, Mode2012, Target2012, start_mirror_2012
 from qblock.jobs.state import VERBS, JobStatus, JobVerb
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import MachineOptions
+from qblock.permissions import Perm
 from qblock.testing.images import make_image
 from qblock.testing.jobbench import BusyGuest, JobBench, ShakyMemory, driver_of, eventually
 from qblock.testing.machines import LocalMachine
@@ -193,6 +195,57 @@ def test_a_write_that_began_before_the_copy_and_ends_after_it_sets_its_bit_at_it
         await bench.jobs.wait(job)
         assert job.error is None
         assert target.content() == source.content() == b"b" * MiB
+        await bench.close()
+
+    run(main)
+
+
+def test_a_write_below_a_filter_is_waited_for_at_the_end() -> None:
+    """Who writes beside the device's filters is drained too, or the copy would lack that one's last write."""
+
+    async def main() -> None:
+        bench = JobBench()
+        source, target = await gated(bench)
+        bench.graph.find_backend("d").close()
+        await bench.system.opener.open_blockdev({"driver": "blkdebug", "node-name": "f", "image": "s"})
+        bench.graph.find_node("f").monitor_owned = True
+        beside = BlockBackend(bench.graph, perm=Perm.CONSISTENT_READ | Perm.WRITE, shared=Perm.ALL)
+        beside.insert(source.node)
+        job = await start_mirror_2012(bench.system, device="f", target=ONTO_T, full=True)
+        await eventually(lambda: is_in_sync(job))
+        source.stop("write")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(beside.write(0, b"b" * MiB))
+            await source.stopped.wait()
+            await bench.jobs.cancel(job)
+            await asyncio.sleep(1)
+            assert job.status is JobStatus.RUNNING
+            source.go_on.set()
+        await bench.jobs.wait(job)
+        assert target.content() == b"b" * MiB
+        await bench.close()
+
+    run(main)
+
+
+def test_a_cancel_that_comes_during_a_copy_in_sync_is_followed_by_no_sleep() -> None:
+    """Once cancelled the job never sleeps again, also when it notices only after a request of its own."""
+
+    async def main() -> None:
+        bench = JobBench()
+        source, target = await gated(bench)
+        job = await start_mirror_2012(bench.system, device="d", target=ONTO_T, full=True)
+        await eventually(lambda: is_in_sync(job))
+        source.stop("read")
+        await bench.graph.find_backend("d").write(0, b"b" * MiB)
+        await source.stopped.wait()
+        sleeps = []
+        bench.system.env.trace.listen("co_sleep_begin", lambda name, members: sleeps.append(members))
+        await bench.jobs.cancel(job)
+        source.go_on.set()
+        await bench.jobs.wait(job)
+        assert sleeps == []
+        assert target.content() == b"b" * MiB
         await bench.close()
 
     run(main)
