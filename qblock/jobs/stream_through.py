@@ -52,6 +52,9 @@ async def start_stream_2012(system: BlockSystem, *, device: str, request: Stream
 class StreamThroughJob(StreamJob):
     """See the module. The device's node is the mirror."""
 
+    _shared: bool = False
+    """Whether the target's header names a layer from which the source has what is not above the base."""
+
     @property
     def mirror(self) -> BlkmirrorDriver:
         """The driver through which everything goes."""
@@ -73,6 +76,7 @@ class StreamThroughJob(StreamJob):
         """See the module."""
         if (hit := self.runner.trace.stream_through_start) is not None:
             hit(node=self.device.node_name, job=self.id)
+        self._shared = self._shares_backing()
         await super().run()
         if (hit := self.runner.trace.stream_through_done) is not None:
             hit(job=self.id)
@@ -88,8 +92,7 @@ class StreamThroughJob(StreamJob):
             case Zero():
                 in_order = extent.zero
             case Unallocated():
-                shared = not extent.present and self._shares_backing()
-                in_order = shared or (extent.zero and not self.mirror.hides_backing)
+                in_order = (self._shared and not extent.present) or (extent.zero and not self.mirror.hides_backing)
             case _:
                 in_order = False
         if in_order:
@@ -108,7 +111,6 @@ class StreamThroughJob(StreamJob):
         await super().prepare()
 
     def _shares_backing(self) -> bool:
-        """Whether the target's header names a layer from which the source has what is not above the base."""
         driver = self.mirror.target.node.driver
         link = driver.backing_link() if isinstance(driver, SupportsBacking) else None
         if link is None:
