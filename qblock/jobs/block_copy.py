@@ -13,7 +13,8 @@ requests are held however much remains. That pause may be long; `BlockCopyJob.he
 
 Differs from the proposal: it runs as a block job, so ``info block-jobs``, ``block_job_set_speed`` and ``block_job_cancel``
 of one year later work on it (until the guest is running on the target), and it ends with BLOCK_JOB_COMPLETED or
-BLOCK_JOB_CANCELLED; requests are held by a drained section instead of stopping the machine.
+BLOCK_JOB_CANCELLED; requests are held by a drained section instead of stopping the machine. Without a speed limit it begins
+a tenth of a second after the command, so that ``block_job_set_speed`` can come first.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from qblock.drain import drained
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import BlockIOError, CommandError, JobCancelled, NodeNotFound, QBlockError
 from qblock.filenames import combine_filename, has_protocol
-from qblock.jobs.copying import IO_FAILURES, io_error
+from qblock.jobs.copying import IO_FAILURES, SLICE_NS, io_error
 from qblock.jobs.job import BlockJob
 from qblock.jobs.state import OnError
 from qblock.permissions import Perm
@@ -123,6 +124,8 @@ class BlockCopyJob(BlockJob):
         if (hit := self.runner.trace.block_copy_start) is not None:
             incremental = self.plan.base is not None
             hit(job=self.id, node=self.source.node_name, filename=self._filename, incremental=incremental)
+        if not self.speed:
+            await self.sleep_ns(SLICE_NS)  # it has no argument for a speed: time for the command that sets one
         await self._find_what_to_copy()
         buffer = memoryview(bytearray(min(CHUNK, self.source.length)))
         await self._copy_dirty(buffer)
