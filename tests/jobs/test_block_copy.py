@@ -439,7 +439,7 @@ def test_a_guest_that_writes_too_fast_is_held_for_as_long_as_it_takes(monkeypatc
         job, worst = await race(monkeypatch, every=0.001)
         assert job.passes == MAX_PASSES
         assert job.held_ns is not None and job.held_ns >= 15 * 10_000_000
-        assert worst > 0.15
+        assert worst > 0.14
 
     run(main)
 
