@@ -86,7 +86,12 @@ SOCKET = ("--chardev", "socket,id=c,path=qmp,server=on,wait=off", "--monitor", "
     "monitor",
     [
         SOCKET,
-        ("--chardev", '{"backend": "socket", "id": "c", "path": "qmp", "server": true, "wait": false}', "--monitor", "c"),
+        (
+            "--chardev",
+            '{"backend": "socket", "id": "c", "path": "qmp", "server": true, "wait": false}',
+            "--monitor",
+            "c",
+        ),
         (*SOCKET[:3], '{"chardev": "c", "mode": "control"}'),
     ],
 )
@@ -191,7 +196,9 @@ def test_help_version_and_the_list_of_trace_events(capfd: pytest.CaptureFixture[
         assert said in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("trace", ["enable=*,file=log", '{"enable": "qmp_event_*", "file": "log"}', "qmp_event_job_*,file=log"])
+@pytest.mark.parametrize(
+    "trace", ["enable=*,file=log", '{"enable": "qmp_event_*", "file": "log"}', "qmp_event_job_*,file=log"]
+)
 def test_traces_show_what_happened(trace: str) -> None:
     """One line for each event of the chosen names."""
     with daemon("-T", trace, *DISK, "--blockdev", "driver=memory,node-name=copy,size=1M", *SOCKET) as process:
@@ -264,3 +271,30 @@ def test_the_line_about_a_new_image_stays_out_of_the_way_of_a_client() -> None:
         "backing_file=disk.raw backing_fmt=raw lazy_refcounts=off refcount_bits=16\n"
     )
     assert all(json.loads(line) for line in done.stdout.splitlines())
+
+
+def test_it_speaks_the_dialects_of_2012_too() -> None:
+    """A node takes the place of the device; a signal leaves a mirror that is in sync as two equal images."""
+    from qblock.tools.img import main as img
+
+    assert img(["create", "-q", "-f", "qcow2", "a.qcow2", "2M"]) == 0
+    blockdev = "driver=qcow2,node-name=a,file.driver=file,file.filename=a.qcow2"
+    with daemon("--dialect", "rfc-2012", "--blockdev", blockdev, *SOCKET) as process, Monitor("qmp") as qmp:
+        assert qmp.ask("query-jobs")["error"]["class"] == "CommandNotFound"
+        assert qmp.ask("drive-mirror", device="none", target="t", full=True)["error"]["class"] == "DeviceNotFound"
+        assert qmp.ask("drive-mirror", device="a", target="copy.qcow2", full=True) == {"return": {}}
+        while (job := qmp.ask("query-block-jobs")["return"][0])["offset"] < job["len"]:
+            os.sched_yield()
+        assert job == {"type": "mirror", "device": "a", "len": 2 << 20, "offset": 2 << 20, "speed": 0}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert img(["compare", "a.qcow2", "copy.qcow2"]) == 0
+
+
+def test_its_default_dialect_is_the_daemons_own() -> None:
+    """7.2 means the storage daemon of 7.2 here, which has no machine to stop; what is no dialect is refused."""
+    with daemon("--dialect", "7.2", *DISK, *SOCKET), Monitor("qmp") as qmp:
+        assert qmp.ask("stop")["error"]["class"] == "CommandNotFound"
+        assert qmp.ask("quit") == {"return": {}}
+    done = subprocess.run([*PROGRAM, "--dialect", "rfc-2011"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "rfc-2012" in done.stderr

@@ -11,10 +11,14 @@ from random import Random
 import pytest
 
 import qblock
-from qblock.monitor.client import QmpError
+from qblock.clock import LoopClock
+from qblock.monitor.client import QmpClient, QmpError
+from qblock.monitor.dialects import Dialect
+from qblock.system import BlockSystem
 from qblock.testing.images import DiskModel, make_chain, random_blocks
 from qblock.testing.machines import LocalMachine, LocalQmp, ServedMachine, TestMachineError
 from qblock.testing.schedules import Seeded
+from qblock.testing.simloop import run
 
 pytest_plugins = ["pytester"]
 
@@ -134,3 +138,41 @@ def test_the_plugin_is_there_for_other_projects(pytester: pytest.Pytester) -> No
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--qblock-schedule", "seed:7")
     result.assert_outcomes(passed=1)
     assert pytester.runpytest_subprocess("--qblock-schedule", "lifo").ret != 0
+
+
+def test_fixtures_speak_a_named_dialect(pytester: pytest.Pytester) -> None:
+    """A test module overrides one fixture, and its machines are of that time."""
+    pytester.makepyfile(
+        """
+        import pytest
+        from qblock.monitor.client import QmpError
+
+        @pytest.fixture
+        def qblock_dialect():
+            return "rfc-2012"
+
+        def test_local(qblock_qmp):
+            with pytest.raises(QmpError) as caught:
+                qblock_qmp.execute("query-jobs")
+            assert caught.value.error_class == "CommandNotFound"
+
+        def test_s(qblock_served):
+            assert qblock_served.qmp("query-block-jobs") == []
+            with pytest.raises(QmpError):
+                qblock_served.qmp("query-jobs")
+        """
+    )
+    pytester.runpytest_subprocess().assert_outcomes(passed=2)
+
+
+def test_a_client_of_a_bare_system_speaks_the_dialect_that_it_is_given() -> None:
+    """For the library: no machine, no socket."""
+
+    async def main() -> None:
+        async with BlockSystem.create(clock=LoopClock()) as system:
+            async with await QmpClient.in_process(system, dialect=Dialect.RFC_2012) as qmp:
+                names = {command["name"] for command in await qmp.execute("query-commands")}
+            assert "drive-mirror" in names
+            assert "blockdev-mirror" not in names
+
+    run(main)
