@@ -24,7 +24,8 @@ has failed after it was written, which nothing that is done here can bring about
 Differs from 2012: what the graph adds is refused, an image which somebody else uses too (the monitor, another node, another
 job); filters that the user has put over the old image are closed with it, and come back only with it; the read-only flag is the
 old image's. An image of another size is taken, and who listens for new sizes is told as by block_resize. Dirty bitmaps of the
-old nodes, their automatic names and their write threshold are gone, also when the old image comes back. The job is finalized
+old nodes, their automatic names, their write threshold and what storage in memory holds are gone, also when the old image comes
+back. The job is finalized
 without being asked for; one that belongs to a group with other jobs is cancelled with all of it, ready or not. A job that an
 error has stopped while it is waited for is cancelled, since nobody could answer to it. The medium cannot be changed or deleted
 by somebody else meanwhile; once begun the command goes on to its end when its caller is cancelled.
