@@ -97,7 +97,7 @@ def _recompute(line: CommandLine) -> int:
     for case in different:
         complain(PROGRAM, f"{case}: the files say something else than the verdict that was kept with them")
     if not different:
-        print(f"all {len(outcome.verdicts)} verdicts are those that were kept", file=sys.stderr)
+        print(f"the verdicts are those that were kept ({len(outcome.verdicts)} in all)", file=sys.stderr)
     return SHOWN if outcome.shown and not different else NOT_SHOWN
 
 
@@ -158,3 +158,4 @@ def _show(outcome: Outcome, output: str) -> None:
     paint = (lambda text, colour: f"\x1b[{colour}m{text}\x1b[0m") if colours else plain
     for text in as_text(outcome, paint):
         print(text)
+    sys.stdout.flush()

@@ -188,7 +188,7 @@ def test_kept_files_lead_to_the_same_verdicts_until_somebody_changes_them(kept: 
     again = lab("--recompute", kept)
     assert again.returncode == 0, again.stderr
     assert again.stdout == (kept / "output").read_text()
-    assert "verdicts are those that were kept" in again.stderr
+    assert "the verdicts are those that were kept" in again.stderr
     witness = kept / "with-witness" / "reply-received" / "both" / "witness"
     witness.write_bytes(b"")
     try:
@@ -268,7 +268,7 @@ def test_a_broken_protocol_is_seen(broken: str, step: str, said: str) -> None:
     done = lab("--with-witness", "--kill", "both", "--step", step, before=broken)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"with-witness/{step}/both: {said}" in done.stdout
-    assert "1 of 1 kills went WRONG" in done.stdout
+    assert "1 of 1 kill went WRONG" in done.stdout
 
 
 def test_a_byte_that_is_not_durable_is_seen_by_a_power_cut_only() -> None:

@@ -193,8 +193,8 @@ def _of_ambiguity(without: Sequence[Verdict], pairs: int) -> str:
 def _of_protocol(outcome: Outcome) -> str:
     kills, bad = len(outcome.of(witness=True)), len(outcome.unsound)
     if not bad:
-        return f"With the witness: {kills} kills, and no flushed write was lost."
-    return f"With the witness: {bad} of {kills} kills went WRONG."
+        return f"With the witness: {kills} kill{'' if kills == 1 else 's'}, and no flushed write was lost."
+    return f"With the witness: {bad} of {kills} kill{'' if kills == 1 else 's'} went WRONG."
 
 
 def _what_is_wrong(found: Verdict) -> str:
