@@ -321,10 +321,8 @@ async def _open_target(
     fmt = _format_of(source)
     if base is not None and fmt == "raw":
         raise CommandError("A raw image cannot have a backing file; make the target yourself, or copy without -i")
-    link = None if base is None else BackingLink(_file_of(system, base), _format_of(system.graph.skip_filters(base)))
-    await create_image_file(
-        system.opener, filename, fmt, size=source.length, backing=link, announce=system.announce
-    )
+    link = None if base is None else _link_to(system.graph.skip_filters(base), overlay=filename)
+    await create_image_file(system.opener, filename, fmt, size=source.length, backing=link, announce=system.announce)
     return await system.opener.open_image(filename, fmt=fmt, read_only=False, backing=False), True
 
 
@@ -341,8 +339,8 @@ async def _check_target(
         if link is not None:
             raise CommandError(f"'{filename}' has a backing file: for a full copy the target must not have one")
         return
-    named = link and os.path.realpath(combine_filename(node.driver.filename() or filename, link.filename))
-    if named is None or named != os.path.realpath(base.driver.filename() or ""):
+    shared = base.driver.filename() or ""
+    if link is None or not _same_file(combine_filename(node.driver.filename() or filename, link.filename), shared):
         raise CommandError(f"'{filename}' does not have the backing file of the device, which -i is to share")
     offset = 0
     while offset < node.length:
@@ -356,12 +354,18 @@ def _format_of(node: BlockDriverState) -> str:
     return "raw" if node.driver.is_protocol else node.driver.name
 
 
-def _file_of(system: BlockSystem, base: BlockDriverState) -> str:
-    image = system.graph.skip_filters(base)
+def _link_to(image: BlockDriverState, *, overlay: str) -> BackingLink:
+    """What the header of the new file ``overlay`` is to say of the image below it."""
     name = image.driver.filename()
     if name is None:
         raise NodeNotFound(image.node_name, detail="No file name for a header to name the backing node by:")
-    return name if has_protocol(name) else os.path.abspath(name)
+    if not (has_protocol(name) or _same_file(name, combine_filename(overlay, name))):
+        name = os.path.abspath(name)  # a relative one would be looked for in the directory of the overlay
+    return BackingLink(name, _format_of(image))
+
+
+def _same_file(name: str, other: str) -> bool:
+    return os.path.realpath(name) == os.path.realpath(other)
 
 
 def _set_up(system: BlockSystem, job: BlockCopyJob, speed: int) -> BlockCopyJob:

@@ -124,6 +124,26 @@ def test_the_device_continues_on_the_target_by_itself(tmp_path: Path, incrementa
     run(main)
 
 
+def test_the_backing_file_is_found_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative names: as it was given beside the base, absolute elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+
+    async def main() -> None:
+        async with desk(Path()) as made:
+            job = await start_block_copy(made.system, device="disk", filename="beside", incremental=True)
+            assert link(await made.finished(job)) == BackingLink("base", "qcow2")
+        async with desk(Path()) as made:
+            before = await made.disk.read(0, SIZE)
+            job = await start_block_copy(made.system, device="disk", filename="elsewhere/new", incremental=True)
+            assert link(await made.finished(job)) == BackingLink(str(tmp_path / "base"), "qcow2")
+            await made.system.drive_del("disk")
+            again = await made.system.drive_add({"if": "none", "id": "again", "file": "elsewhere/new"})
+            assert await again.read(0, SIZE) == before
+
+    run(main)
+
+
 def test_an_incremental_copy_copies_the_top_image_only(tmp_path: Path) -> None:
     """The chunks in which the top image holds something: 0 to 3 MiB here; the rest of the base is not read."""
 
