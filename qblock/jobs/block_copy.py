@@ -30,6 +30,7 @@ import attrs
 from qblock import requests
 from qblock.backend import BlockBackend
 from qblock.blockers import OpType
+from qblock.chain import skip_filters
 from qblock.creating import create_image_file
 from qblock.dirty import DirtyBitmap
 from qblock.drain import drained
@@ -321,7 +322,7 @@ async def _open_target(
     fmt = _format_of(source)
     if base is not None and fmt == "raw":
         raise CommandError("A raw image cannot have a backing file; make the target yourself, or copy without -i")
-    link = None if base is None else _link_to(system.graph.skip_filters(base), overlay=filename)
+    link = None if base is None else _link_to(skip_filters(base), overlay=filename)
     await create_image_file(system.opener, filename, fmt, size=source.length, backing=link, announce=system.announce)
     return await system.opener.open_image(filename, fmt=fmt, read_only=False, backing=False), True
 
@@ -339,7 +340,7 @@ async def _check_target(
         if link is not None:
             raise CommandError(f"'{filename}' has a backing file: for a full copy the target must not have one")
         return
-    shared = base.driver.filename() or ""
+    shared = skip_filters(base).driver.filename() or ""
     if link is None or not _same_file(combine_filename(node.driver.filename() or filename, link.filename), shared):
         raise CommandError(f"'{filename}' does not have the backing file of the device, which -i is to share")
     offset = 0
