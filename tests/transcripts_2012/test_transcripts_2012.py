@@ -9,12 +9,16 @@ Each ``.txt`` file here is one session; ``#`` begins a remark. A line is one of
     <- JSON                                  is what comes next: a reply or an event, in this order and nothing in between
     hmp LINE                                 is typed; what it prints follows in lines that begin with |
     guest DEVICE AT LENGTH BYTE              the guest writes
+    getfd NAME FILE                          a descriptor of FILE, which is made if there is none, is sent along with getfd
     until offset DEVICE N                    query-block-jobs is asked until it shows this offset
     until in sync DEVICE                     ... until the offset is the length
     nothing more                             nothing has come that is not in the session
     end of program                           after the command quit
+    on DEVICE NAME                           query-block shows this image as the device's
+    witness FILE N                           the file is N bytes long
     check NAME                               the image is whole
     same NAME NAME                           two images show the same
+    holds NAME AT LENGTH BYTE                what an image that nobody has open shows there
     backing NAME NAME                        what the image's header names as its backing file (- for nothing)
 
 Numbers are as in ``64k``; ``${DIR}`` is the directory of the images. Texts of errors and time stamps are not compared.
@@ -25,6 +29,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import subprocess
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -177,6 +183,21 @@ class Session:
     async def _guest(self, device: str, offset: str, length: str, byte: str) -> None:
         await (await self._running()).guest_write(device, parse_size(offset), parse_size(length), int(byte))
 
+    async def _getfd(self, name: str, file: str) -> None:
+        wire = await self._monitor()
+        descriptor = os.open(self.directory / file, os.O_WRONLY | os.O_CREAT, 0o600)
+        request = {"execute": "getfd", "arguments": {"fdname": name}}
+        with socket.socket(fileno=os.dup(wire.writer.get_extra_info("socket").fileno())) as beside:
+            socket.send_fds(beside, [json.dumps(request).encode()], [descriptor])
+        os.close(descriptor)
+
+    async def _on(self, device: str, name: str) -> None:
+        (info,) = (info for info in await self._answer("query-block") if info["device"] == device)
+        assert info["inserted"]["file"] == str(self.directory / name)
+
+    async def _witness(self, file: str, size: str) -> None:
+        assert (self.directory / file).stat().st_size == int(size)
+
     async def _until(self, *words: str) -> None:
         """``until in sync DEVICE`` or ``until offset DEVICE N``."""
         device = words[2] if words[0] == "in" else words[1]
@@ -203,6 +224,13 @@ class Session:
 
     async def _same(self, one: str, other: str) -> None:
         assert self.img("compare", str(self.directory / one), str(self.directory / other)) == 0
+
+    async def _holds(self, name: str, offset: str, length: str, byte: str) -> None:
+        def read() -> bytes:
+            with open_image(self.directory / name, backing=True) as image:
+                return image.read(parse_size(offset), parse_size(length))
+
+        assert apart(read) == bytes([int(byte)]) * parse_size(length)
 
     async def _backing(self, name: str, expected: str) -> None:
         written = apart(lambda: self._backing_in_header(name))
