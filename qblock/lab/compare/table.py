@@ -118,7 +118,7 @@ def milliseconds(ns: int | None) -> str:
 
 def mebibytes(count: int) -> str:
     """A number of bytes in MiB."""
-    return f"{count / MiB:.1f} MiB"
+    return f"{round(count / MiB, 1) + 0.0:.1f} MiB"  # the sum makes of a negative zero a positive one
 
 
 # ----------------------------------------------------------------------------------------------------------------- latency
