@@ -30,7 +30,7 @@ lets whoever is left decide which image the guest goes on with, and looks for ev
 same without the witness: how much each image would lose, and pairs of crashes that look the same and need different images.
 
   --step NAME           this step only; may be repeated (see --list)
-  --kill WHO            management, machine, both, or host (a power cut): this one only; may be repeated
+  --kill WHO            in the first part management, machine, both, or host (a power cut) only; may be repeated
   --with-witness        the first part only
   --without-witness     the second part only
   --seed N              the seed of the guest's pace; it decides every line (default: 1)

@@ -324,6 +324,17 @@ def test_files_of_others_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFi
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_files_may_be_kept_at_a_relative_place_and_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict does not depend on where the files are."""
+    monkeypatch.chdir(tmp_path)
+    done = lab("--with-witness", "--kill", "host", "--step", "later", "--keep", "here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = json.loads((tmp_path / "here/with-witness/later/host/verdict.json").read_text())
+    assert verdict["decision"] == {"image": "target", "ground": "journal"}
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert lab("--recompute", "there").returncode == 0
+
+
 def test_an_unknown_step_is_told_with_those_that_there_are() -> None:
     """They are known only after a run in which nobody is killed."""
     done = lab("--step", "coffee")

@@ -35,6 +35,8 @@ DELAYS: Final = (1, 2)
 mirror has not copied is odd, so that the door of the target is not as that of the source.
 """
 
+MAX_WORKERS: Final = 8
+"""Cases that are performed at the same time; each has some 6 MiB of files."""
 RUN: Final = "run.json"
 
 Progress = Callable[[int, int], None]
@@ -79,8 +81,8 @@ class Outcome:
 
     @property
     def shown(self) -> bool:
-        """Whether everything that was asked for is as it should be. A pair needs two steps."""
-        return self.held and (False not in self.scope.parts or len(self.scope.steps) == 1 or bool(self.twins))
+        """Whether everything that was asked for is as it should be. Who chooses steps need not choose those of a pair."""
+        return self.held and (False not in self.scope.parts or bool(self.scope.steps) or bool(self.twins))
 
 
 def twins(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Verdict]]:
@@ -98,6 +100,10 @@ def twins(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Verdict]]:
     return pairs
 
 
+def _resolved(path: Path) -> Path:
+    return path.resolve()
+
+
 @attrs.define(eq=False)
 class Experiment:
     """Performs a scope below ``directory``, which must be empty or new. What it leaves there with ``keep``: the files of each
@@ -105,10 +111,10 @@ class Experiment:
     """
 
     scope: Scope
-    directory: Path
+    directory: Path = attrs.field(converter=_resolved)
     keep: bool = False
     progress: Progress = lambda done, total: None
-    workers: int = attrs.field(factory=lambda: len(os.sched_getaffinity(0)))
+    workers: int = attrs.field(factory=lambda: min(MAX_WORKERS, len(os.sched_getaffinity(0))))
     _own: Path = attrs.field(init=False)
     _disk: Path = attrs.field(init=False)
 
@@ -139,7 +145,7 @@ class Experiment:
             table(Dialect.RFC_2012)  # loaded once, for all children
             yield
         finally:
-            shutil.rmtree(self._own)
+            shutil.rmtree(self._own, ignore_errors=True)  # a child may just be ending
 
     def _find_steps(self, *, witness: bool) -> list[str]:
         """The steps that are taken when nobody is killed; raises `LabError` when that leads to a wrong end."""

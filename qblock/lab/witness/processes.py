@@ -119,7 +119,8 @@ class Child:
             return cls(pid, ours)
         code = 1
         try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
             for wire in (ours, *strangers):
                 wire.close()
             _print_to(log)
