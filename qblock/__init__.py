@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from qblock.clock import CoSleep, LoopClock, RealClock
+    from qblock.device_dirty import DeviceDirty
     from qblock.errors import (
         BlockIOError,
         CommandError,
@@ -34,6 +35,7 @@ __all__ = [
     "BlockSystem",
     "CoSleep",
     "CommandError",
+    "DeviceDirty",
     "Image",
     "ImageError",
     "ImageFile",
@@ -55,6 +57,7 @@ _HOMES: Final[Mapping[str, str]] = {
     "BlockSystem": "qblock.system:BlockSystem",
     "CoSleep": "qblock.clock:CoSleep",
     "CommandError": "qblock.errors:CommandError",
+    "DeviceDirty": "qblock.device_dirty:DeviceDirty",
     "Image": "qblock.image:Image",
     "ImageError": "qblock.errors:ImageError",
     "ImageFile": "qblock.image:ImageFile",
