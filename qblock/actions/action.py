@@ -15,6 +15,7 @@ wait for its monitor anyway; here a write between a bitmap that is disabled and 
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -96,8 +97,17 @@ async def perform(system: BlockSystem, actions: Sequence[Action], *, grouped: bo
     """Do all of ``actions`` or none of them; raises what the first one that fails raises.
 
     ``grouped``: their jobs complete together, or fail together. As in QEMU the requests of the whole system come to an end
-    first, which jobs show as a pause.
+    first, which jobs show as a pause. A caller that is cancelled waits until all is done or undone.
     """
+    task = system.jobs.spawn(_perform(system, actions, grouped=grouped), "transaction")
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+async def _perform(system: BlockSystem, actions: Sequence[Action], *, grouped: bool) -> None:
     async with drained_all(system.graph):
         watched = list(dict.fromkeys(node for action in actions for node in action.watched()))
         await drained_begin(watched)
@@ -105,16 +115,12 @@ async def perform(system: BlockSystem, actions: Sequence[Action], *, grouped: bo
     try:
         await system.jobs.resumed()
         await _prepare(actions, begun, JobTransaction() if grouped else None)
-        for index, action in enumerate(actions):
-            if (hit := system.env.trace.transaction_commit) is not None:
-                hit(action=action.kind, index=index)
+        for action in actions:
             action.commit()
         for action in actions:
             await action.afterwards()
     finally:
         for action in reversed(begun):
-            if (hit := system.env.trace.transaction_clean) is not None:
-                hit(action=action.kind, index=actions.index(action))
             action.clean()
         drained_end(watched)
         await system.jobs.resumed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qblock.monitor.client import QmpError
+from qblock.monitor.command import CommandContext
 from qblock.monitor.machine import MachineOptions
 from qblock.testing.graphs import assert_consistent, describe_graph
 from qblock.testing.images import make_chain, make_image
@@ -195,6 +197,34 @@ def test_nothing_is_left_of_a_transaction_in_which_one_action_fails(place: str) 
         for action in WRONG.values():
             orders = {"first": [action, *good], "middle": [*good[:2], action, *good[2:]], "last": [*good, action]}
             check_undone(local, orders[place], grouped=False)
+
+
+@pytest.mark.parametrize("steps", range(9))
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_transaction_whose_caller_is_cancelled_is_done_or_undone(steps: int, fails: bool) -> None:
+    """A program that ends while its monitor executes a transaction must not leave half of it."""
+    kinds = ("a new bitmap", "snapshot of a", "mirror of a's top", "snapshot of b", "mirror of b's writes")
+    actions = [*(GOOD[name] for name in kinds), *([WRONG["abort"]] if fails else [])]
+    with machine() as local:
+        before = picture(local)
+        hub = local.machine.hub
+        given = {"actions": [{"type": kind, "data": data} for kind, data in actions]}
+
+        async def interrupted() -> None:
+            task = asyncio.ensure_future(hub.commands.find("transaction").run(CommandContext(hub), given))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+
+        local.run(interrupted())
+        not_begun = steps < 2
+        if fails or not_begun:
+            assert picture(local) == before
+            return
+        assert_consistent(local.machine.system.graph)
+        assert {job["device"] for job in local.qmp.execute("query-block-jobs")} == {"busy", "b", "j"}
+        assert [disk["inserted"]["backing_file_depth"] for disk in local.qmp.execute("query-block")] == [2, 1, 0]
 
 
 @settings(max_examples=25)
