@@ -115,12 +115,16 @@ async def _perform(system: BlockSystem, actions: Sequence[Action], *, grouped: b
     try:
         await system.jobs.resumed()
         await _prepare(actions, begun, JobTransaction() if grouped else None)
-        for action in actions:
+        for index, action in enumerate(actions):
+            if (hit := system.env.trace.transaction_commit) is not None:
+                hit(action=action.kind, index=index)
             action.commit()
         for action in actions:
             await action.afterwards()
     finally:
         for action in reversed(begun):
+            if (hit := system.env.trace.transaction_clean) is not None:
+                hit(action=action.kind, index=actions.index(action))
             action.clean()
         drained_end(watched)
         await system.jobs.resumed()

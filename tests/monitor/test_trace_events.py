@@ -113,6 +113,28 @@ def test_a_pattern_that_fits_nothing_is_no_mistake(machine: LocalMachine) -> Non
     assert machine.qmp.hmp("trace-event nothing_* on") == ""
 
 
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [("abort", ["prepare 0", "prepare 1", "abort 0", "clean 1", "clean 0"]),
+     ("block-dirty-bitmap-add", ["prepare 0", "prepare 1", "commit 0", "commit 1", "clean 1", "clean 0"])],
+)  # fmt: skip
+def test_the_steps_of_a_transaction_are_told(machine: LocalMachine, second: str, told: list[str]) -> None:
+    """All are prepared before the first takes effect; undone and cleaned backwards."""
+    steps: list[str] = []
+    machine.machine.system.env.trace.listen(
+        "transaction_*", lambda name, members: steps.append(f"{name.removeprefix('transaction_')} {members['index']}")
+    )
+    machine.qmp.execute("blockdev-add", {"driver": "memory", "node-name": "n", "size": 1 << 20})
+    bitmap = {"type": "block-dirty-bitmap-add", "data": {"node": "n", "name": "a"}}
+    other = {"type": second, "data": {} if second == "abort" else {"node": "n", "name": "b"}}
+    if second == "abort":
+        with pytest.raises(QmpError):
+            machine.qmp.execute("transaction", actions=[bitmap, other])
+    else:
+        machine.qmp.execute("transaction", actions=[bitmap, other])
+    assert steps == told
+
+
 def test_lines_of_the_human_monitor_are_told(machine: LocalMachine, lines: list[str]) -> None:
     """As they were typed; the commands that they execute are not QMP's."""
     machine.qmp.hmp("trace-event handle_hmp_* on")
