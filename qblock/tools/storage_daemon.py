@@ -2,7 +2,8 @@
 
 Takes the command line of qemu-storage-daemon 7.2: options are carried out in the order given. Differs from QEMU: exports
 (--export, --nbd-server) are refused, monitors speak QMP only (mode=control), and a chardev that no monitor uses is an error. The
-line that tells about a new image goes to standard error while a monitor speaks on standard output.
+line that tells about a new image goes to standard error while a monitor speaks on standard output. With --dialect, which is
+ours, the monitors speak as those of a proposal of 2011 or 2012.
 """
 
 from __future__ import annotations
