@@ -115,8 +115,9 @@ class GuestFlushes:
 
     def _release(self, generation: int | None = None) -> None:
         """Let the flushes up to ``generation`` go on, or all of them."""
-        released = [(at, waiter) for at, waiter in self._waiting if generation is None or at <= generation]
-        self._waiting = [entry for entry in self._waiting if entry not in released]
-        for _, waiter in released:
-            if not waiter.done():
+        waiting, self._waiting = self._waiting, []
+        for at, waiter in waiting:
+            if generation is not None and at > generation:
+                self._waiting.append((at, waiter))
+            elif not waiter.done():
                 waiter.set_result(None)
