@@ -284,6 +284,9 @@ class MirrorJob(BlockJob):
         """Hold the guest's requests; they stay held if the two sides are equal then (True)."""
         if (hit := self.runner.trace.mirror_before_drain) is not None:
             hit(job=self.id, dirty=self.bitmap.count)
+        assert self.txn is not None
+        for job in self.txn.jobs:
+            job.wake()  # or this one's guest would be held until they look by themselves
         await self.drain(self.source, self.target_edge.node)
         while self._misses > _PATIENCE and not self._is_clean() and self._goes_well():
             await self.undisturbed()
