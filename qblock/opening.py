@@ -306,6 +306,7 @@ class Opener:
     async def probe(self, storage: BlockDriverState, filename: str) -> str:
         """The name of the format that the content of ``storage`` looks most like; ``raw`` when nothing else fits."""
         backend = BlockBackend(self.graph, perm=Perm.CONSISTENT_READ, shared=Perm.ALL, description="format probing")
+        backend.disable_queuing = True  # a command may probe what is drained for its sake
         backend.insert(storage)
         try:
             head = await backend.read(0, min(PROBE_SIZE, storage.length))

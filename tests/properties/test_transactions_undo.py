@@ -55,6 +55,8 @@ GOOD: Mapping[str, Action] = {
          "filter-node-name": "f"},
     ),
 }  # fmt: skip
+PART_OF_A = 'json:{"file": {"driver": "raw", "read-only": true, "file": "a-n"}}'
+"""A name that has to be probed, through a disk that may be drained by the action before."""
 WRONG: Mapping[str, Action] = {
     "abort": ("abort", {}),
     "snapshot of an unknown device": ("blockdev-snapshot-sync", {"device": "nope", "snapshot-file": "x"}),
@@ -78,6 +80,9 @@ WRONG: Mapping[str, Action] = {
     "mirror to no image": ("drive-mirror", {"device": "b", "target": "junk", "sync": "full", "mode": "existing",
                                             "format": "qcow2"}),
     "mirror to a used image": ("drive-mirror", {"device": "b", "target": "c", "sync": "full", "mode": "existing"}),
+    "mirror to a part of another disk": (
+        "drive-mirror", {"device": "b", "target": PART_OF_A, "sync": "full", "mode": "existing"}
+    ),
     "mirror of negative speed": ("drive-mirror", {"device": "b", "target": "x", "sync": "full", "speed": -1}),
     "mirror with a bad job id": ("drive-mirror", {"device": "b", "target": "x", "sync": "full", "job-id": "9"}),
     "mirror with a used job id": ("drive-mirror", {"device": "b", "target": "x", "sync": "full", "job-id": "busy"}),
@@ -104,7 +109,7 @@ def machine() -> Iterator[LocalMachine]:
                 f"driver=qcow2,node-name={name},file.driver=file,file.filename={name}" for name in ("ct", "t")
             ]
             options = MachineOptions(
-                drives=[drive_text(name, name, "qcow2") for name in "abc"], blockdevs=blockdevs, seed=0
+                drives=[f"{drive_text(name, name, 'qcow2')},node-name={name}-n" for name in "abc"], blockdevs=blockdevs, seed=0
             )
             with LocalMachine(options=options) as local:
                 prepare(local)
