@@ -27,6 +27,8 @@ PAGES: Final = ("tutorial.md", "live-block-operations.md", "how-to-write-a-drive
 BLOCK: Final = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON_FILE: Final = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROMPT: Final = "(qblock) "
+SHOWN_DIRECTORY: Final = "/home/you/disks"
+"""What the pages call the directory in which they are performed."""
 GREETING: Final = "qblock: type `help` for the commands, `quit` or Ctrl-D to leave\n"
 """What the program says on a terminal and not in a pipe; the pages show the terminal."""
 
@@ -149,6 +151,7 @@ def environment() -> dict[str, str]:
 def perform_page(page: str, directory: Path) -> str:
     """The page as it should read. A Python block that begins with the name of a file is that file, there from the start."""
     performer = Performer(directory)
+    page = page.replace(SHOWN_DIRECTORY, str(directory))
     for name, text in PYTHON_FILE.findall(page):
         (directory / name).write_text(text)
     try:
@@ -157,7 +160,7 @@ def perform_page(page: str, directory: Path) -> str:
     finally:
         if performer.session is not None:
             performer.session.kill()
-    return performed
+    return performed.replace(str(directory), SHOWN_DIRECTORY)
 
 
 @pytest.mark.parametrize("name", PAGES)
