@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,29 @@ def test_nothing_to_do_and_nothing_done(local: LocalMachine, actions: list[tuple
         assert raised.value.error_class == "GenericError"
     else:
         together(local)
+
+
+@pytest.mark.qemu
+def test_the_images_of_a_transaction_are_sound_for_the_real_program(tmp_path: Path) -> None:
+    """Overlays, what is below them, and copies of both disks of one moment, made while the guest wrote."""
+    with machine(tmp_path) as local:
+        together(
+            local, snapshot("a", tmp_path / "a1"), snapshot("b", tmp_path / "b1"),
+            mirror("a", tmp_path / "a2"), mirror("b", tmp_path / "b2"),
+        )  # fmt: skip
+        for number in range(8):
+            local.guest_write("a", number * 3 * BLOCK, BLOCK, number + 1)
+            local.guest_write("b", number * 3 * BLOCK, BLOCK, number + 1)
+        for device in "ab":
+            local.qmp.wait_event("BLOCK_JOB_READY", device=device)
+            local.qmp.execute("block-job-cancel", device=device)
+            local.qmp.wait_event("BLOCK_JOB_COMPLETED", device=device)
+    for name in ("a", "a1", "a2", "b", "b1", "b2"):
+        subprocess.run(["qemu-img", "check", "-q", str(tmp_path / name)], check=True)
+    for name in "ab":
+        subprocess.run(["qemu-img", "compare", "-q", str(tmp_path / f"{name}1"), str(tmp_path / f"{name}2")], check=True)
+    info = subprocess.run(["qemu-img", "info", "--output=json", str(tmp_path / "b1")], check=True, capture_output=True)
+    assert json.loads(info.stdout)["full-backing-filename"] == str(tmp_path / "b")
 
 
 # ----------------------------------------------------------------------------------------------------------- the dialects
