@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 import shutil
@@ -10,11 +11,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from qblock.errors import QBlockError
 from qblock.lab.witness.experiment import Experiment, Outcome, Progress, Scope, UnknownStep, recompute
-from qblock.lab.witness.plan import Victim
+from qblock.lab.witness.plan import Part, Victim
 from qblock.lab.witness.report import as_json, as_text, plain, step_lines
 from qblock.tools.arguments import UsageError
 from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
@@ -30,9 +31,8 @@ lets whoever is left decide which image the guest goes on with, and looks for ev
 same without the witness: how much each image would lose, and pairs of crashes that look the same and need different images.
 
   --step NAME           this step only; may be repeated (see --list)
-  --kill WHO            in the first part management, machine, both, or host (a power cut) only; may be repeated
-  --with-witness        the first part only
-  --without-witness     the second part only
+  --kill WHO            with a witness: management, machine, both or host (a power cut) only; may be repeated
+  --part NAME           with-witness, refused-witness or without-witness: this part only; may be repeated
   --seed N              the seed of the guest's pace; it decides every line (default: 1)
   --keep DIRECTORY      leave the files of all cases there: images, journals, witness, verdict.json (some 300 MiB)
   --recompute DIRECTORY find the verdicts on such files again, and compare them with those that were kept
@@ -43,8 +43,9 @@ same without the witness: how much each image would lose, and pairs of crashes t
 Exit code: 0 no write was lost with the witness, and without it there are crashes that nobody can tell apart; 1 it is not so;
 2 the command line is wrong."""
 
-_VALUED: Final = frozenset({"step", "kill", "seed", "keep", "recompute", "output"})
-_FLAGS: Final = HELP_FLAGS | {"with-witness", "without-witness", "list"}
+Kind = TypeVar("Kind", bound=enum.Enum)
+_VALUED: Final = frozenset({"step", "kill", "part", "seed", "keep", "recompute", "output"})
+_FLAGS: Final = HELP_FLAGS | {"list"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,7 +88,7 @@ def _perform(line: CommandLine) -> int:
 
 
 def _recompute(line: CommandLine) -> int:
-    for name in ("step", "kill", "with-witness", "without-witness", "seed", "keep", "list"):
+    for name in ("step", "kill", "part", "seed", "keep", "list"):
         if line.has(name):
             raise UsageError(f"--{name} is for a new run, and --recompute looks at an old one")
     output = line.choice("output", ("text", "json"))
@@ -102,18 +103,22 @@ def _recompute(line: CommandLine) -> int:
 
 
 def _scope(line: CommandLine) -> Scope:
-    known = {victim.value: victim for victim in Victim}
-    victims = [known.get(name) for name in line.values.get("kill", known)]
-    if None in victims:
-        raise UsageError(f"--kill takes {', '.join(known)}")
-    only = [part for part, name in ((True, "with-witness"), (False, "without-witness")) if line.has(name)]
     seed = line.number("seed")
     return Scope(
         seed=1 if seed is None else seed,
         steps=tuple(line.values.get("step", ())),
-        victims=tuple(victim for victim in Victim if victim in victims),
-        parts=tuple(only) or (True, False),
+        victims=_chosen(line, "kill", Victim),
+        parts=_chosen(line, "part", Part),
     )
+
+
+def _chosen(line: CommandLine, option: str, kinds: type[Kind]) -> tuple[Kind, ...]:
+    """Those members of an enum that were asked for, in their order; all, if none was."""
+    known = [kind.value for kind in kinds]
+    wanted = line.values.get(option, known)
+    if not set(wanted) <= set(known):
+        raise UsageError(f"--{option} takes {', '.join(known)}")
+    return tuple(kind for kind in kinds if kind.value in wanted)
 
 
 @contextlib.contextmanager

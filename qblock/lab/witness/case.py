@@ -73,7 +73,8 @@ class _Case:
             self._start_management()
             self._perform()
         while self._machine.alive:
-            self._receive(self._machine)
+            if "step" in self._receive(self._machine):
+                self._machine.wire.send(order="go")
 
     def end(self) -> None:
         """Nothing of the case lives on; logs without a word are removed, and what the start anew after a power cut watched."""

@@ -23,8 +23,9 @@ import attrs
 
 from qblock.lab.witness.case import StepNotTaken, run_case
 from qblock.lab.witness.disk import GuestKind, make_disk
+from qblock.lab.witness.machine import ROLLBACK
 from qblock.lab.witness.management import Decision, Ground, Image
-from qblock.lab.witness.plan import Plan, Victim
+from qblock.lab.witness.plan import Part, Plan, Victim
 from qblock.lab.witness.processes import Child, Ended, LabError, Wire
 from qblock.lab.witness.verdict import Verdict, judge, keep, read_kept
 from qblock.monitor.commands import table
@@ -38,6 +39,8 @@ mirror has not copied is odd, so that the door of the target is not as that of t
 MAX_WORKERS: Final = 8
 """Cases that are performed at the same time; each has some 6 MiB of files."""
 RUN: Final = "run.json"
+WITH: Final = (Part.WITNESS, Part.REFUSED)
+"""The parts in which the protocol is followed."""
 
 Progress = Callable[[int, int], None]
 """Told how many cases are done, of how many."""
@@ -45,12 +48,12 @@ Progress = Callable[[int, int], None]
 
 @attrs.frozen
 class Scope:
-    """What to try. ``steps``: only these (all, if empty); ``victims`` only these; ``parts``: with the witness, without it."""
+    """What to try. ``steps``: only these (all, if empty); ``victims`` only these."""
 
     seed: int = 1
     steps: Sequence[str] = ()
     victims: Sequence[Victim] = tuple(Victim)
-    parts: Sequence[bool] = (True, False)
+    parts: Sequence[Part] = tuple(Part)
 
 
 @attrs.frozen
@@ -60,14 +63,14 @@ class Outcome:
     scope: Scope
     verdicts: Sequence[Verdict]
 
-    def of(self, *, witness: bool, guest: GuestKind = GuestKind.COUNTER) -> list[Verdict]:
-        """The verdicts of one part, in the order of the steps."""
-        return [found for found in self.verdicts if found.plan.witness is witness and found.plan.guest is guest]
+    def of(self, *parts: Part, guest: GuestKind = GuestKind.COUNTER) -> list[Verdict]:
+        """The verdicts of some parts, in the order of the steps."""
+        return [found for found in self.verdicts if found.plan.part in parts and found.plan.guest is guest]
 
     @property
     def unsound(self) -> list[Verdict]:
         """Cases with the witness in which a flushed write was lost, or the image cannot be used."""
-        return [found for found in self.of(witness=True) if not found.sound]
+        return [found for found in self.of(*WITH) if not found.sound]
 
     @property
     def held(self) -> bool:
@@ -77,12 +80,12 @@ class Outcome:
     @property
     def twins(self) -> list[tuple[Verdict, Verdict]]:
         """See `twins`."""
-        return twins(self.of(witness=False, guest=GuestKind.DOOR))
+        return twins(self.of(Part.WITHOUT, guest=GuestKind.DOOR))
 
     @property
     def shown(self) -> bool:
         """Whether everything that was asked for is as it should be. Who chooses steps need not choose those of a pair."""
-        return self.held and (False not in self.scope.parts or bool(self.scope.steps) or bool(self.twins))
+        return self.held and (Part.WITHOUT not in self.scope.parts or bool(self.scope.steps) or bool(self.twins))
 
 
 def twins(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Verdict]]:
@@ -121,7 +124,7 @@ class Experiment:
     def run(self) -> Outcome:
         """All of it; raises `LabError`, of which `UnknownStep` is one."""
         with self._prepared():
-            found = {part: self._find_steps(witness=part) for part in self.scope.parts}
+            found = {part: self._find_steps(part) for part in self.scope.parts}
             self._check_steps(list(dict.fromkeys(step for steps in found.values() for step in steps)))
             verdicts = self._perform_all([plan for part in found for plan in self._plans(part, found[part])])
             verdicts += self._perform_all(list(self._plans_for_twins(verdicts)))
@@ -133,7 +136,7 @@ class Experiment:
     def steps(self) -> list[str]:
         """Find the steps, and kill nobody."""
         with self._prepared():
-            return self._find_steps(witness=True)
+            return list(dict.fromkeys(self._find_steps(Part.WITNESS) + self._find_steps(Part.REFUSED)))
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -147,10 +150,11 @@ class Experiment:
         finally:
             shutil.rmtree(self._own, ignore_errors=True)  # a child may just be ending
 
-    def _find_steps(self, *, witness: bool) -> list[str]:
+    def _find_steps(self, part: Part) -> list[str]:
         """The steps that are taken when nobody is killed; raises `LabError` when that leads to a wrong end."""
-        steps, verdict = self._perform(Plan(witness=witness, seed=self.scope.seed), "s")
-        if not verdict.sound or verdict.decision != Decision(Image.TARGET, Ground.MACHINE):
+        steps, verdict = self._perform(Plan(part=part, seed=self.scope.seed), "s")
+        expected = Image.SOURCE if part is Part.REFUSED else Image.TARGET
+        if not verdict.sound or verdict.decision != Decision(expected, Ground.MACHINE):
             raise LabError(f"nobody was killed, and yet this came out: {verdict.dump()}")
         return steps
 
@@ -159,16 +163,14 @@ class Experiment:
             if step not in known:
                 raise UnknownStep(step, known)
 
-    def _plans(self, witness: bool, steps: Sequence[str]) -> Iterator[Plan]:
-        seed = self.scope.seed
-        for step in steps:
-            if self.scope.steps and step not in self.scope.steps:
-                continue
-            if witness:
-                for victim in self.scope.victims:
-                    yield Plan(step, victim, True, seed=seed)
-            else:
-                yield Plan(step, Victim.BOTH, False, seed=seed)
+    def _plans(self, part: Part, steps: Sequence[str]) -> Iterator[Plan]:
+        """Without the witness both are killed. A witness that is refused makes no difference before the machine goes back."""
+        victims = (Victim.BOTH,) if part is Part.WITHOUT else self.scope.victims
+        first = steps.index(ROLLBACK) if part is Part.REFUSED else 0
+        for step in steps[first:]:
+            if not self.scope.steps or step in self.scope.steps:
+                for victim in victims:
+                    yield Plan(step, victim, part, seed=self.scope.seed)
 
     def _plans_for_twins(self, verdicts: Sequence[Verdict]) -> Iterator[Plan]:
         """The steps at which it could not be known which image to choose, again with the other guest."""
@@ -246,8 +248,9 @@ def write_run(outcome: Outcome, directory: Path) -> None:
     """Note in ``directory`` what was tried, in which order."""
     scope = outcome.scope
     members = {"seed": scope.seed, "steps": list(scope.steps), "victims": [victim.value for victim in scope.victims]}
+    members |= {"parts": [part.value for part in scope.parts]}
     cases = [str(found.plan.place) for found in outcome.verdicts]
-    text = json.dumps(members | {"parts": list(scope.parts), "cases": cases}, indent=2)
+    text = json.dumps(members | {"cases": cases}, indent=2)
     (directory / RUN).write_text(f"{text}\n")
 
 
@@ -257,7 +260,9 @@ def recompute(directory: Path, progress: Progress = lambda done, total: None) ->
     """
     try:
         run = json.loads((directory / RUN).read_text())
-        scope = Scope(run["seed"], run["steps"], [Victim(name) for name in run["victims"]], run["parts"])
+        scope = Scope(
+            run["seed"], run["steps"], [Victim(name) for name in run["victims"]], [Part(name) for name in run["parts"]]
+        )
         verdicts, different = [], []
         for number, case in enumerate(run["cases"]):
             progress(number, len(run["cases"]))

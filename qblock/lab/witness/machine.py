@@ -29,10 +29,11 @@ from qblock.testing.machines import drive_text
 from qblock.testing.simloop import SimLoop
 
 BEGIN, OPENED, DONE = "drive_reopen_begin", "drive_reopen_opened", "drive_reopen_done"
+ROLLBACK: Final = "drive_reopen_rollback"
 TRACED: Final = ("drive_reopen_*", "mirror_one_iteration")
 """The events at which the machine stops; those of the mirror only while drive-reopen waits for it."""
-GUEST_GOES_ON: Final = "guest_flush_on_new_image"
-"""The step at which the guest has, for the first time since the new image is open, been told that its data is safe."""
+GUEST_GOES_ON: Final = "guest_goes_on"
+"""The step at which the guest has, for the first time since the new image was opened, been told that its data is safe."""
 
 
 @attrs.define(eq=False)
@@ -98,7 +99,7 @@ class Stops:
             return
         if name == OPENED:
             self._guest_awaited = True
-        if name == DONE:
+        if name in (DONE, ROLLBACK):
             self._reopening = False
         self.stop(name)
         self.writer.poke()

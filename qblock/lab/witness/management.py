@@ -19,15 +19,16 @@ import attrs
 
 from qblock.lab.witness.disk import SOURCE
 from qblock.lab.witness.durability import watch
-from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, MANAGEMENT_JOURNAL, POLL_NS, WITNESS, Plan, Victim
+from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, MANAGEMENT_JOURNAL, POLL_NS, WITNESS, Part, Plan, Victim
 from qblock.lab.witness.processes import LabError, Wire
-from qblock.monitor.client import QmpClient, QmpConnectionLost
+from qblock.monitor.client import QmpClient, QmpConnectionLost, QmpError
 
 if TYPE_CHECKING:
     from qblock.driver import Json
 
 POLLS: Final = 100
-MIRRORING, IN_SYNC, ABOUT, SWITCHED = "mirror asked for", "in sync", "about to reopen", "switched"
+MIRRORING, IN_SYNC, ABOUT = "mirror asked for", "in sync", "about to reopen"
+SWITCHED, REFUSED = "switched", "not switched"
 RESTARTED: Final = "restarted"
 _MACHINE_SAYS: Final = "the machine says: "
 
@@ -67,7 +68,7 @@ def decide(lines: Sequence[str], witness: bytes | None) -> Decision:
             return Decision(Image(line.removeprefix(_MACHINE_SAYS)), Ground.MACHINE)
     if SWITCHED in lines:
         return Decision(Image.TARGET, Ground.JOURNAL)
-    if ABOUT not in lines:
+    if ABOUT not in lines or REFUSED in lines:
         return Decision(Image.SOURCE, Ground.JOURNAL)
     if witness is None:
         return Decision(None, Ground.NOTHING)
@@ -151,19 +152,29 @@ class Management:
         self.journal.note(IN_SYNC)
         self._step("in-sync-noted")
         arguments: dict[str, Json] = {"device": DEVICE, "new-image-file": target, "format": self.plan.format}
-        if self.plan.witness:
+        if self.plan.part is not Part.WITHOUT:
             await self._send_witness(qmp)
             self._step("witness-sent")
             arguments["witness"] = WITNESS
         self._sleep(POLL_NS + self.plan.delay * LONGEST_TICK_NS)
         self.journal.note(ABOUT)
         self._step("intent-noted")
-        await qmp.execute("drive-reopen", arguments)
+        outcome = await self._reopen(qmp, arguments)
         self._step("reply-received")
-        self.journal.note(SWITCHED)
-        self._step("switch-noted")
+        self.journal.note(outcome)
+        self._step("outcome-noted")
         self._sleep(POLL_NS)
         self._step("later")
+
+    async def _reopen(self, qmp: QmpClient, arguments: Mapping[str, Json]) -> str:
+        """What is to be noted about it."""
+        try:
+            await qmp.execute("drive-reopen", arguments)
+        except QmpError:
+            if self.plan.part is not Part.REFUSED:
+                raise
+            return REFUSED
+        return SWITCHED
 
     async def _until_in_sync(self, qmp: QmpClient) -> None:
         for _ in range(POLLS):
@@ -175,7 +186,9 @@ class Management:
 
     async def _send_witness(self, qmp: QmpClient) -> None:
         """The witness is there, empty and durable, before anybody relies on it."""
-        fd = os.open(self.directory / WITNESS, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        path = self.directory / WITNESS
+        path.touch(exist_ok=False)
+        fd = os.open(path, os.O_RDONLY if self.plan.part is Part.REFUSED else os.O_WRONLY)
         try:
             os.fsync(fd)
             directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -23,6 +23,15 @@ POLL_NS: Final = 100 * MILLISECOND_NS
 """Management's pause between two looks at the job."""
 
 
+class Part(enum.Enum):
+    """How drive-reopen is used. The values are the names of directories."""
+
+    WITNESS = "with-witness"
+    REFUSED = "refused-witness"
+    """With a witness to which the machine cannot write: its descriptor was opened for reading only."""
+    WITHOUT = "without-witness"
+
+
 class Victim(enum.Enum):
     """Who is killed."""
 
@@ -42,7 +51,7 @@ class Plan:
 
     step: str | None = None
     victim: Victim | None = None
-    witness: bool = True
+    part: Part = Part.WITNESS
     guest: GuestKind = GuestKind.COUNTER
     seed: int = 1
     delay: int = 2
@@ -52,7 +61,7 @@ class Plan:
         """The format of the target. Without the witness it is raw, so that the file always shows what was copied; the tables
         of a qcow2 target are not on disk before it is flushed, at the end of the mirror.
         """
-        return "qcow2" if self.witness else "raw"
+        return "raw" if self.part is Part.WITHOUT else "qcow2"
 
     @property
     def target(self) -> str:
@@ -62,11 +71,11 @@ class Plan:
     @property
     def place(self) -> Path:
         """The directory of the case below that of the run."""
-        protocol = "with-witness" if self.witness else "without-witness"
+        part = Path(self.part.value)
         if self.step is None or self.victim is None:
-            return Path(protocol) / "nobody"
+            return part / "nobody"
         who = self.victim.value if self.guest is GuestKind.COUNTER else f"{self.victim.value}-door-{self.delay}"
-        return Path(protocol) / self.step / who
+        return part / self.step / who
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""
@@ -77,5 +86,6 @@ class Plan:
     @classmethod
     def load(cls, members: dict[str, Any]) -> Plan:
         """From what `dump` gave."""
-        victim, guest = members["victim"], GuestKind(members["guest"])
-        return cls(**members | {"victim": Victim(victim) if victim is not None else None, "guest": guest})
+        victim = Victim(members["victim"]) if members["victim"] is not None else None
+        kinds = {"part": Part(members["part"]), "victim": victim, "guest": GuestKind(members["guest"])}
+        return cls(**members | kinds)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from qblock.lab.witness.disk import Findings
-from qblock.lab.witness.experiment import Outcome
+from qblock.lab.witness.experiment import WITH, Outcome
 from qblock.lab.witness.machine import GUEST_GOES_ON
 from qblock.lab.witness.management import Ground, Image
-from qblock.lab.witness.plan import Victim
+from qblock.lab.witness.plan import Part, Victim
 from qblock.lab.witness.verdict import Verdict
 from qblock.tracing import DECLARED
 
@@ -29,9 +29,9 @@ STEP_TEXTS: Final[Mapping[str, str]] = {
     "in-sync-noted": "management has seen that offset equals len, and noted it",
     "witness-sent": "the witness is there, empty, and the machine has a descriptor of it",
     "intent-noted": "management has noted that it is about to send drive-reopen",
-    GUEST_GOES_ON: "the guest has been told, for the first time since the new image is open, that its data is safe",
+    GUEST_GOES_ON: "the guest has been told, for the first time since the new image was opened, that its data is safe",
     "reply-received": "drive-reopen has been answered, and management has not noted it",
-    "switch-noted": "management has noted that the guest has switched",
+    "outcome-noted": "management has noted that the guest has switched, or that it has not",
     "later": "the guest has been going on for a while",
 }
 """Those of management and of the guest; the others are trace events, which describe themselves."""
@@ -72,32 +72,35 @@ def describe_step(step: str) -> str:
 
 def as_text(outcome: Outcome, paint: Paint = plain) -> Iterator[str]:
     """The tables, the pairs, and a last line that says it all."""
-    if with_it := outcome.of(witness=True):
-        yield from _paragraph(
-            f"With the witness. At each step a machine, its management, or both are killed (seed {outcome.scope.seed}); what "
-            "is left decides which image the guest goes on with, by asking the machine, by what it had noted, or by the byte."
-        )
-        yield ""
-        if killed := [victim for victim in outcome.scope.victims if victim is not Victim.HOST]:
-            yield from _with_witness(with_it, killed, paint)
-            yield ""
-        if Victim.HOST in outcome.scope.victims:
-            yield from _paragraph(
-                "The host loses its power: both die, and of each file only what had been made durable is left."
-            )
-            yield ""
-            yield from _with_witness(with_it, [Victim.HOST], paint)
-            yield ""
-    if without := outcome.of(witness=False):
-        yield from _paragraph(
-            "Without it, both killed. What each image lacks of the flushed writes, and whether what was noted tells which one "
-            "to take."
-        )
-        yield ""
-        yield from _without_witness(without, paint)
-        yield ""
-        yield from _twins(outcome)
+    victims = outcome.scope.victims
+    killed = [victim for victim in victims if victim is not Victim.HOST]
+    power = [Victim.HOST] if Victim.HOST in victims else []
+    yield from _section(
+        f"With the witness. At each step a machine, its management, or both are killed (seed {outcome.scope.seed}); what is left "
+        "decides which image the guest goes on with, by asking the machine, by what it had noted, or by the byte.",
+        _with_witness(outcome.of(Part.WITNESS), killed, paint),
+    )
+    yield from _section(
+        "The host loses its power: both die, and of each file only what had been made durable is left.",
+        _with_witness(outcome.of(Part.WITNESS), power, paint),
+    )
+    yield from _section(
+        "The machine cannot write to the witness, and goes back to the old image. (Up to there nothing is new.)",
+        _with_witness(outcome.of(Part.REFUSED), victims, paint),
+    )
+    yield from _section(
+        "Without a witness, both killed. What each image lacks of the flushed writes, and whether what was noted tells which one "
+        "to take.",
+        _without_witness(outcome.of(Part.WITHOUT), paint),
+    )
+    yield from _twins(outcome)
     yield from _summary(outcome, paint)
+
+
+def _section(text: str, table: Iterator[str]) -> Iterator[str]:
+    """A table with what there is to say about it; nothing, if it has no lines."""
+    if lines := list(table):
+        yield from (*_paragraph(text), "", *lines, "")
 
 
 def _paragraph(text: str) -> Iterator[str]:
@@ -111,6 +114,8 @@ def _with_witness(verdicts: Sequence[Verdict], victims: Sequence[Victim], paint:
     by_step: dict[str, dict[Victim | None, Verdict]] = {}
     for found in verdicts:
         by_step.setdefault(found.plan.step or "", {})[found.plan.victim] = found
+    if not by_step or not victims:
+        return
     width = max(map(len, by_step))
     titles = "".join(f"  {_title(victim):16}" for victim in victims)
     yield paint(f"{'step':{width}}  byte{titles}  {'flushed':>7}  {'lost':>4}  {'otherwise':>9}", DIM)
@@ -136,6 +141,8 @@ def _decision(found: Verdict, paint: Paint) -> str:
 
 
 def _without_witness(verdicts: Sequence[Verdict], paint: Paint) -> Iterator[str]:
+    if not verdicts:
+        return
     width = max(len(found.plan.step or "") for found in verdicts)
     yield paint(
         f"{'step':{width}}  {'last noted':16}  {'flushed':>7}  {'source lacks':>12}  {'target lacks':>12}  take", DIM
@@ -174,8 +181,8 @@ def _twins(outcome: Outcome) -> Iterator[str]:
 def _summary(outcome: Outcome, paint: Paint) -> Iterator[str]:
     for found in outcome.unsound:
         yield paint(f"{found.plan.place}: {_what_is_wrong(found)}", BAD)
-    parts = [_of_protocol(outcome)] if outcome.of(witness=True) else []
-    if without := outcome.of(witness=False):
+    parts = [_of_protocol(outcome)] if outcome.of(*WITH) else []
+    if without := outcome.of(Part.WITHOUT):
         parts.append(_of_ambiguity(without, len(outcome.twins)))
     for line in textwrap.wrap(" ".join(parts), WIDTH):
         yield paint(line, GOOD if outcome.shown else BAD)
@@ -191,7 +198,7 @@ def _of_ambiguity(without: Sequence[Verdict], pairs: int) -> str:
 
 
 def _of_protocol(outcome: Outcome) -> str:
-    kills, bad = len(outcome.of(witness=True)), len(outcome.unsound)
+    kills, bad = len(outcome.of(*WITH)), len(outcome.unsound)
     if not bad:
         return f"With the witness: {kills} kill{'' if kills == 1 else 's'}, and no flushed write was lost."
     return f"With the witness: {bad} of {kills} kill{'' if kills == 1 else 's'} went WRONG."
