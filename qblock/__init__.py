@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qblock.jobs.job import Job
     from qblock.monitor.client import QmpClient
     from qblock.policy import OpenPolicy
+    from qblock.resizing import resize
     from qblock.system import BlockSystem
 
 __version__: Final = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "RealClock",
     "create",
     "open",
+    "resize",
 ]
 
 _HOMES: Final[Mapping[str, str]] = {
@@ -72,6 +74,7 @@ _HOMES: Final[Mapping[str, str]] = {
     "RealClock": "qblock.clock:RealClock",
     "create": "qblock.image:create",
     "open": "qblock.image:open_image",
+    "resize": "qblock.resizing:resize",
 }
 
 

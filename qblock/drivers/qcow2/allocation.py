@@ -112,7 +112,7 @@ class Allocator:
         done = 0
         while done < payload.length:
             done += await self._write_some(offset + done, payload.part(done, payload.length - done))
-        await self._write_back_if_crowded()
+        await self.write_back_if_crowded()
 
     async def _write_some(self, guest: int, payload: Payload) -> int:
         """Write the first run of the payload; returns its bytes, 0 after a wait for another allocation."""
@@ -265,7 +265,8 @@ class Allocator:
                 pending.append(Freed((run.entry & OFFSET_MASK) >> bits, run.clusters, pass_discard))
             at += run.clusters
 
-    async def _write_back_if_crowded(self) -> None:
+    async def write_back_if_crowded(self) -> None:
+        """Start a write-back when much is waiting for one."""
         if (
             self.map.cache.crowded
             or self.refcounts.cache.crowded
@@ -308,9 +309,19 @@ class Allocator:
             raise BlockIOError(errno.ENOTSUP)
         await self._rewrite(offset, end, _Discarding(self, leave_zeroes=has_backing))
 
-    async def cut(self, start: int, end: int) -> None:
-        """Leave everything between two guest offsets unallocated (shrinking); ``start`` is a cluster boundary."""
-        await self._rewrite(start, end, _Discarding(self, leave_zeroes=False, full=True))
+    async def cut(self, start: int, end: int, *, pass_discard: bool | None = None) -> None:
+        """Leave everything between two guest offsets unallocated (shrinking); ``start`` is a cluster boundary.
+
+        ``pass_discard``: whether the file gets discards for it; default: as for the guest's own.
+        """
+        rule = _Discarding(self, leave_zeroes=False, full=True)
+        if pass_discard is not None:
+            rule.pass_discard = pass_discard
+        await self._rewrite(start, end, rule)
+
+    async def cover(self, start: int, end: int) -> None:
+        """Make whole clusters between two guest offsets read as zeroes, with the space they have (growing)."""
+        await self._rewrite(start, end, _Zeroing(self, unmap=False, only_unallocated=False))
 
     async def _rewrite(self, offset: int, end: int, rule: _Rule) -> None:
         """Apply a rule to the entries of all clusters that the range touches, slice by slice."""
@@ -337,7 +348,7 @@ class Allocator:
                     clusters.change(table, index, entries)
                 index += run.clusters
             cluster += limit
-            await self._write_back_if_crowded()
+            await self.write_back_if_crowded()
 
 
 class _Rule:
@@ -379,6 +390,7 @@ class _Discarding(_Rule):
         super().__init__(allocator)
         self.leave = array(U64, [ZERO if leave_zeroes else 0])
         self.full = full
+        self.pass_discard = allocator.pass_discard
         self.skips_missing_tables = not leave_zeroes
 
     def apply(self, run: Run, old: array[int]) -> array[int] | None:
@@ -387,7 +399,7 @@ class _Discarding(_Rule):
             return self.leave * run.clusters if self.leave[0] else None
         if kind is Kind.ZERO:
             return self.leave * run.clusters if self.full else None
-        self.allocator.drop(old, pass_discard=self.allocator.pass_discard)
+        self.allocator.drop(old, pass_discard=self.pass_discard)
         if kind is Kind.ZERO_ALLOCATED and not self.full:
             return array(U64, [ZERO]) * run.clusters
         return self.leave * run.clusters

@@ -402,11 +402,16 @@ class Qcow2Driver(Driver):
         await writer.write(offset, payload)
 
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
-        """See `Driver`. Shrinking gives up what lies behind; the size changes last, and durably."""
+        """See `Driver`. Shrinking gives up what lies behind, and the end of the file; the size changes last, and durably."""
         writer = await self._writing(0, 0)
-        if preallocation != "off":
-            raise BlockIOError(errno.ENOTSUP, f"preallocation={preallocation} when resizing is not supported")
-        await resize(writer, length, has_snapshots=bool(self._snapshots.snapshots), adopt=self._adopt_size)
+        await resize(
+            writer,
+            length,
+            has_snapshots=bool(self._snapshots.snapshots),
+            adopt=self._adopt_size,
+            preallocation=preallocation,
+        )
+        self.probes_storage = self._lies_on_holes()
 
     # ------------------------------------------------------------------------------------------------------ questions
 

@@ -323,6 +323,22 @@ class Refcounts:
         if self.file.metadata is not None:
             self.file.metadata.add_one(Area.REFCOUNT_BLOCK, host >> self.geometry.cluster_bits)
 
+    def unlink_block(self, block: int) -> None:
+        """Forget a block that counts nothing. The caller holds ``structure`` until that is durable."""
+        self.table[block] = 0
+        self.dirty_sectors.add(block // _ENTRIES_PER_TABLE_SECTOR)
+        slices_shift = self.geometry.block_bits - self._slice_bits
+        self.cache.forget(range(block << slices_shift, (block + 1) << slices_shift))
+
+    def overlaid(self, block: int, counts: array[int]) -> array[int]:
+        """The counts of a block as the file has them, brought up to date with what is cached."""
+        size = 1 << self._slice_bits
+        first = block << (self.geometry.block_bits - self._slice_bits)
+        for at in range(0, len(counts), size):
+            if (cached := self.cache.get(first + at // size)) is not None:
+                counts[at : at + size] = cached.entries
+        return counts
+
     def _count_fresh(self, first: int, end: int) -> None:
         """Count 1 for clusters whose blocks were just made: their slices are zeroes, and none is cached."""
         while first < end:

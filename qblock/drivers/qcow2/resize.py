@@ -1,20 +1,28 @@
 """Changing the size of a disk.
 
-Models image-formats.md section 1.14 and semantics.md section 10.4. Growing makes a bigger L1 table elsewhere if needed and zeroes
-what an earlier, larger or unaligned size left in the last cluster; shrinking gives up the clusters behind the new end. The new
-size and L1 location reach the header last, in one write. Differs from QEMU: the file itself is not made shorter when the disk
-shrinks (its free clusters are used again), and version 2 images with snapshots are refused as there.
+Models image-formats.md section 1.14 and semantics.md section 10.4. Growing makes a bigger L1 table elsewhere if needed, zeroes
+what an earlier, larger or unaligned size left in the last cluster and what a longer backing node holds behind it, and with a
+preallocation gives the new clusters their places (`preallocation.py`). Shrinking gives up the clusters behind the new end, and
+then the end of the file (`shrinking.py`). The new size and L1 location reach the header last, in one write: a crash leaves the
+old size. Version 2 images with snapshots are refused, as in QEMU.
+
+Differs from QEMU: what a shrinking disk loses inside its last cluster does not come back when it grows, and disks of version 2
+can grow over a longer backing node.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qblock.drivers.qcow2.allocation import Payload
-from qblock.drivers.qcow2.layout import OFFSET_MASK, Kind, zeroes_u64
+from qblock.drivers.qcow2.layout import L1_IN_USE, OFFSET_MASK, U64, Kind, zeroes_u64
+from qblock.drivers.qcow2.preallocation import preallocate
 from qblock.drivers.qcow2.refcounts import Freed
+from qblock.drivers.qcow2.shrinking import give_back_end
 from qblock.drivers.qcow2.storage import Area
 from qblock.errors import BlockIOError
 from qblock.units import align_up
@@ -24,38 +32,86 @@ if TYPE_CHECKING:
     from qblock.drivers.qcow2.allocation import Allocator
     from qblock.drivers.qcow2.clusters import ClusterMap
 
-_L1_SECTOR = 64
+_L1_SECTOR: Final = 64
+_MANY_PENDING: Final = 4096
 
 
-async def resize(writer: Allocator, length: int, *, has_snapshots: bool, adopt: Callable[[int], None]) -> None:
-    """Make the disk ``length`` bytes long; ``adopt`` takes over the size in memory. Durable on return."""
+async def resize(
+    writer: Allocator,
+    length: int,
+    *,
+    has_snapshots: bool,
+    adopt: Callable[[int], None],
+    preallocation: str = "off",
+) -> None:
+    """Make the disk ``length`` bytes long; ``adopt`` takes over the size in memory. Durable on return.
+
+    ``preallocation`` (off, metadata, falloc, full) is for the clusters that are added. Raises `BlockIOError`; the size is the
+    old one then.
+    """
     clusters = writer.map
+    old = clusters.length
     if length % 512:
         raise BlockIOError(errno.EINVAL, "the size of a qcow2 disk must be a multiple of 512")
     if clusters.geometry.version < 3 and has_snapshots:
         raise BlockIOError(errno.ENOTSUP, "a version 2 image with internal snapshots cannot be resized")
     if length > clusters.geometry.max_size:
-        raise BlockIOError(errno.EFBIG, f"the largest disk with this cluster size has {clusters.geometry.max_size} bytes")
-    if length == clusters.length:
+        raise BlockIOError(
+            errno.EFBIG, f"the largest disk with this cluster size has {clusters.geometry.max_size} bytes"
+        )
+    if preallocation != "off" and length < old:
+        raise BlockIOError(errno.ENOTSUP, "only a disk that grows can have clusters preallocated")
+    if length == old:
         return
-    if length > clusters.length:
-        await _clean_last_cluster(writer)
-        await _grow_l1(writer, clusters.geometry.l1_entries(length))
+    if length > old:
+        if preallocation == "off" and writer.file.header.raw_data_file:
+            preallocation = "metadata"
+        await _grow(writer, length, preallocation)
     else:
         await _shrink(writer, length)
     adopt(length)
     clusters.changed_header = True
-    await writer.writeback.commit(durable=True)
+    if length > old:
+        await writer.writeback.commit(durable=True)
+    else:
+        await give_back_end(writer.refcounts, writer.writeback)
 
 
-async def _clean_last_cluster(writer: Allocator) -> None:
-    """What lies behind the end in the last cluster must read as zeroes when the end moves."""
+# ------------------------------------------------------------------------------------------------------------- growing
+
+
+async def _grow(writer: Allocator, length: int, preallocation: str) -> None:
+    """Make everything ready for the new size, which is not taken over yet."""
+    clusters, geometry = writer.map, writer.map.geometry
+    first, end = align_up(clusters.length, geometry.cluster_size), align_up(length, geometry.cluster_size)
+    # Whatever somebody left behind the end must not become content of the disk.
+    await writer.cut(first, min(end, len(clusters.l1) << geometry.l1_shift))
+    await _clean_last_cluster(writer, allocate=preallocation != "off")
+    await _grow_l1(writer, geometry.l1_entries(length))
+    try:
+        if preallocation != "off":
+            await preallocate(writer, first, end, preallocation)
+        backing = writer.file.node.backing
+        if geometry.version >= 3 and backing is not None and backing.node.length > first:
+            await writer.cover(first, end)
+    except BlockIOError:
+        # The cause matters more than what giving the space back runs into.
+        with contextlib.suppress(BlockIOError):
+            await writer.cut(first, end)
+            await give_back_end(writer.refcounts, writer.writeback)
+        raise
+
+
+async def _clean_last_cluster(writer: Allocator, *, allocate: bool) -> None:
+    """What lies behind the end in the last cluster must read as zeroes when the end moves; ``allocate`` gives it a place."""
     clusters = writer.map
     rest = -clusters.length % clusters.geometry.cluster_size
     if not rest:
         return
     kind, _, _ = await clusters.status(clusters.length - 1, 1)
-    if kind in (Kind.DATA, Kind.COMPRESSED):
+    backing = writer.file.node.backing
+    shines_through = kind is Kind.UNALLOCATED and backing is not None and backing.node.length > clusters.length
+    if allocate or shines_through or kind in (Kind.DATA, Kind.COMPRESSED):
         await writer.write(clusters.length, Payload(zero_view(rest)))
 
 
@@ -78,14 +134,35 @@ async def _grow_l1(writer: Allocator, entries: int) -> None:
         metadata.add(Area.ACTIVE_L1, range(claim.host >> bits, (claim.host >> bits) + claim.clusters))
 
 
+# ----------------------------------------------------------------------------------------------------------- shrinking
+
+
 async def _shrink(writer: Allocator, length: int) -> None:
     clusters, geometry = writer.map, writer.map.geometry
+    whole = geometry.l1_entries(length)
     first, end = align_up(length, geometry.cluster_size), align_up(clusters.length, geometry.cluster_size)
-    await writer.cut(first, end)
+    if first < end:
+        await writer.cut(first, min(end, whole << geometry.l1_shift), pass_discard=True)
     writer.file.event("l1_shrink_write_table")
-    for index in range(geometry.l1_entries(length), len(clusters.l1)):
-        if clusters.l1[index] & OFFSET_MASK:
-            _drop_table(clusters, index)
+    await drop_tables(writer, whole, pass_discard=True)
+
+
+async def drop_tables(writer: Allocator, first: int, *, pass_discard: bool) -> None:
+    """Leave everything from L1 entry ``first`` on unallocated, without writing the L2 tables that go. No request is there."""
+    clusters, geometry = writer.map, writer.map.geometry
+    for index in range(first, len(clusters.l1)):
+        if not clusters.l1[index] & L1_IN_USE:
+            continue
+        old = array(U64)
+        for guest in range(index << geometry.l1_shift, (index + 1) << geometry.l1_shift, 1 << geometry.slice_shift):
+            table = await clusters.slice_at(guest)
+            assert table is not None, "the L1 entry is in use"
+            old.extend(table.entries)
+        # From here to the end of the table nothing waits: clusters are released only with what refers to them.
+        writer.drop(old, pass_discard=pass_discard)
+        _drop_table(clusters, index)
+        if len(writer.refcounts.pending) > _MANY_PENDING:
+            await writer.writeback.commit(durable=False)
 
 
 def _drop_table(clusters: ClusterMap, index: int) -> None:
