@@ -36,6 +36,7 @@ same without the witness: how much each image would lose, and pairs of crashes t
   --seed N              the seed of the guest's pace; it decides every line (default: 1)
   --keep DIRECTORY      leave the files of all cases there: images, journals, witness, verdict.json (some 300 MiB)
   --recompute DIRECTORY find the verdicts on such files again, and compare them with those that were kept
+  --qemu-img            have the real qemu-img check each image that is chosen
   --output text|json    a table, or all of it for programs
   --list                show the steps
   -h, --help            show this
@@ -45,7 +46,7 @@ Exit code: 0 no write was lost with the witness, and without it there are crashe
 
 Kind = TypeVar("Kind", bound=enum.Enum)
 _VALUED: Final = frozenset({"step", "kill", "part", "seed", "keep", "recompute", "output"})
-_FLAGS: Final = HELP_FLAGS | {"list"}
+_FLAGS: Final = HELP_FLAGS | {"list", "qemu-img"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +77,7 @@ def _perform(line: CommandLine) -> int:
     scope = _scope(line)
     output = line.choice("output", ("text", "json"))
     with _directory(line) as directory, _progress() as progress:
-        experiment = Experiment(scope, directory, keep=line.has("keep"), progress=progress)
+        experiment = Experiment(scope, directory, keep=line.has("keep"), progress=progress, checker=_checker(line))
         if line.has("list"):
             print("\n".join(step_lines(experiment.steps())))
             return SHOWN
@@ -93,7 +94,7 @@ def _recompute(line: CommandLine) -> int:
             raise UsageError(f"--{name} is for a new run, and --recompute looks at an old one")
     output = line.choice("output", ("text", "json"))
     with _progress() as progress:
-        outcome, different = recompute(Path(line.last("recompute", "")), progress)
+        outcome, different = recompute(Path(line.last("recompute", "")), progress, _checker(line))
     _show(outcome, output)
     for case in different:
         complain(PROGRAM, f"{case}: the files say something else than the verdict that was kept with them")
@@ -110,6 +111,14 @@ def _scope(line: CommandLine) -> Scope:
         victims=_chosen(line, "kill", Victim),
         parts=_chosen(line, "part", Part),
     )
+
+
+def _checker(line: CommandLine) -> str | None:
+    """The qemu-img to be used, if one is wanted."""
+    program = shutil.which("qemu-img")
+    if line.has("qemu-img") and program is None:
+        raise UsageError("--qemu-img: there is no qemu-img in PATH")
+    return program if line.has("qemu-img") else None
 
 
 def _chosen(line: CommandLine, option: str, kinds: type[Kind]) -> tuple[Kind, ...]:

@@ -179,6 +179,22 @@ def test_verdicts_agree_with_what_the_real_qemu_img_finds(kept: Path, tmp_path: 
                 assert checked.returncode in (0, 3), name  # 3: leaked clusters, which a kill may leave
 
 
+@pytest.mark.qemu
+def test_the_real_qemu_img_may_check_too(kept: Path, tmp_path: Path) -> None:
+    """--qemu-img: its word counts, for images that are kept and for new ones."""
+    fine = lab("--qemu-img", "--part", "with-witness", "--step", "reply-received", "--keep", tmp_path / "new")
+    assert fine.returncode == 0, fine.stdout + fine.stderr
+    image = tmp_path / "new/with-witness/reply-received/both/target.qcow2"
+    with image.open("r+b") as file:  # the second entry of the refcount block: the cluster of the table itself
+        table = int.from_bytes(file.read(56)[48:56], "big")
+        file.seek(table)
+        file.seek(int.from_bytes(file.read(8), "big") + 2)
+        file.write(b"\0\0")
+    broken = lab("--qemu-img", "--recompute", tmp_path / "new")
+    assert broken.returncode == 1
+    assert "reply-received/both: the target was chosen: " in broken.stdout and "qemu-img says: " in broken.stdout
+
+
 def lost_by_the_journal(directory: Path, content: bytes) -> list[int]:
     """Flushed writes that ``content`` does not hold, and that were not written over."""
     lost, later, flushed = [], {}, 0

@@ -138,7 +138,7 @@ class Findings:
 
     ``lost``: numbers of flushed writes whose block holds neither them nor anything written there later. ``damaged``: offsets
     of blocks that hold what nobody wrote. ``corruptions`` and ``leaks`` as the format's own check counts them. ``error``:
-    the image cannot be used at all.
+    the image cannot be used at all. ``objection``: what another program's check has to say against it.
     """
 
     lost: Sequence[int] = attrs.field(default=(), converter=_numbers)
@@ -146,11 +146,12 @@ class Findings:
     corruptions: int = 0
     leaks: int = 0
     error: str = ""
+    objection: str = ""
 
     @property
     def sound(self) -> bool:
         """Whether a guest could go on with the image and miss nothing. Leaked clusters are allowed."""
-        return not (self.lost or self.damaged or self.corruptions or self.error)
+        return not (self.lost or self.damaged or self.corruptions or self.error or self.objection)
 
 
 def examine(path: Path, history: History) -> Findings:

@@ -27,7 +27,7 @@ from qblock.lab.witness.machine import ROLLBACK
 from qblock.lab.witness.management import Decision, Ground, Image
 from qblock.lab.witness.plan import Part, Plan, Victim
 from qblock.lab.witness.processes import Child, Ended, LabError, Wire
-from qblock.lab.witness.verdict import Verdict, judge, keep, read_kept
+from qblock.lab.witness.verdict import Verdict, checked_by, judge, keep, read_kept
 from qblock.monitor.commands import table
 from qblock.monitor.dialects import Dialect
 
@@ -110,13 +110,15 @@ def _resolved(path: Path) -> Path:
 @attrs.define(eq=False)
 class Experiment:
     """Performs a scope below ``directory``, which must be empty or new. What it leaves there with ``keep``: the files of each
-    case with its verdict, and `RUN`, which `recompute` reads; without, nothing.
+    case with its verdict, and `RUN`, which `recompute` reads; without, nothing. ``checker``: a qemu-img that checks each image
+    that is chosen.
     """
 
     scope: Scope
     directory: Path = attrs.field(converter=_resolved)
     keep: bool = False
     progress: Progress = lambda done, total: None
+    checker: str | None = None
     workers: int = attrs.field(factory=lambda: min(MAX_WORKERS, len(os.sched_getaffinity(0))))
     _own: Path = attrs.field(init=False)
     _disk: Path = attrs.field(init=False)
@@ -187,6 +189,8 @@ class Experiment:
         try:
             steps = run_case(plan, directory, disk=self._disk, socket=self._own / socket)
             verdict = judge(plan, directory)
+            if self.checker is not None:
+                verdict = checked_by(self.checker, verdict, directory)
             keep(verdict, directory)
         finally:
             if not self.keep:
@@ -254,7 +258,9 @@ def write_run(outcome: Outcome, directory: Path) -> None:
     (directory / RUN).write_text(f"{text}\n")
 
 
-def recompute(directory: Path, progress: Progress = lambda done, total: None) -> tuple[Outcome, list[Path]]:
+def recompute(
+    directory: Path, progress: Progress = lambda done, total: None, checker: str | None = None
+) -> tuple[Outcome, list[Path]]:
     """Find all verdicts of a kept run again, from the files of its cases; also gives the cases in which they differ from those
     that were kept. Raises `LabError` when ``directory`` does not hold a run.
     """
@@ -267,7 +273,8 @@ def recompute(directory: Path, progress: Progress = lambda done, total: None) ->
         for number, case in enumerate(run["cases"]):
             progress(number, len(run["cases"]))
             kept = read_kept(directory / case)
-            verdicts.append(judge(kept.plan, directory / case))
+            verdict = judge(kept.plan, directory / case)
+            verdicts.append(verdict if checker is None else checked_by(checker, verdict, directory / case))
             if verdicts[-1] != kept:
                 different.append(Path(case))
     except (OSError, KeyError, ValueError, TypeError) as error:

@@ -156,7 +156,7 @@ def _without_witness(verdicts: Sequence[Verdict], paint: Paint) -> Iterator[str]
 
 def _lacks(found: Findings) -> str:
     """How much of a guest's writes is missing; "all" when the image cannot be used."""
-    unusable = found.error or found.damaged or found.corruptions
+    unusable = found.error or found.damaged or found.corruptions or found.objection
     return "all" if unusable else str(len(found.lost)) if found.lost else "nothing"
 
 
@@ -214,4 +214,5 @@ def _what_is_wrong(found: Verdict) -> str:
     lost = f"writes {', '.join(map(str, held.lost))} are lost" if held.lost else ""
     damaged = f"{len(held.damaged)} blocks hold what nobody wrote" if held.damaged else ""
     corrupt = f"{held.corruptions} corruptions" if held.corruptions else ""
-    return f"the {name} was chosen: {', '.join(filter(None, (lost, damaged, corrupt)))}"
+    objection = f"qemu-img says: {held.objection}" if held.objection else ""
+    return f"the {name} was chosen: {', '.join(filter(None, (lost, damaged, corrupt, objection)))}"

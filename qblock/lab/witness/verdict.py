@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,8 @@ from qblock.lab.witness.management import RESTARTED, Decision, Ground, Image, Jo
 from qblock.lab.witness.plan import MANAGEMENT_JOURNAL, Plan
 
 VERDICT: Final = "verdict.json"
+_ONLY_LEAKS: Final = 3
+"""The exit code of a check that finds nothing worse than leaked clusters, which a kill may leave."""
 
 
 @attrs.frozen
@@ -114,6 +117,21 @@ def _view(journal: Sequence[str], directory: Path, witness: bytes | None, images
         digest.update(f"{name} {path.exists()} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def checked_by(program: str, verdict: Verdict, directory: Path) -> Verdict:
+    """The verdict after ``program``, a real qemu-img, has checked the chosen image, if its format can be checked."""
+    name = {Image.SOURCE: SOURCE, Image.TARGET: verdict.plan.target, None: ""}[verdict.decision.image]
+    if verdict.chosen is None or not name.endswith(".qcow2"):
+        return verdict
+    command = [program, "check", "-f", "qcow2", name]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    if done.returncode in (0, _ONLY_LEAKS):
+        return verdict
+    found = attrs.evolve(
+        verdict.chosen, objection=(done.stderr + done.stdout).strip() or f"exit code {done.returncode}"
+    )
+    return attrs.evolve(verdict, source=found) if name == SOURCE else attrs.evolve(verdict, target=found)
 
 
 def keep(verdict: Verdict, directory: Path) -> None:
