@@ -14,6 +14,7 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.driver import BackingLink, Environment, Json, SupportsCreate
 from qblock.errors import CommandError, InvalidParameter
+from qblock.filenames import has_protocol
 from qblock.formatting import formatting_line
 from qblock.options import visit
 from qblock.permissions import Perm
@@ -40,6 +41,10 @@ class NodeTarget:
     def length(self) -> int:
         """The present size in bytes."""
         return self._backend.length
+
+    def filename(self) -> str | None:
+        """The file name that means this node, if there is one."""
+        return self._backend.node.driver.filename() if self._backend.node is not None else None
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset``."""
@@ -103,8 +108,11 @@ async def create_image_file(
 ) -> None:
     """Make the image file of a command that takes a file name; ``announce`` is told what, as QEMU prints it.
 
-    ``backing`` is for the header and is not looked at. Raises as `create_image`.
+    ``backing`` is for the header and is not looked at. Raises as `create_image`, and `CommandError` for a name with a protocol;
+    nothing is announced or made when the name or the format will not do.
     """
+    path = _path_of(opener, filename)
+    _creating_class(opener, fmt)
     shown: dict[str, Json] = {"size": size}
     options: dict[str, Json] = {"size": size}
     if backing is not None:
@@ -112,10 +120,21 @@ async def create_image_file(
         options |= {"backing-file": backing.filename, "backing-fmt": backing.format}
     announce(formatting_line(filename, fmt, shown))
     if fmt == "raw":
-        await create_image(opener, "file", {"filename": filename, "size": size})
+        await create_image(opener, "file", {"filename": path, "size": size})
         return
-    await create_image(opener, "file", {"filename": filename, "size": 0})
-    await create_image(opener, fmt, {"file": {"driver": "file", "filename": filename}, **options})
+    await create_image(opener, "file", {"filename": path, "size": 0})
+    await create_image(opener, fmt, {"file": {"driver": "file", "filename": path}, **options})
+
+
+def _path_of(opener: Opener, filename: str) -> str:
+    """The path of the file to make; raises `CannotCreate` and `CommandError` for a name that stands for something else."""
+    path = filename.removeprefix("file:")
+    if path != filename or not has_protocol(filename):
+        return path
+    protocol = filename.partition(":")[0]
+    if protocol in opener.registry.names():
+        raise CannotCreate(protocol)
+    raise CommandError(f"'{filename}' begins with a protocol that there is no driver for; write './…' for a file")
 
 
 async def create_image(opener: Opener, driver: str, options: Mapping[str, Json], *, strings: bool = False) -> None:
@@ -131,8 +150,12 @@ def check_create_options(
     opener: Opener, driver: str, options: Mapping[str, Json], *, strings: bool = False
 ) -> tuple[type[SupportsCreate], object]:
     """The driver's class and its checked creation options; what ``blockdev-create`` checks before its job starts."""
+    creating = _creating_class(opener, driver)
+    return creating, visit(creating.create_options_class, options, strings=strings)
+
+
+def _creating_class(opener: Opener, driver: str) -> type[SupportsCreate]:
     cls = opener.registry.get(driver)
     if not hasattr(cls, "create_options_class"):
         raise CannotCreate(driver)
-    creating = cast(type[SupportsCreate], cls)
-    return creating, visit(creating.create_options_class, options, strings=strings)
+    return cast(type[SupportsCreate], cls)

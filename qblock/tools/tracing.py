@@ -3,11 +3,13 @@
 Takes the options of QEMU's --trace (``[enable=]PATTERN``, ``events=FILE``, ``file=FILE``, also as JSON); ``help`` lists them.
 Lines are those of QEMU's log backend: the event's name and what it has to tell, on standard error unless ``file`` is given.
 Differs from QEMU: ``timestamp=on`` is an option of --trace (QEMU has it in -msg), and stamps are those of the machine's own
-clock; of several ``file`` options the last one counts, whatever follows it.
+clock; of several ``file`` options the last one counts, whatever follows it. A line that cannot be written is lost: what is traced
+must not fail for that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -54,6 +56,7 @@ class Tracer:
     timestamps: bool = False
     output: IO[str] | None = None
     _wishes: list[_Wish] = attrs.field(factory=list, init=False)
+    _warned: bool = attrs.field(default=False, init=False)
 
     @classmethod
     def of(cls, program: str, texts: Sequence[str]) -> Tracer:
@@ -93,7 +96,10 @@ class Tracer:
     def close(self) -> None:
         """Close the file that was opened for ``file=``."""
         if self.output is not None:
-            self.output.close()
+            try:
+                self.output.close()
+            except OSError as error:
+                self._warn(error)
             self.output = None
 
     def _write(self, trace: Trace, clock: Clock, name: str, members: Mapping[str, object]) -> None:
@@ -102,7 +108,17 @@ class Tracer:
             seconds, microseconds = clock.wall()
             stamp = f"{os.getpid()}@{seconds}.{microseconds:06}:"
         output = self.output if self.output is not None else sys.stderr
-        output.write(f"{stamp}{trace.line(name, members)}\n")
+        try:
+            output.write(f"{stamp}{trace.line(name, members)}\n")
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        """Tell once that lines are lost; on standard error, which may be what cannot be written."""
+        if not self._warned:
+            self._warned = True
+            with contextlib.suppress(OSError):
+                complain(self.program, f"warning: not all of the trace could be written: {error.strerror}")
 
     def _read_events(self, path: str) -> None:
         try:

@@ -25,6 +25,7 @@ from qblock.jobs.copying import SLICE_NS
 from qblock.jobs.mirror_2012 import Mirror2012Job, Mode2012, Target2012, prepare_mirror_2012, start_mirror_2012
 from qblock.jobs.state import JobStatus
 from qblock.jobs.txn import JobTransaction
+from qblock.monitor.client import QmpError
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import MachineOptions
 from qblock.node import BlockDriverState
@@ -395,6 +396,39 @@ def test_the_target_is_a_black_box(tmp_path: Path) -> None:
         assert "the-copy" not in answers
         assert not any(name in answers for name in target_names(job.target))
         assert "the-copy" not in machine.qmp.hmp("info block -v") + machine.qmp.hmp("info blockstats")
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "refusal"),
+    [
+        ("old:copy", "raw", "begins with a protocol"),
+        ("json:copy", "raw", "begins with a protocol"),
+        ("blkdebug::copy", "raw", "'blkdebug' cannot make new images"),
+        ("copy", "none", "There is no driver 'none'"),
+        ("copy", "copy-on-read", "'copy-on-read' cannot make new images"),
+    ],
+)
+def test_a_target_that_cannot_be_made_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fmt: str, refusal: str
+) -> None:
+    """Nor is anything said to be formatted."""
+    monkeypatch.chdir(tmp_path)
+    make_image(tmp_path / "disk", "4M", {0: b"x"})
+    with rfc_2012() as machine:
+        machine.add_drive(tmp_path / "disk")
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(QmpError, match=refusal):
+            machine.qmp.execute("drive-mirror", device="virtio0", target=name, format=fmt, full=True)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_target_may_be_named_with_the_protocol_of_files(tmp_path: Path) -> None:
+    """It is made where it is opened afterwards."""
+    make_image(tmp_path / "disk", "4M", {0: b"x"})
+    with rfc_2012() as machine:
+        machine.add_drive(tmp_path / "disk")
+        machine.qmp.execute("drive-mirror", device="virtio0", target=f"file:{tmp_path}/copy", full=True)
+        assert (tmp_path / "copy").exists()
 
 
 def test_large_clusters_of_a_target_over_a_backing_file_are_copied_whole(tmp_path: Path) -> None:

@@ -121,3 +121,17 @@ def test_mistakes_are_refused_before_anything_is_done(
     printed = capsys.readouterr()
     assert said in printed.err
     assert printed.out == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_lines_that_cannot_be_written_are_lost_and_nothing_else_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk of the log is full: one warning, and the mirror comes to its end."""
+    monkeypatch.setattr("sys.stdin", StringIO("drive_mirror virtio0 copy.qcow2\nrun 1s\nquit\n"))
+    drive = ["-drive", "if=virtio,id=virtio0,file=disk.qcow2,format=qcow2"]
+    assert qblock([*drive, "--dialect", "rfc-2012", "--clock", "virtual", "--trace", "*,file=/dev/full"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "qblock: warning: not all of the trace could be written: No space left on device\n"
+    assert "the time is 1s" in printed.out
+    assert img.main(["compare", "-q", "disk.qcow2", "copy.qcow2"]) == 0
