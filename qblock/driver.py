@@ -291,6 +291,29 @@ class SupportsCheck(Protocol):
 
 
 @attrs.frozen
+class Measurement:
+    """Bytes that a new image takes: at first, when all of its disk is in use, and for persistent bitmaps beside that.
+
+    ``bitmaps`` is None where source or format have none.
+    """
+
+    required: int
+    fully_allocated: int
+    bitmaps: int | None = None
+
+
+@runtime_checkable
+class SupportsMeasure(Protocol):
+    """The driver can tell how large an image would become."""
+
+    @classmethod
+    def measure(
+        cls, options: Mapping[str, Json], length: int, source: BlockDriverState | None
+    ) -> Awaitable[Measurement]:
+        """Of an image with these creation options and a disk of ``length`` bytes, with the content of ``source`` if any."""
+
+
+@attrs.frozen
 class BackingLink:
     """What an image's header says of its backing file; ``format`` may be absent."""
 

@@ -8,19 +8,21 @@ could otherwise turn its disk into an image that names any file of the host.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from attrs import frozen
 
 from qblock import requests
-from qblock.driver import Driver, Limits, NodeInfo
+from qblock.driver import Driver, Json, Limits, Measurement, NodeInfo
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Data, Extent
 from qblock.options import ChildRef, DriverOptions, child, option
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
+from qblock.units import align_up
 
 if TYPE_CHECKING:
-    from qblock.node import BdrvChild
+    from qblock.node import BdrvChild, BlockDriverState
 
 _SECTOR: Final = 512
 
@@ -199,3 +201,8 @@ class RawDriver(Driver):
     def probe(cls, head: bytes, filename: str) -> int:
         """See `Driver`: whatever nothing else claims."""
         return 1
+
+    @classmethod
+    async def measure(cls, options: Mapping[str, Json], length: int, source: BlockDriverState | None) -> Measurement:
+        """See `SupportsMeasure`: nothing is kept beside the disk, and holes are not reckoned with."""
+        return Measurement(align_up(length, _SECTOR), align_up(length, _SECTOR))

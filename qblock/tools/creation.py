@@ -1,7 +1,7 @@
 """Making new image files: the texts of -o, the checks of qemu-img, and the making.
 
 Models ``qemu-img create`` and the output of ``convert`` for raw and qcow2; the options are those of `qblock.formatting`. Options
-that qblock does not support (encryption, data files' luks, nocow, ...) are refused by name.
+that qblock does not support (encryption, nocow, ...) are refused by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qblock.units import align_up
 
 SECTOR: Final = 512
 VERSIONS: Final = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
-UNSUPPORTED: Final = frozenset({"encryption", "encrypt", "nocow", "extent_size_hint", "data_file", "data_file_raw"})
+UNSUPPORTED: Final = frozenset({"encryption", "encrypt", "nocow", "extent_size_hint"})
 
 
 def wants_help(texts: Iterable[str]) -> bool:
@@ -89,6 +89,14 @@ def check_backing(filename: str, values: Mapping[str, Json]) -> None:
         raise CommandError(f"{filename}: a backing file needs its format too (-F): it is never guessed")
 
 
+def creation_values(fmt: str, values: Mapping[str, Json]) -> dict[str, Any]:
+    """The options by their names in ``blockdev-create``; the version of qcow2 as that takes it."""
+    wire = {option.wire or option.name: values[option.name] for option in options_of(fmt) if option.name in values}
+    if "version" in wire:
+        wire["version"] = _version(wire["version"])
+    return wire
+
+
 async def backing_length(session: ImageSession, filename: str, values: Mapping[str, Json]) -> int:
     """The length of the backing file in bytes; it is opened (alone, without its own backing file) and closed again."""
     name = combine_filename(filename, values["backing_file"])
@@ -103,9 +111,12 @@ async def backing_length(session: ImageSession, filename: str, values: Mapping[s
 
 
 async def create_file(session: ImageSession, filename: str, fmt: str, values: Mapping[str, Json]) -> None:
-    """Make the image; ``values`` hold its size. A file that was not there before is removed again when this fails."""
+    """Make the image, and its data file; ``values`` hold its size. What was not there before is removed when this fails."""
     size = align_up(values["size"], SECTOR)
-    existed = os.path.lexists(filename)
+    data_file = values.get("data_file")
+    fresh = [name for name in (filename, data_file) if name is not None and not os.path.lexists(name)]
+    if data_file is not None and os.path.realpath(data_file) == os.path.realpath(filename):
+        raise CommandError(f"{filename}: an image cannot be its own data file")
     try:
         if fmt == "raw":
             await session.opener.create_image(
@@ -113,17 +124,14 @@ async def create_file(session: ImageSession, filename: str, fmt: str, values: Ma
             )
             return
         await session.opener.create_image("file", {"filename": filename, "size": 0})
-        wire: dict[str, Any] = {"file": {"driver": "file", "filename": filename}}
-        for option in options_of(fmt):
-            if option.name in values:
-                wire[option.wire] = values[option.name]
-        wire["size"] = size
-        if "version" in wire:
-            wire["version"] = _version(wire["version"])
+        wire = creation_values(fmt, values) | {"file": {"driver": "file", "filename": filename}, "size": size}
+        if data_file is not None:
+            await session.opener.create_image("file", {"filename": data_file, "size": 0})
+            wire["data-file"] = {"driver": "file", "filename": data_file}
         await session.opener.create_image(fmt, wire)
     except QBlockError as error:
-        if not existed:
-            remove_file(filename)
+        for name in fresh:
+            remove_file(name)
         raise CommandError(f"{filename}: {error}") from error
 
 

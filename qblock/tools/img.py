@@ -1,7 +1,7 @@
 """``qblock-img``: offline work on images, with qemu-img 7.2's command line, exit codes and output layout.
 
 Each sub-command is a module of its own, imported when it is chosen: ``qblock-img info`` starts fast. Differs from
-QEMU: sub-commands that are not there yet (amend, bench, bitmap, commit, dd, measure, rebase, snapshot) are refused
+QEMU: sub-commands that are not there yet (amend, bench, bitmap, commit, rebase, snapshot) are refused
 by name, and error texts are our own.
 """
 
@@ -28,11 +28,13 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "          [-t CACHE] [-T CACHE] [-n [--target-is-zero]] [-C] [-m COROUTINES] [-p] [-q] [-S SIZE] [-U] [-W]\n"
     "          FILE [FILE2 ...] OUTPUT",
     "create": "create [-q] [-f FMT] [-b BACKING [-F FMT]] [-u] [-o OPTIONS] FILE [SIZE]",
+    "dd": "dd [-f FMT | --image-opts] [-O FMT] [-U] [bs=BYTES] [count=BLOCKS] [skip=BLOCKS] if=FILE of=FILE",
     "info": "info [-f FMT | --image-opts] [--output=human|json] [--backing-chain] [-U] FILE",
+    "measure": "measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size N | [-f FMT | --image-opts] [-U] FILE]",
     "map": "map [-f FMT | --image-opts] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILE",
     "resize": "resize [-f FMT | --image-opts] [--preallocation=off|metadata|falloc|full] [-q] [--shrink] FILE [+|-]SIZE",
 }
-NOT_YET: Final = frozenset({"amend", "bench", "bitmap", "commit", "dd", "measure", "rebase", "snapshot"})
+NOT_YET: Final = frozenset({"amend", "bench", "bitmap", "commit", "rebase", "snapshot"})
 
 PROGRAM: Final = "qblock-img"
 _HELP: Final = """usage: qblock-img [-T TRACE] COMMAND [OPTIONS]

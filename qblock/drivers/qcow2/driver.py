@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, assert_never
 import attrs
 
 from qblock import requests
-from qblock.driver import BackingLink, CheckFix, CheckResult, Driver, Json, Limits, NodeInfo
+from qblock.driver import BackingLink, CheckFix, CheckResult, Driver, Json, Limits, Measurement, NodeInfo
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
 from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
+from qblock.drivers.qcow2.measuring import measure_image, stored_bitmaps
 from qblock.drivers.qcow2.options import (
     CacheSizes,
     Qcow2CreateOptions,
@@ -441,6 +442,13 @@ class Qcow2Driver(Driver):
     def probe(cls, head_bytes: bytes, filename: str) -> int:
         """See `Driver`."""
         return head.probe(head_bytes)
+
+    @classmethod
+    async def measure(cls, options: Mapping[str, Json], length: int, source: BlockDriverState | None) -> Measurement:
+        """See `SupportsMeasure`."""
+        driver = source.driver if source is not None else None
+        bitmaps = await stored_bitmaps(driver._file) if isinstance(driver, cls) else None
+        return await measure_image(options, length, source, bitmaps)
 
     async def _checked(self, fix: CheckFix) -> CheckResult:
         from qblock.drivers.qcow2.check import check_image  # noqa: PLC0415 - 10 ms, and images are rarely checked
