@@ -21,6 +21,7 @@ from qblock.errors import BlockIOError, CommandError
 from qblock.extents import Data, Extent
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
+from qblock.snapshots import SnapshotInfo
 from qblock.tracing import Trace
 
 if TYPE_CHECKING:
@@ -328,6 +329,27 @@ class SupportsBacking(Protocol):
     def backing_link(self) -> BackingLink | None: ...
 
     async def change_backing_link(self, link: BackingLink | None) -> None: ...
+
+
+@runtime_checkable
+class SupportsSnapshots(Protocol):
+    """The format keeps internal snapshots of its disk. What changes them is called with the node drained, or by its only user.
+
+    Names may occur several times, ids are given by the format. ``view_snapshot`` makes a node that is open for reading only show
+    a snapshot instead of the disk, with the size that the disk had then, or with ``keep_size`` the one that it has now.
+    `CommandError` when the snapshot is not there, `BlockIOError` when the format or the image does not allow the change: then
+    nothing has changed.
+    """
+
+    def snapshots(self) -> tuple[SnapshotInfo, ...]: ...
+
+    async def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotInfo: ...
+
+    async def apply_snapshot(self, snapshot: SnapshotInfo) -> None: ...
+
+    async def delete_snapshot(self, snapshot: SnapshotInfo) -> None: ...
+
+    async def view_snapshot(self, snapshot: SnapshotInfo, *, keep_size: bool = False) -> None: ...
 
 
 class CreateContext(Protocol):

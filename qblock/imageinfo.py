@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qblock.chain import skip_filters
-from qblock.driver import BackingLink, SupportsBacking
+from qblock.driver import BackingLink, SupportsBacking, SupportsSnapshots
 from qblock.filenames import combine_filename
+from qblock.snapshots import SnapshotInfo, list_lines
 from qblock.units import format_size
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ ORDER: Final = (
     "format-specific", "encrypted", "full-backing-filename", "backing-filename", "dirty-flag",
     "type", "data",
     "compat", "compression-type", "lazy-refcounts", "bitmaps", "refcount-bits", "data-file", "data-file-raw", "corrupt",
-    "extended-l2", "flags", "name", "granularity",
+    "extended-l2", "flags", "icount", "vm-clock-nsec", "name", "granularity", "date-sec", "date-nsec", "vm-clock-sec", "id",
+    "vm-state-size",
 )  # fmt: skip
 _RANK: Final = {key: rank for rank, key in enumerate(ORDER)}
 
@@ -71,6 +73,8 @@ def image_info(node: BlockDriverState) -> dict[str, Any]:
         result["actual-size"] = size
     if info.cluster_size:
         result["cluster-size"] = info.cluster_size
+    if isinstance(driver, SupportsSnapshots) and (snapshots := driver.snapshots()):
+        result["snapshots"] = [snapshot.as_json() for snapshot in snapshots]
     if (specific := driver.specific_info()) is not None:
         result["format-specific"] = specific
     if link is not None:
@@ -97,6 +101,7 @@ def human_lines(info: Mapping[str, Any]) -> Iterable[str]:
         yield f"backing file: {name}" + (f" (actual path: {full})" if full != name else "")
         if "backing-filename-format" in info:
             yield f"backing file format: {info['backing-filename-format']}"
+    yield from list_lines(map(SnapshotInfo.of_json, info.get("snapshots", ())))
     if "format-specific" in info:
         yield "Format specific information:"
         for line in specific_lines(info["format-specific"]["data"]):

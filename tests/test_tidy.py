@@ -19,7 +19,7 @@ LAYERS = (
     # Each room may import those on lines above it; rooms on one line do not import each other.
     "errors units",
     "extents ranges zeroes filenames policy",
-    "clock options transaction formatting tracing witness",
+    "clock options transaction formatting snapshots tracing witness",
     "dirty",
     "device_dirty",
     "permissions",
@@ -61,7 +61,7 @@ LONERS = ("drivers.*",)
 LAZY_PACKAGES = {"zstandard", "zlib", "prompt_toolkit", "pyroaring", "qemu", "importlib", "pickle", "readline"}
 """Heavy or optional packages that may be imported inside a function, for the sake of start-up time."""
 
-LAZY_MODULES = {"qblock.monitor.completion", "qblock.drivers.qcow2.check"}
+LAZY_MODULES = {"qblock.monitor.completion", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.shadow", "qblock.drivers.qcow2.snapshotting"}
 """Our own modules around such a package: they are imported like it."""
 
 LAZY_ROOMS = ("__init__", "__main__", "tools.", "testing.plugin", "registry")

@@ -1,7 +1,7 @@
 """``qblock-img``: offline work on images, with qemu-img 7.2's command line, exit codes and output layout.
 
 Each sub-command is a module of its own, imported when it is chosen: ``qblock-img info`` starts fast. Differs from
-QEMU: sub-commands that are not there yet (amend, bench, bitmap, commit, rebase, snapshot) are refused
+QEMU: sub-commands that are not there yet (amend, bench, bitmap, commit, rebase) are refused
 by name, and error texts are our own.
 """
 
@@ -33,8 +33,9 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "measure": "measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size N | [-f FMT | --image-opts] [-U] FILE]",
     "map": "map [-f FMT | --image-opts] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILE",
     "resize": "resize [-f FMT | --image-opts] [--preallocation=off|metadata|falloc|full] [-q] [--shrink] FILE [+|-]SIZE",
+    "snapshot": "snapshot [--image-opts] [-U] [-q] [-l | -a NAME | -c NAME | -d NAME] FILE",
 }
-NOT_YET: Final = frozenset({"amend", "bench", "bitmap", "commit", "rebase", "snapshot"})
+NOT_YET: Final = frozenset({"amend", "bench", "bitmap", "commit", "rebase"})
 
 PROGRAM: Final = "qblock-img"
 _HELP: Final = """usage: qblock-img [-T TRACE] COMMAND [OPTIONS]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, assert_never
 import attrs
 
 from qblock import requests
-from qblock.driver import BackingLink, CheckFix, CheckResult, Driver, Json, Limits, Measurement, NodeInfo
+from qblock.driver import BackingLink, CheckFix, CheckResult, Json, Limits, Measurement, NodeInfo
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
 from qblock.drivers.qcow2.clusters import ClusterMap
@@ -38,6 +38,7 @@ from qblock.drivers.qcow2.options import (
 from qblock.drivers.qcow2.refcounts import Refcounts, block_clusters, read_refcount_table
 from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
+from qblock.drivers.qcow2.snapshotted import SnapshottedDriver
 from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
 from qblock.drivers.qcow2.writeback import WriteBack
 from qblock.errors import BlockIOError, CorruptImage, ImagePoisoned, NotThisFormat, UnsupportedFeature
@@ -55,7 +56,7 @@ _HOLES_IGNORED: Final = 1 << 20
 """Bytes of holes that the file of any image may have, in its tables and last clusters."""
 
 
-class Qcow2Driver(Driver):
+class Qcow2Driver(SnapshottedDriver):
     """One open image."""
 
     name: ClassVar[str] = "qcow2"
@@ -135,6 +136,8 @@ class Qcow2Driver(Driver):
         l1 = decode_u64(await file.read(header.l1_offset, header.l1_size * 8))
         self._map = ClusterMap(file, geometry, l1, sizes.l2, sizes.clean_interval)
         self._snapshots = await read_snapshot_table(file)
+        if self._snapshots.broken is not None:
+            self._take_broken_snapshots(self._snapshots.broken)
         self._writer = self._writeback = None
         self._adopt_size(header.size)
         cluster = geometry.cluster_size
@@ -210,8 +213,8 @@ class Qcow2Driver(Driver):
             areas.add_bytes(Area.SNAPSHOT_TABLE, header.snapshots_offset, self._snapshots.length)
         areas.add(Area.REFCOUNT_BLOCK, block_clusters(table, bits))
         areas.add(Area.ACTIVE_L2, (entry >> bits for entry in map(OFFSET_MASK.__and__, self._map.l1) if entry))
-        for snapshot in self._snapshots.snapshots:
-            areas.add_bytes(Area.INACTIVE_L1, snapshot.l1_offset, snapshot.l1_size * 8)
+        for snapshot in self._snapshots.usable(self._file):
+            areas.add_bytes(Area.INACTIVE_L1, snapshot.l1_offset, snapshot.l1_bytes)
             if Area.INACTIVE_L2 in protected:
                 l1 = decode_u64(await self._file.read(snapshot.l1_offset, snapshot.l1_size * 8))
                 areas.add(Area.INACTIVE_L2, (entry >> bits for entry in map(OFFSET_MASK.__and__, l1) if entry))
@@ -461,12 +464,16 @@ class Qcow2Driver(Driver):
             await self._writeback.finish()
         result = await self._checked(fix)
         if result.corruptions_fixed or result.leaks_fixed:
-            header = await self._read_header()
-            await self._build(header, cache_sizes(self.options, header))
-            if not self.node.read_only:
-                await self._prepare_writing()
-                await self._activate()
+            await self._reload()
         return result
+
+    async def _reload(self) -> None:
+        """What is known of the tables is void: read them again."""
+        header = await self._read_header()
+        await self._build(header, cache_sizes(self.options, header))
+        if not self.node.read_only:
+            await self._prepare_writing()
+            await self._activate()
 
     # ---------------------------------------------------------------------------------------------------- backing link
 
