@@ -352,6 +352,17 @@ class SupportsSnapshots(Protocol):
     async def view_snapshot(self, snapshot: SnapshotInfo, *, keep_size: bool = False) -> None: ...
 
 
+@runtime_checkable
+class SupportsDataFile(Protocol):
+    """The format can keep its data in another file, the child ``data-file``, whose name the image may tell."""
+
+    async def data_file_link(self) -> str | None:
+        """Called before `Driver.open`, with all given children attached: the name of the data file that is to be opened.
+
+        None: the image has none, or it was given. Raises `CommandError` and `ImageError`.
+        """
+
+
 class CreateContext(Protocol):
     """What `SupportsCreate.create` may use: the environment, and a way to open (and afterwards drop) the file to write to."""
 
@@ -365,6 +376,8 @@ class CreateTarget(Protocol):
     """An opened node that a format is created on; close with `release`."""
 
     def length(self) -> int: ...
+
+    def filename(self) -> str | None: ...
 
     async def read_into(self, offset: int, buffer: memoryview) -> None: ...
 

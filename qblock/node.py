@@ -118,6 +118,11 @@ class BlockDriverState:
         return None
 
     @property
+    def data_storage(self) -> BdrvChild | None:
+        """The child that the offsets of this node's data refer to: the external data file of an image, else `storage`."""
+        return self.children.get("data-file") or self.storage
+
+    @property
     def backing(self) -> BdrvChild | None:
         """The backing (copy-on-write) child, if any; a filter has none here."""
         child = self.children.get("backing")

@@ -9,7 +9,7 @@ backing child is read-only unless its own options say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
 import attrs
@@ -146,6 +146,14 @@ class NodeSpec:
     flags: NodeFlags
     children: Mapping[str, NodeSpec | NodeReference | UnprobedSpec | None]
     given: Mapping[str, Json]
+
+
+def specs_of(spec: NodeSpec) -> Iterator[NodeSpec]:
+    """A node's description, and those of all inline nodes below it."""
+    yield spec
+    for child in spec.children.values():
+        if isinstance(child, NodeSpec):
+            yield from specs_of(child)
 
 
 def child_fields(driver: type[Driver]) -> list[Field]:

@@ -20,12 +20,21 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.creating import create_image
 from qblock.drain import wait_idle
-from qblock.driver import BackingLink, Driver, Environment, Json, SupportsBacking
+from qblock.driver import BackingLink, Driver, Environment, Json, SupportsBacking, SupportsDataFile
 from qblock.errors import CommandError, CorruptImage, InvalidParameter, QBlockError
 from qblock.filenames import combine_filename, has_protocol
 from qblock.graph import Graph, check_node_name
 from qblock.node import BlockDriverState
-from qblock.nodespec import MAX_NESTING, NodeFlags, NodeReference, NodeSpec, SpecReader, UnprobedSpec, child_fields
+from qblock.nodespec import (
+    MAX_NESTING,
+    NodeFlags,
+    NodeReference,
+    NodeSpec,
+    SpecReader,
+    UnprobedSpec,
+    child_fields,
+    specs_of,
+)
 from qblock.options import parse_json_filename, unflatten_dotted
 from qblock.permissions import ChildRole, Perm
 from qblock.policy import Mention, OpenPolicy
@@ -84,6 +93,7 @@ class Opener:
         fmt: str | None = None,
         read_only: bool = True,
         backing: bool = True,
+        data_file: bool = True,
         options: Mapping[str, Json] | None = None,
         force_share: bool = False,
         node_name: str | None = None,
@@ -91,13 +101,14 @@ class Opener:
         """Open an image by file name (or ``json:{…}``), probing the format when ``fmt`` is None.
 
         ``options`` are more options of the format node (dotted keys and text leaves are allowed). ``backing=False`` leaves
-        the backing file of the header closed. Raises and returns as `open_blockdev`.
+        the backing file of the header closed, ``data_file=False`` its data file: what the image says of itself can be asked
+        then, not its content. Raises and returns as `open_blockdev`.
         """
         flags = NodeFlags(read_only=read_only, force_share=force_share)
         extra = unflatten_dotted(options or {})
         if node_name:
             extra["node-name"] = node_name
-        layer = await self._open_named(filename, fmt, flags, extra)
+        layer = await self._open_named(filename, fmt, flags, extra, data_file=data_file)
         if not backing:
             return self._hand_over(layer.node)
         return await self._with_backing(layer, {_identity(layer.node)})
@@ -131,8 +142,13 @@ class Opener:
         self._pinned.discard(node)
         return node
 
-    async def _open_layer(self, spec: NodeSpec, storage: BlockDriverState | None = None) -> BlockDriverState:
-        """Open one node with all its children but the backing; ``storage`` is its storage child if it was opened for probing."""
+    async def _open_layer(
+        self, spec: NodeSpec, storage: BlockDriverState | None = None, *, data_file: bool = True
+    ) -> BlockDriverState:
+        """Open one node with all its children but the backing; ``storage`` is its storage child if it was opened for probing.
+
+        ``data_file=False`` leaves a data file that its header names closed: it can be asked what it is, but has no content.
+        """
         node = self._make_node(spec)
         node.probed = storage is not None and spec.driver.name == "raw"
         self._pinned.add(node)
@@ -145,6 +161,7 @@ class Opener:
                 elif ref is not None and field.role is not ChildRole.BACKING:
                     child = await self._open_child(ref, standalone=field.standalone)
                     self._attach(node, child, field.wire, field.role)
+            await self._open_data_file(node, spec.flags, wanted=data_file)
             if (hit := self.env.trace.bdrv_open_common) is not None:
                 hit(node=node.node_name, filename=node.driver.filename() or "", driver=node.driver.name)
             await node.driver.open()
@@ -154,6 +171,32 @@ class Opener:
             raise
         refresh_length(node)
         return node
+
+    async def _open_data_file(self, node: BlockDriverState, flags: NodeFlags, *, wanted: bool) -> None:
+        """Open the data file that the header of ``node`` names. It must be plain storage, so that it names no more files."""
+        if not isinstance(node.driver, SupportsDataFile):
+            return
+        name = await node.driver.data_file_link() if wanted else None
+        if name is None:
+            return
+        image = _file_of(node) or node.node_name
+        self.policy.check(Mention(image, name, "data file", "raw"))
+        if os.path.realpath(name) == os.path.realpath(image):
+            raise CorruptImage(image, "its data file is the image file itself")
+        options = parse_json_filename(name) or self._storage_of(name)
+        spec = SpecReader(self.registry, strings=True).read_file(options, flags.for_child(ChildRole.DATA), path="data-file")
+        if any(hasattr(part.driver, "data_file_link") for part in specs_of(spec)):
+            raise CorruptImage(image, f"its data file '{name}' is an image itself; give it in the options if it shall be")
+        try:
+            child = await self._open_tree(spec)
+        except QBlockError as error:
+            error.add_note(f"'{name}' is the data file of '{image}'")
+            raise
+        self._pinned.add(child)
+        if _identity(child) == os.path.realpath(image):
+            await self._close_tree(child)
+            raise CorruptImage(image, "its data file is the image file itself")
+        self._attach(node, child, "data-file", ChildRole.DATA)
 
     def _make_node(self, spec: NodeSpec) -> BlockDriverState:
         node = BlockDriverState(spec.common.node_name or "", options_given=spec.given)
@@ -240,15 +283,20 @@ class Opener:
 
     # ------------------------------------------------------------------------------------------------ names and probing
 
-    async def _open_named(self, filename: str, fmt: str | None, flags: NodeFlags, extra: Mapping[str, Json]) -> _Layer:
+    async def _open_named(
+        self, filename: str, fmt: str | None, flags: NodeFlags, extra: Mapping[str, Json], *, data_file: bool = True
+    ) -> _Layer:
         """The node of an image file, without its backing."""
-        return await self._open_given(merge(self._options_of(filename, fmt), extra), flags, shown=filename)
+        given = merge(self._options_of(filename, fmt), extra)
+        return await self._open_given(given, flags, shown=filename, data_file=data_file)
 
-    async def _open_given(self, given: Mapping[str, Json], flags: NodeFlags, *, shown: str) -> _Layer:
+    async def _open_given(
+        self, given: Mapping[str, Json], flags: NodeFlags, *, shown: str, data_file: bool = True
+    ) -> _Layer:
         reader = SpecReader(self.registry, strings=True)
         if "driver" in given:
             spec = reader.read(given, flags)
-            return _Layer(await self._open_layer(spec), spec)
+            return _Layer(await self._open_layer(spec, data_file=data_file), spec)
         if not isinstance(given.get("file"), Mapping):
             raise CommandError(f"'{shown}' tells neither a driver nor a file to probe for one")
         # What is opened for probing stays, so it is opened as the format's child that it will be.
@@ -259,7 +307,7 @@ class Opener:
         try:
             driver = await self.probe(storage, shown)
             spec = reader.read({**given, "driver": driver}, flags)
-            node = await self._open_layer(spec, storage)
+            node = await self._open_layer(spec, storage, data_file=data_file)
         except BaseException:
             if not storage.parents and not storage.closed:
                 await self._close_tree(storage)

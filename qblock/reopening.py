@@ -7,6 +7,7 @@ or nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import attrs
 
 from qblock.drain import drained
 from qblock.driver import Json
-from qblock.errors import InvalidParameter
+from qblock.errors import BlockIOError, InvalidParameter
 from qblock.node import BlockDriverState
 from qblock.nodespec import NodeFlags, NodeSpec, SpecReader, child_fields
 from qblock.options import fields
@@ -94,14 +95,17 @@ def _check_child(node: BlockDriverState, name: str, spec: NodeSpec) -> None:
 def _storage_steps(node: BlockDriverState, *, read_only: bool) -> list[_Step]:
     """The storage nodes below that follow, lowest first."""
     steps: list[_Step] = []
-    edge = node.storage
-    while edge is not None and edge.role is not ChildRole.FILTERED:
+    edges = [node.storage, node.children.get("data-file")]
+    while edges:
+        edge = edges.pop()
+        if edge is None or edge.role is ChildRole.FILTERED:
+            continue
         below = edge.node
         if below.monitor_owned or len(below.parents) > 1 or below.read_only == read_only:
-            break
+            continue
         flags = attrs.evolve(NodeFlags.of(below), read_only=read_only)
         steps.insert(0, _Step(below, below.driver.options, flags))
-        edge = below.storage
+        edges += [below.storage, below.children.get("data-file")]
     return steps
 
 
@@ -122,9 +126,14 @@ async def _perform(opener: Opener, steps: list[_Step]) -> None:
     except BaseException:
         for step in reversed(prepared):
             step.node.driver.abort_reopen()
+        for step in prepared:
+            with contextlib.suppress(BlockIOError):  # it has poisoned the node, which says so at the next write
+                await step.node.driver.settle_reopen()
         raise
     for step in steps:
         step.node.driver.commit_reopen(step.options, read_only=step.flags.read_only)
+    for step in steps:
+        await step.node.driver.settle_reopen()
 
 
 def _set_flags(step: _Step, change: Transaction) -> None:

@@ -158,7 +158,7 @@ def _held(extent: Data | Zero | Compressed, layer: BlockDriverState, depth: int,
             assert_never(extent)
     file = None
     if offset is not None:
-        storage = layer.storage
+        storage = layer.data_storage
         file = layer if layer.driver.is_protocol or storage is None else storage.node
     return ChainExtent(length, depth, True, zero, stored or not zero, offset=offset, node=layer, file=file)
 
@@ -175,7 +175,7 @@ async def _refined_status(node: BlockDriverState, offset: int, length: int, *, w
         leave(node)
     if not (want_zero and node.driver.probes_storage and isinstance(extent, Data) and extent.offset is not None):
         return extent, False
-    storage = node.storage
+    storage = node.data_storage
     if storage is None:
         return extent, False
     below = await block_status(storage.node, extent.offset, extent.length)

@@ -55,6 +55,8 @@ class CrashStorage(Driver):
         self.live = bytearray()
         self.start = b""
         self.effects: list[Effect] = []
+        self.journal: list[CrashStorage] = []
+        """Whose turn each effect was; storages that are to crash together are given one list (`moments`)."""
         self.restless = False
         self.fail_writes: int | None = None
         self.failure = errno.EIO
@@ -64,6 +66,7 @@ class CrashStorage(Driver):
         self.live = bytearray(content)
         self.start = bytes(content)
         self.effects.clear()
+        self.journal.clear()
 
     # ------------------------------------------------------------------------------------------------------- as a driver
 
@@ -111,6 +114,7 @@ class CrashStorage(Driver):
         at = len(self.effects)
         await self._turn(writes=True)
         self.effects.append(Effect("flush", at))
+        self.journal.append(self)
 
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """See `Driver`."""
@@ -123,6 +127,7 @@ class CrashStorage(Driver):
 
     def _do(self, effect: Effect) -> None:
         self.effects.append(effect)
+        self.journal.append(self)
         apply_effect(self.live, effect)
 
     # --------------------------------------------------------------------------------------------------------- crashes
@@ -133,6 +138,10 @@ class CrashStorage(Driver):
         for effect in self.effects[:moment]:
             apply_effect(image, effect)
         return bytes(image)
+
+    def moment_at(self, moment: int) -> int:
+        """How many of the first ``moment`` effects of the journal were this storage's."""
+        return sum(storage is self for storage in self.journal[:moment])
 
     def last_flush(self, moment: int) -> int:
         """How many of the first ``moment`` effects a flush has made durable."""

@@ -30,6 +30,7 @@ class _Target:
     def __init__(self, storage: CrashStorage) -> None:
         self._storage = storage
         self.length = storage.length
+        self.filename = storage.filename
         self.read_into = storage.read_into
         self.write_from = storage.write_from
         self.write_zeroes = storage.write_zeroes
@@ -47,7 +48,10 @@ class FormatBench:
         self.driver = driver
         self.bench = NodeBench()
         self.content = b""
+        self.data_content: bytes | None = None
         self.storage: CrashStorage
+        self.data: CrashStorage | None = None
+        """The storage of the data file, of an image that was created with ``data_file="data"``."""
         self.node: BlockDriverState
 
     @property
@@ -56,32 +60,46 @@ class FormatBench:
         return self.bench.env
 
     async def open_reference(self, ref: Any) -> _Target:
-        """See `CreateContext`: any reference means the bench's own storage."""
-        self.storage = CrashStorage(BlockDriverState("target"), CrashStorageOptions(), self.env)
-        return _Target(self.storage)
+        """See `CreateContext`: ``data`` means the image's data file, any other reference the image's own storage."""
+        storage = CrashStorage(BlockDriverState("target"), CrashStorageOptions(), self.env)
+        if ref == "data":
+            self.data = storage
+        else:
+            self.storage = storage
+        return _Target(storage)
 
     async def create(self, **options: Any) -> None:
         """Make a new image with these creation options."""
         create: Any = self.driver
         await create.create(create.create_options_class(file="storage", **options), self)
         self.content = bytes(self.storage.live)
+        self.data_content = bytes(self.data.live) if self.data is not None else None
 
     async def open(
         self,
         *,
         backing: BlockDriverState | None = None,
         content: bytes | None = None,
+        data: bytes | None = None,
         flags: dict[str, Any] | None = None,
         **options: Any,
     ) -> BlockBackend:
-        """Open the image; ``flags`` are fields of its node, ``options`` the driver's."""
+        """Open the image, with other ``content`` and ``data`` file than was kept if they are given.
+
+        ``flags`` are fields of its node, ``options`` the driver's.
+        """
         self.bench = NodeBench() if backing is None else self.bench
-        storage = await self.bench.add(CrashStorage, CrashStorageOptions(), discard_unmap=True)
+        storage = await self._add_storage(self.content if content is None else content)
         assert isinstance(storage.driver, CrashStorage)
         self.storage = storage.driver
-        self.storage.fill(self.content if content is None else content)
-        requests.refresh_length(storage)
         children = {"file": (storage, ChildRole.STORAGE)}
+        data = self.data_content if data is None else data
+        if data is not None:
+            beside = await self._add_storage(data)
+            assert isinstance(beside.driver, CrashStorage)
+            self.data = beside.driver
+            self.data.journal = self.storage.journal
+            children["data-file"] = (beside, ChildRole.DATA)
         if backing is not None:
             children["backing"] = (backing, ChildRole.BACKING)
         state: dict[str, Any] = {"discard_unmap": True, **(flags or {})}
@@ -89,14 +107,23 @@ class FormatBench:
         self.node = await self.bench.add(self.driver, made(file="storage", **options), children=children, **state)
         return self.bench.backend(self.node) if not self.node.read_only else _reader(self.bench, self.node)
 
+    async def _add_storage(self, content: bytes) -> BlockDriverState:
+        node = await self.bench.add(CrashStorage, CrashStorageOptions(), discard_unmap=True)
+        assert isinstance(node.driver, CrashStorage)
+        node.driver.fill(content)
+        requests.refresh_length(node)
+        return node
+
     async def close(self) -> None:
         """Close the image, and keep its content for the next opening."""
         await self.node.driver.close()
         self.content = bytes(self.storage.live)
+        self.data_content = bytes(self.data.live) if self.data is not None else None
 
     async def check(self, content: bytes | None = None, fix: CheckFix = CheckFix.NONE) -> CheckResult:
         """Open a content (default: what `close` kept) on a bench of its own, and check it."""
         other = FormatBench(self.driver)
+        other.data_content = self.data_content
         await other.open(
             content=self.content if content is None else content, flags={"read_only": fix is CheckFix.NONE}
         )

@@ -40,7 +40,7 @@ class ImageArguments:
 
     ``writethrough``: every write is durable when it completes. ``copy_on_read``: what is read from the backing file is copied up.
     ``extra`` are further options of the node, as dotted keys with strings (``cache.direct``). ``backing`` False leaves the
-    backing file closed.
+    backing file closed, ``data_file`` False its data file: then it has no content, but can be asked what it is.
     """
 
     name: str
@@ -49,6 +49,7 @@ class ImageArguments:
     writable: bool = False
     force_share: bool = False
     backing: bool = True
+    data_file: bool = True
     writethrough: bool = False
     copy_on_read: bool = False
     extra: Mapping[str, str] = attrs.field(factory=dict)
@@ -97,6 +98,7 @@ class ImageSession:
             fmt=wanted.fmt,
             read_only=not wanted.writable,
             backing=wanted.backing,
+            data_file=wanted.data_file,
             options=dict(wanted.extra),
             force_share=wanted.force_share,
         )

@@ -29,6 +29,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         image_opts="image-opts" in arguments,
         force_share="U" in arguments,
         backing="backing-chain" in arguments,
+        data_file=False,
     )
     if wanted.fmt is not None and wanted.image_opts:
         raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")

@@ -366,7 +366,7 @@ def test_resized_disks_are_clean_and_grow_zeroes(tmp_path: Path, cluster: int) -
 
 def test_images_with_features_of_others_are_refused_by_name(tmp_path: Path) -> None:
     """What qblock cannot do is said in the words of the feature table."""
-    cases = {"extended_l2=on": "extended L2 entries", "data_file=d": "external data file"}
+    cases = {"extended_l2=on": "extended L2 entries"}
     for options, name in cases.items():
         path = tmp_path / "image"
         path.unlink(missing_ok=True)

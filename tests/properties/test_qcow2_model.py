@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from qblock.drivers.memory import MemoryDriver, MemoryOptions
 from qblock.drivers.qcow2.driver import Qcow2Driver
+from qblock.testing.crash import CrashStorage
 from qblock.testing.formats import FormatBench
 from qblock.testing.schedules import Seeded
 from qblock.testing.simloop import run
@@ -34,15 +35,18 @@ class Shape:
     backing: bool
     entry_size: int | None
     cache: int
+    data_file: bool = False
+    raw: bool = False
 
     @property
     def create(self) -> dict[str, object]:
-        return {
+        options: dict[str, object] = {
             "size": self.size,
             "cluster_size": 1 << self.cluster_bits,
             "refcount_bits": 1 << self.refcount_order,
             "version": self.version,
         }
+        return options | ({"data_file": "data", "data_file_raw": self.raw} if self.data_file else {})
 
     @property
     def options(self) -> dict[str, object]:
@@ -56,15 +60,19 @@ def shapes(draw: st.DrawFn) -> Shape:
     bits = draw(st.sampled_from([9, 9, 10, 12, 14, 16]))
     version = draw(st.sampled_from(["v3", "v3", "v3", "v2"]))
     clusters = draw(st.integers(1, 300 if bits < 12 else 20))
+    data_file = version == "v3" and draw(st.sampled_from([False, False, True]))
+    raw = data_file and draw(st.booleans())
     size = (clusters << bits) - draw(st.sampled_from([0, 0, 512])) * (bits > 9)
     return Shape(
         bits,
         draw(st.integers(0, 6)) if version == "v3" else 4,
         version,
         max(size, 512),
-        draw(st.booleans()),
+        not raw and draw(st.booleans()),
         draw(st.sampled_from([None, 512, 1024])),
         draw(st.sampled_from([1, 4096, 1 << 20])),
+        data_file,
+        raw,
     )
 
 
@@ -104,11 +112,13 @@ async def _model(shape: Shape, random: Random, rounds: int) -> None:
         flushes = [disk.flush()] if random.random() < 0.5 else []
         await asyncio.gather(*(operate(disk, model, a, b, shape, random.random(), random) for a, b in ranges), *flushes)
         assert await disk.read(0, shape.size) == model
+        if shape.raw:
+            assert bench.data is not None and bench.data.live[: shape.size] == model
         if random.random() < 0.3:
             await bench.close()
             result = await bench.check()
             assert (result.corruptions, result.leaks, result.check_errors) == (0, 0, 0), result.findings
-            qemu_agrees(bench.content)
+            qemu_agrees(bench)
             disk = await bench.open(backing=backing, **shape.options)
             assert await disk.read(0, shape.size) == model
     await bench.close()
@@ -144,14 +154,19 @@ def forget(model: bytearray, a: int, b: int, shape: Shape) -> None:
         model[first:end] = bytes(end - first)
 
 
-def qemu_agrees(image: bytes) -> None:
+def qemu_agrees(bench: FormatBench) -> None:
     """The real qemu-img finds nothing wrong (when it is installed)."""
     if shutil.which("qemu-img") is None:
         return
-    with tempfile.NamedTemporaryFile(suffix=".qcow2") as file:
-        file.write(image)
+    with tempfile.NamedTemporaryFile(suffix=".qcow2") as file, tempfile.NamedTemporaryFile(suffix=".raw") as data:
+        file.write(bench.content)
         file.flush()
-        command = ["qemu-img", "check", "-f", "qcow2", file.name]
+        options = f"driver=qcow2,file.driver=file,file.filename={file.name}"
+        if bench.data_content is not None:
+            data.write(bench.data_content)
+            data.flush()
+            options += f",data-file.driver=file,data-file.filename={data.name}"
+        command = ["qemu-img", "check", "--image-opts", options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -197,7 +212,7 @@ async def _crash(shape: Shape, random: Random) -> None:
     await bench.create(**shape.create)
     backing, model = await with_backing(bench, shape, random)
     disk = await bench.open(backing=backing, **shape.options)
-    bench.storage.restless = True
+    make_restless(bench)
     history = History(bytes(model))
     for _ in range(random.randrange(3, 9)):
         cuts = sorted({random.randrange(shape.size // SECTOR + 1) * SECTOR for _ in range(random.randrange(2, 8))})
@@ -205,11 +220,10 @@ async def _crash(shape: Shape, random: Random) -> None:
         changes = [change(disk, history, a, b, shape, random) for a, b in ranges]
         await asyncio.gather(*changes, flush(bench, disk, history, random))
     await disk.flush()
-    storage = bench.storage
-    moments = range(len(storage.effects) + 1)
+    moments = range(len(bench.storage.journal) + 1)
     for moment in random.sample(moments, min(len(moments), 60)):
-        await survives(bench, shape, storage.after_kill(moment), history, moment, backing)
-        await survives(bench, shape, storage.after_power_cut(moment, random), history, moment, backing)
+        await survives(bench, shape, history, moment, backing, None)
+        await survives(bench, shape, history, moment, backing, random)
 
 
 async def change(disk: object, history: History, a: int, b: int, shape: Shape, random: Random) -> None:
@@ -237,13 +251,30 @@ async def flush(bench: FormatBench, disk: object, history: History, random: Rand
         await asyncio.sleep(0)
     covered = list(history.done)
     await disk.flush()  # type: ignore[attr-defined]
-    history.promises.append((len(bench.storage.effects), covered))
+    history.promises.append((len(bench.storage.journal), covered))
+
+
+def make_restless(bench: FormatBench) -> None:
+    for storage in (bench.storage, bench.data):
+        if storage is not None:
+            storage.restless = True
+
+
+def crashed(storage: CrashStorage | None, moment: int, random: Random | None) -> bytes | None:
+    """What is left of one storage: of a killed process, or with ``random`` after a power cut."""
+    if storage is None:
+        return None
+    own = storage.moment_at(moment)
+    return storage.after_kill(own) if random is None else storage.after_power_cut(own, random)
 
 
 async def survives(
-    bench: FormatBench, shape: Shape, image: bytes, history: History, moment: int, backing: object
+    bench: FormatBench, shape: Shape, history: History, moment: int, backing: object, random: Random | None
 ) -> None:
+    image, data = crashed(bench.storage, moment, random), crashed(bench.data, moment, random)
+    assert image is not None
     other = FormatBench(Qcow2Driver)
+    other.data_content = data
     result = await other.check(image)
     assert (result.corruptions, result.check_errors) == (0, 0), (moment, result.findings)
     other.bench = bench.bench
@@ -267,7 +298,7 @@ async def _overlaps(shape: Shape, random: Random) -> None:
     await bench.create(**shape.create)
     backing, model = await with_backing(bench, shape, random)
     disk = await bench.open(backing=backing, **shape.options)
-    bench.storage.restless = True
+    make_restless(bench)
     history = History(bytes(model))
     sectors = shape.size // SECTOR
 
@@ -308,13 +339,15 @@ def test_a_failing_storage_never_corrupts_the_image(shape: Shape, seed: int, goo
         bench = FormatBench(Qcow2Driver)
         await bench.create(**shape.create)
         disk = await bench.open(**shape.options)
-        bench.storage.restless = True
-        bench.storage.fail_writes = good
+        make_restless(bench)
+        random.choice([storage for storage in (bench.storage, bench.data) if storage is not None]).fail_writes = good
         for _ in range(6):
             a = random.randrange(shape.size)
             length = random.randrange(1, min(shape.size - a, 70000) + 1)
             await asyncio.gather(disk.write(a, random.randbytes(length)), disk.flush(), return_exceptions=True)
-        result = await FormatBench(Qcow2Driver).check(bytes(bench.storage.live))
+        other = FormatBench(Qcow2Driver)
+        other.data_content = bytes(bench.data.live) if bench.data is not None else None
+        result = await other.check(bytes(bench.storage.live))
         assert (result.corruptions, result.check_errors) == (0, 0), result.findings
 
     run(main, Seeded(seed))

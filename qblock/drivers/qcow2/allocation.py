@@ -122,7 +122,7 @@ class Allocator:
         start = guest & (geometry.cluster_size - 1)
         index = clusters.index(guest)
         limit = min(geometry.clusters(start + payload.length), len(table.entries) - index)
-        run = find_run(table.entries, index, limit, geometry)
+        run = clusters.run_at(table, index, limit)
         if run.kind is Kind.DATA and run.entry & COPIED:
             count = min(run.clusters * geometry.cluster_size - start, payload.length)
             await self._write_in_place((run.entry & OFFSET_MASK) + start, payload.part(0, count))
@@ -151,25 +151,44 @@ class Allocator:
 
     def _run_to_place(self, table: CachedTable, index: int, limit: int) -> int:
         """How many entries from ``index`` on need a new place for a write."""
-        geometry = self.map.geometry
         count = 0
         while count < limit:
-            run = find_run(table.entries, index + count, limit - count, geometry)
+            run = self.map.run_at(table, index + count, limit - count)
             in_place = run.kind in (Kind.DATA, Kind.ZERO_ALLOCATED) and run.entry & COPIED
             if in_place or run.kind is Kind.CORRUPT:
                 break
             count += run.clusters
         return count
 
+    async def guard(self, host: int, length: int) -> None:
+        """Stop a write of guest data that would hit metadata."""
+        if self.file.overlaps(host, length):
+            await self.file.check_overlap(host, length)
+
+    async def claim(self, first: int, count: int) -> Claim:
+        """Space for up to ``count`` (at least one) guest clusters from ``first`` on."""
+        return await self.refcounts.allocate(count)
+
+    async def give_back(self, claim: Claim) -> None:
+        """The space of a claim was not used after all."""
+        await self.refcounts.release([Freed(claim.host >> self.map.geometry.cluster_bits, claim.clusters, False)])
+
+    async def clear(self, offset: int, length: int, *, unmap: bool) -> None:
+        """A guest range is about to read as zeroes by its entries; here its space is given back instead of being emptied."""
+
+    @property
+    def discard_leaves_zeroes(self) -> bool:
+        """Discarded clusters must hide what is in the backing node."""
+        return self.file.node.backing is not None
+
     async def _write_in_place(self, host: int, payload: Payload) -> None:
-        if self.file.overlaps(host, payload.length):
-            await self.file.check_overlap(host, payload.length)
+        await self.guard(host, payload.length)
         epochs = self.map.epochs
         epoch = epochs.current
         epoch.count += 1
         try:
             self.file.event("write_aio")
-            await payload.store(self.file.edge, host)
+            await payload.store(self.file.data, host)
         finally:
             epochs.leave(epoch)
 
@@ -181,18 +200,18 @@ class Allocator:
         allocation = Allocation(first, first + len(old))
         clusters.allocations.append(allocation)
         try:
-            claim = reuse or await self.refcounts.allocate(len(old))
+            claim = reuse or await self.claim(first, len(old))
             allocation.end = first + claim.clusters
             count = min(claim.clusters * geometry.cluster_size - start, payload.length)
             try:
-                if reuse and self.file.overlaps(claim.host, claim.clusters * geometry.cluster_size):
-                    await self.file.check_overlap(claim.host, claim.clusters * geometry.cluster_size)
+                if reuse:
+                    await self.guard(claim.host, claim.clusters * geometry.cluster_size)
                 await self._fill(claim, guest, payload.part(0, count), old)
                 table = await clusters.writable_slice(guest)
                 self.file.check_writable()
             except BlockIOError:
                 if reuse is None:
-                    await self.refcounts.release([Freed(claim.host >> geometry.cluster_bits, claim.clusters, False)])
+                    await self.give_back(claim)
                 raise
             entry, step = claim.host | COPIED, geometry.cluster_size
             clusters.change(table, clusters.index(guest), array(U64, range(entry, entry + claim.clusters * step, step)))
@@ -222,22 +241,22 @@ class Allocator:
             buffer[write_head : write_head + payload.length] = payload.view
             self.file.event("cow_write")
             self.file.event("write_aio")
-            await requests.write_from(self.file.edge, claim.host + from_, buffer)
+            await requests.write_from(self.file.data, claim.host + from_, buffer)
             return
         self.file.event("write_aio")
-        await payload.store(self.file.edge, claim.host + head)
+        await payload.store(self.file.data, claim.host + head)
         if write_head:
             buffer = memoryview(bytearray(write_head))
             self.file.event("cow_read")
             await self._read_old(first, guest - head, 0, buffer)
             self.file.event("cow_write")
-            await requests.write_from(self.file.edge, claim.host, buffer)
+            await requests.write_from(self.file.data, claim.host, buffer)
         if write_tail:
             buffer = memoryview(bytearray(write_tail))
             self.file.event("cow_read")
             await self._read_old(last, guest - head + total - size, end - (total - size), buffer)
             self.file.event("cow_write")
-            await requests.write_from(self.file.edge, claim.host + end, buffer)
+            await requests.write_from(self.file.data, claim.host + end, buffer)
 
     def _shows_zeroes(self, entry: int) -> bool:
         kind = classify(entry, self.map.geometry)
@@ -283,6 +302,7 @@ class Allocator:
         partial = offset & mask or (end & mask and end < self.map.length)
         if partial and not await self._rest_is_zero(offset & ~mask, end + (-end & mask)):
             raise BlockIOError(errno.ENOTSUP)
+        await self.clear(offset, length, unmap=unmap)
         await self._rewrite(offset, end, _Zeroing(self, unmap=unmap, only_unallocated=bool(partial)))
 
     async def _rest_is_zero(self, start: int, end: int) -> bool:
@@ -307,7 +327,8 @@ class Allocator:
         has_backing = self.file.node.backing is not None
         if offset & mask or (end & mask and end < self.map.length) or (has_backing and self.map.geometry.version < 3):
             raise BlockIOError(errno.ENOTSUP)
-        await self._rewrite(offset, end, _Discarding(self, leave_zeroes=has_backing))
+        await self.clear(offset, length, unmap=True)
+        await self._rewrite(offset, end, _Discarding(self, leave_zeroes=self.discard_leaves_zeroes))
 
     async def cut(self, start: int, end: int, *, pass_discard: bool | None = None) -> None:
         """Leave everything between two guest offsets unallocated (shrinking); ``start`` is a cluster boundary.
@@ -340,7 +361,7 @@ class Allocator:
                 continue
             index, stop = clusters.index(guest), clusters.index(guest) + limit
             while index < stop:
-                run = find_run(table.entries, index, stop - index, geometry)
+                run = clusters.run_at(table, index, stop - index)
                 if run.kind is Kind.CORRUPT:
                     await self.file.fatal(f"the L2 entry for guest offset {guest:#x} is {run.entry:#x}")
                 entries = rule.apply(run, table.entries[index : index + run.clusters])

@@ -273,11 +273,13 @@ class _Checker:
 
     def _check_copied_run(self, entries: array[int], at: int, clusters: int, entry: int) -> bool:
         host, copied = (entry & OFFSET_MASK) >> self.geometry.cluster_bits, bool(entry & COPIED)
+        if self.geometry.data_file and copied:
+            return False
         if not self._stored and copied and self.census.only_once(host, clusters):
             return False
         changed = False
         for i in range(clusters):
-            if self._is_alone(host + i) is not copied:
+            if (self.geometry.data_file or self._is_alone(host + i)) is not copied:
                 self._corruption(f"OFLAG_COPIED data cluster: l2_entry={entries[at + i]:x}", fixed=self.fix_errors)
                 if self.fix_errors:
                     entries[at + i] ^= COPIED

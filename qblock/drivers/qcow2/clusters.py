@@ -211,6 +211,10 @@ class ClusterMap:
             if old:
                 self.file.metadata.remove(Area.ACTIVE_L2, [old >> bits])
 
+    def run_at(self, table: CachedTable, index: int, limit: int) -> Run:
+        """The run of clusters of one kind that begins at ``index`` of a slice, at most ``limit`` entries."""
+        return find_run(table.entries, index, limit, self.geometry)
+
     def change(self, table: CachedTable, index: int, entries: array[int]) -> None:
         """Replace entries of a slice that `writable_slice` has just returned."""
         table.entries[index : index + len(entries)] = entries
@@ -232,7 +236,7 @@ class ClusterMap:
                 start = guest & (geometry.cluster_size - 1)
                 index = self.index(guest)
                 limit = min(geometry.clusters(start + wanted - done), len(table.entries) - index)
-                run = find_run(table.entries, index, limit, geometry)
+                run = self.run_at(table, index, limit)
                 count = min(run.clusters * geometry.cluster_size - start, wanted - done)
                 await self.read_run(run, guest, view[done : done + count])
             done += count
@@ -253,7 +257,7 @@ class ClusterMap:
                 start = guest & (self.geometry.cluster_size - 1)
                 if kind is Kind.DATA:
                     self.file.event("read_aio")
-                    await requests.read_into(self.file.edge, (run.entry & OFFSET_MASK) + start, view)
+                    await requests.read_into(self.file.data, (run.entry & OFFSET_MASK) + start, view)
                 else:
                     view[:] = (await self._unpack(run.entry))[start : start + len(view)]
             finally:
@@ -305,7 +309,7 @@ class ClusterMap:
         table = await self.slice_at(guest)
         if table is not None:
             index = self.index(guest)
-            return find_run(table.entries, index, min(limit, len(table.entries) - index), geometry)
+            return self.run_at(table, index, min(limit, len(table.entries) - index))
         index = guest >> geometry.l1_shift
         empty = constant_run(self.l1, index, len(self.l1) - index) if index < len(self.l1) and not self.l1[index] else 1
         end = (index + empty) << geometry.l1_shift

@@ -19,7 +19,8 @@ from qblock.drivers.qcow2.layout import COPIED, U64, Geometry, encode_u64
 from qblock.drivers.qcow2.options import Qcow2CreateOptions, refuse_unsupported
 from qblock.drivers.qcow2.refcounts import RefcountCodec
 from qblock.errors import BlockIOError, InvalidParameter
-from qblock.units import MiB, is_power_of_two
+from qblock.options import ABSENT
+from qblock.units import MiB, align_up, is_power_of_two
 
 if TYPE_CHECKING:
     from qblock.driver import CreateContext, CreateTarget
@@ -29,7 +30,10 @@ _SECTOR: Final = 512
 
 @attrs.frozen(kw_only=True)
 class ImagePlan:
-    """Where everything of a new image lies, in clusters; ``l2_tables`` and ``data`` are 0 without preallocation."""
+    """Where everything of a new image lies, in clusters; ``l2_tables`` and ``mapped`` are 0 without preallocation.
+
+    ``data`` are those of the ``mapped`` guest clusters that lie in this file: all, or none when there is a data file.
+    """
 
     header: Header
     geometry: Geometry
@@ -38,6 +42,7 @@ class ImagePlan:
     l1_clusters: int
     l2_tables: int
     data: int
+    mapped: int
 
     @property
     def first_block(self) -> int:
@@ -67,7 +72,11 @@ async def create_image(options: Qcow2CreateOptions, context: CreateContext) -> N
     plan = plan_image(options)
     target = await context.open_reference(options.file)
     try:
-        await _make_room(target, plan, options.preallocation)
+        if options.data_file is not ABSENT:
+            plan = await _prepare_data_file(options, context, plan)
+            await _make_room(target, plan, "metadata")
+        else:
+            await _make_room(target, plan, options.preallocation)
         await _write_refcounts(target, plan)
         await _write_mapping(target, plan)
         await target.flush()
@@ -78,18 +87,40 @@ async def create_image(options: Qcow2CreateOptions, context: CreateContext) -> N
         await target.release()
 
 
+async def _prepare_data_file(options: Qcow2CreateOptions, context: CreateContext, plan: ImagePlan) -> ImagePlan:
+    """Make the data file long enough, what it holds is left; gives the plan with its name in the header."""
+    header = plan.header
+    length = align_up(options.size, header.cluster_size) if plan.mapped else options.size
+    preallocation = options.preallocation if options.preallocation in ("falloc", "full") else "off"
+    data = await context.open_reference(options.data_file)
+    try:
+        if data.length() < length:
+            await data.truncate(length, preallocation=preallocation)
+            await data.flush()
+        name = data.filename()
+    finally:
+        await data.release()
+    if name is None:
+        return plan
+    extension = Extension(head.EXT_DATA_FILE, name.encode("utf-8", "surrogateescape"))
+    return attrs.evolve(plan, header=attrs.evolve(header, extensions=(*header.extensions, extension)))
+
+
 def plan_image(options: Qcow2CreateOptions) -> ImagePlan:
     """Check the options and lay the image out."""
     _check(options)
     cluster, version = options.cluster_size, int(options.version[1])
     order = options.refcount_bits.bit_length() - 1
-    geometry = Geometry(cluster.bit_length() - 1, order, version, 0)
+    external = options.data_file is not ABSENT
+    geometry = Geometry(cluster.bit_length() - 1, order, version, 0, data_file=external)
     l1_size = geometry.l1_entries(options.size)
     if l1_size * 8 > head.MAX_L1_BYTES:
         raise InvalidParameter("size", f"must not exceed {geometry.max_size} bytes with clusters of {cluster} bytes")
-    preallocated = options.preallocation != "off"
+    # A raw data file holds all of the disk from the beginning, so all of it is mapped.
+    preallocated = options.preallocation != "off" or options.data_file_raw
     l2_tables = l1_size if preallocated else 0
-    data = geometry.clusters(options.size) if preallocated else 0
+    mapped = geometry.clusters(options.size) if preallocated else 0
+    data = 0 if external else mapped
     l1_clusters = geometry.clusters(l1_size * 8)
     blocks = table_clusters = 1
     while True:
@@ -109,6 +140,7 @@ def plan_image(options: Qcow2CreateOptions) -> ImagePlan:
         l1_clusters=l1_clusters,
         l2_tables=l2_tables,
         data=data,
+        mapped=mapped,
     )
 
 
@@ -127,10 +159,22 @@ def _check(options: Qcow2CreateOptions) -> None:
             raise InvalidParameter("lazy-refcounts", "needs version v3 (compat 1.1)")
         if options.compression_type != "zlib":
             raise InvalidParameter("compression-type", "must be zlib with version v2 (compat 0.10)")
+    _check_data_file(options)
     if options.backing_file is not None and options.preallocation != "off":
         raise InvalidParameter("preallocation", "cannot be used together with a backing file")
     if options.backing_file is None and options.backing_fmt is not None:
         raise InvalidParameter("backing-fmt", "is given without a backing-file")
+
+
+def _check_data_file(options: Qcow2CreateOptions) -> None:
+    if options.data_file is ABSENT:
+        if options.data_file_raw:
+            raise InvalidParameter("data-file-raw", "needs a data-file")
+        return
+    if options.version == "v2":
+        raise InvalidParameter("data-file", "needs version v3 (compat 1.1)")
+    if options.data_file_raw and options.backing_file is not None:
+        raise InvalidParameter("data-file-raw", "cannot be used together with a backing file")
 
 
 def _header(options: Qcow2CreateOptions, geometry: Geometry, l1_size: int, l1_offset: int, table_clusters: int) -> Header:
@@ -147,7 +191,8 @@ def _header(options: Qcow2CreateOptions, geometry: Geometry, l1_size: int, l1_of
         l1_offset=l1_offset if l1_size else 0,
         refcount_table_offset=options.cluster_size,
         refcount_table_clusters=table_clusters,
-        incompatible=head.COMPRESSION.mask if zstd else 0,
+        incompatible=(head.COMPRESSION.mask if zstd else 0) | (head.DATA_FILE.mask if geometry.data_file else 0),
+        autoclear=head.DATA_FILE_RAW.mask if options.data_file_raw else 0,
         compatible=head.LAZY_REFCOUNTS.mask if options.lazy_refcounts else 0,
         refcount_order=geometry.refcount_order,
         header_length=head.V2_LENGTH if version == 2 else head.V3_LENGTH,
@@ -188,8 +233,8 @@ async def _write_mapping(target: CreateTarget, plan: ImagePlan) -> None:
         l1[i] = (plan.first_l2 + i) << bits | COPIED
     if l1:
         await target.write_from(plan.header.l1_offset, encode_u64(l1))
-    first_data = (plan.first_l2 + plan.l2_tables) << bits | COPIED
-    end = first_data + (plan.data << bits)
+    first_data = COPIED if plan.geometry.data_file else (plan.first_l2 + plan.l2_tables) << bits | COPIED
+    end = first_data + (plan.mapped << bits)
     for i in range(plan.l2_tables):
         start = first_data + (i * per_table << bits)
         table = array(U64, range(start, min(start + (per_table << bits), end), 1 << bits))

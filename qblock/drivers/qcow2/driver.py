@@ -1,6 +1,6 @@
 """The ``qcow2`` driver: opening, requests, size and links of an image. The theory is in the modules it puts together.
 
-Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. Refused by feature name: external data files, extended L2
+Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. Refused by feature name: extended L2
 entries, encryption, and writing to an image with persistent bitmaps (whose promise to be consistent qblock could neither keep
 nor break without losing them). ``lazy-refcounts`` is accepted and allows to postpone refcount updates; this driver keeps them in
 order all the same, so that it never sets the dirty bit. An image with the dirty bit is repaired when it is opened for writing.
@@ -23,6 +23,7 @@ from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
+from qblock.drivers.qcow2.datafile import DataFileAllocator, DataFileMap, fit, name_in_header
 from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
 from qblock.drivers.qcow2.measuring import measure_image, stored_bitmaps
@@ -41,7 +42,14 @@ from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from qblock.drivers.qcow2.snapshotted import SnapshottedDriver
 from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
 from qblock.drivers.qcow2.writeback import WriteBack
-from qblock.errors import BlockIOError, CorruptImage, ImagePoisoned, NotThisFormat, UnsupportedFeature
+from qblock.errors import (
+    BlockIOError,
+    CorruptImage,
+    ImagePoisoned,
+    InvalidParameter,
+    NotThisFormat,
+    UnsupportedFeature,
+)
 from qblock.extents import Compressed, Data, Extent, Unallocated, Zero
 from qblock.options import DriverOptions
 from qblock.units import align_up
@@ -82,25 +90,36 @@ class Qcow2Driver(SnapshottedDriver):
         """Prepared for writing by a reopen, but nothing was written yet."""
         self._reactivate = False
         self._kept = self.options
+        self._early: Header | None = None
+        """The header, read by `data_file_link` right before opening."""
 
     # ------------------------------------------------------------------------------------------------- open and close
 
     async def open(self) -> None:
         """See `Driver`. Raises `ImageError`, `BlockIOError` or `InvalidParameter`; reads header, L1 and snapshot table."""
         refuse_unsupported(self.options)
-        header = await self._read_header()
+        header = self._early or await self._read_header()
+        self._early = None
+        if "data-file" in self.node.children and not header.has(head.DATA_FILE):
+            raise InvalidParameter("data-file", f"cannot be given: '{self._image}' keeps its data itself")
         sizes = cache_sizes(self.options, header)
         refuse_lazy_refcounts_of_v2(self.options, header, self._image)
         if header.autoclear & head.BITMAPS.mask == 0 and header.extension(head.EXT_BITMAPS) is not None:
             self.env.warn(f"'{self._image}' has persistent bitmaps that are not consistent any more; they are ignored")
         await self._build(header, sizes)
-        self.probes_storage = self._lies_on_holes()
+        self.probes_storage = self._lies_on_holes() and not header.has(head.DATA_FILE)
         if not self.node.read_only:
             self._check_may_write(header)
             if header.has(head.DIRTY):
                 await self._repair()
             await self._prepare_writing()
             await self._activate()
+
+    async def data_file_link(self) -> str | None:
+        """See `SupportsDataFile`."""
+        header = self._early = await self._read_header()
+        given = "data-file" in self.node.children
+        return name_in_header(header, self._image) if header.has(head.DATA_FILE) and not given else None
 
     @property
     def _edge(self) -> BdrvChild:
@@ -131,10 +150,12 @@ class Qcow2Driver(SnapshottedDriver):
 
     async def _build(self, header: Header, sizes: CacheSizes) -> None:
         traced = self._edge.node.driver.wants_debug_events
-        file = self._file = ImageFile(self.node, self.env, self._edge, header, traced=traced)
+        data = self.node.children.get("data-file")
+        file = self._file = ImageFile(self.node, self.env, self._edge, header, traced=traced, data_edge=data)
         geometry = Geometry.of(header, sizes.l2_entry)
         l1 = decode_u64(await file.read(header.l1_offset, header.l1_size * 8))
-        self._map = ClusterMap(file, geometry, l1, sizes.l2, sizes.clean_interval)
+        mapping = DataFileMap if geometry.data_file else ClusterMap
+        self._map = mapping(file, geometry, l1, sizes.l2, sizes.clean_interval)
         self._snapshots = await read_snapshot_table(file)
         if self._snapshots.broken is not None:
             self._take_broken_snapshots(self._snapshots.broken)
@@ -144,8 +165,8 @@ class Qcow2Driver(SnapshottedDriver):
         self.limits = Limits(zero_alignment=cluster, discard_alignment=cluster)
         # Hot paths use these; they are the same objects for the life of the image.
         self._storage = self._edge
-        # The fast path announces no steps, so that a file that is told of them gets none of it.
-        self._tables = {} if traced else self._map.tables
+        # The fast path announces no steps, so that a file that is told of them gets none of it; nor does it check places.
+        self._tables = {} if traced or geometry.data_file else self._map.tables
         self._epochs = self._map.epochs
         self._slice_shift, self._cluster_bits = geometry.slice_shift, geometry.cluster_bits
         self._slice_mask, self._cluster_mask = (1 << geometry.slice_bits) - 1, cluster - 1
@@ -187,7 +208,8 @@ class Qcow2Driver(SnapshottedDriver):
         self._map.refcounts = refcounts
         self._writeback = WriteBack(file, refcounts, self._map)
         pass_discard = self.options.pass_discard_request
-        self._writer = Allocator(
+        allocator = DataFileAllocator if self._map.geometry.data_file else Allocator
+        self._writer = allocator(
             self._map,
             refcounts,
             self._writeback,
@@ -225,7 +247,9 @@ class Qcow2Driver(SnapshottedDriver):
         header = self._file.header
         keep = header.autoclear & head.MAINTAINED_AUTOCLEAR
         if header.extension(head.EXT_BITMAPS) is None:
-            keep = 0
+            keep &= ~head.BITMAPS.mask
+        if header.raw_data_file:
+            keep |= head.DATA_FILE_RAW.mask
         if header.version >= 3 and keep != header.autoclear:
             self._file.header = attrs.evolve(header, autoclear=keep)
             await self._write_features()
@@ -387,9 +411,9 @@ class Qcow2Driver(SnapshottedDriver):
             raise BlockIOError(errno.ENOTSUP)
         if kind is Kind.DATA and host is not None:
             # The file may end in the middle of its last cluster.
-            inside = max(0, min(length, self._file.length() - host))
+            inside = max(0, min(length, self._file.data.node.driver.length() - host))
             if inside:
-                await requests.copy_range(self._storage, host, target, target_offset, inside)
+                await requests.copy_range(self._file.data, host, target, target_offset, inside)
             if inside < length:
                 await requests.write_zeroes(target, target_offset + inside, length - inside)
         elif kind is Kind.UNALLOCATED and backing is not None and offset + length <= backing.node.length:
@@ -415,7 +439,10 @@ class Qcow2Driver(SnapshottedDriver):
             adopt=self._adopt_size,
             preallocation=preallocation,
         )
-        self.probes_storage = self._lies_on_holes()
+        if self._map.geometry.data_file:
+            await fit(self._file, length)
+        else:
+            self.probes_storage = self._lies_on_holes()
 
     # ------------------------------------------------------------------------------------------------------ questions
 
@@ -431,10 +458,20 @@ class Qcow2Driver(SnapshottedDriver):
         if header.version >= 3:
             data["lazy-refcounts"] = header.has(head.LAZY_REFCOUNTS)
         data["refcount-bits"] = self._map.geometry.refcount_bits
+        if header.has(head.DATA_FILE):
+            if header.data_file is not None:
+                data["data-file"] = header.data_file
+            data["data-file-raw"] = header.raw_data_file
         if header.version >= 3:
             data["corrupt"] = header.has(head.CORRUPT)
             data["extended-l2"] = False
         return {"type": "qcow2", "data": data}
+
+    def allocated_size(self) -> int | None:
+        """See `Driver`: of the image file and, when it is open, the data file."""
+        sizes = [edge.node.driver.allocated_size() for edge in (self._edge, self._file.data_edge) if edge is not None]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
 
     def cached_bytes(self) -> int:
         """Bytes that cached L2 slices and refcounts take at present, in their stored form."""

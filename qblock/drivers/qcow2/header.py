@@ -92,7 +92,7 @@ DATA_FILE_RAW: Final = Feature(2, 1, "raw external data")
 FEATURES: Final = (DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2, LAZY_REFCOUNTS, BITMAPS, DATA_FILE_RAW)
 """In the order of the feature table."""
 
-SUPPORTED_INCOMPATIBLE: Final = DIRTY.mask | CORRUPT.mask | COMPRESSION.mask
+SUPPORTED_INCOMPATIBLE: Final = DIRTY.mask | CORRUPT.mask | DATA_FILE.mask | COMPRESSION.mask
 """Incompatible bits that an image may have set for qblock to open it at all."""
 MAINTAINED_AUTOCLEAR: Final = BITMAPS.mask
 """Autoclear bits that a read-write open may leave set (with bitmaps it is refused instead, see `driver.py`)."""
@@ -156,6 +156,17 @@ class Header:
     def extension(self, kind: int) -> bytes | None:
         """Content of the first extension of this type."""
         return next((ext.data for ext in self.extensions if ext.kind == kind), None)
+
+    @property
+    def data_file(self) -> str | None:
+        """The external data file's name, if the header has one."""
+        data = self.extension(EXT_DATA_FILE)
+        return data.decode("utf-8", "surrogateescape") if data else None
+
+    @property
+    def raw_data_file(self) -> bool:
+        """Is the external data file a raw image of the disk?"""
+        return self.has(DATA_FILE) and self.has(DATA_FILE_RAW)
 
     @property
     def backing_format(self) -> str | None:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import attrs
 
-from qblock.drivers.qcow2.header import MAX_L1_BYTES, Header
+from qblock.drivers.qcow2.header import DATA_FILE, MAX_L1_BYTES, Header
 
 COPIED: Final = 1 << 63
 """In L1 and L2 entries: the refcount of what the entry points to is exactly 1, so it may be written in place."""
@@ -57,18 +57,25 @@ class Run(NamedTuple):
 
 @attrs.frozen
 class Geometry:
-    """The sizes that follow from a header. ``slice_bits``: an L2 table is cached in slices of 2^slice_bits entries."""
+    """The sizes that follow from a header. ``slice_bits``: an L2 table is cached in slices of 2^slice_bits entries.
+
+    ``data_file``: guest clusters lie in a file of their own, each at its guest offset.
+    """
 
     cluster_bits: int
     refcount_order: int
     version: int
     slice_bits: int
+    data_file: bool = False
 
     @classmethod
     def of(cls, header: Header, slice_bytes: int | None = None) -> Geometry:
         """Geometry of an image; ``slice_bytes`` overrides the cached part of an L2 table (at most a cluster)."""
         slice_bytes = min(slice_bytes or DEFAULT_SLICE_BYTES, header.cluster_size)
-        return cls(header.cluster_bits, header.refcount_order, header.version, slice_bytes.bit_length() - 4)
+        slice_bits = slice_bytes.bit_length() - 4
+        return cls(
+            header.cluster_bits, header.refcount_order, header.version, slice_bits, data_file=header.has(DATA_FILE)
+        )
 
     @property
     def cluster_size(self) -> int:
@@ -146,7 +153,7 @@ def zeroes_u64(count: int) -> array[int]:
 def classify(entry: int, geometry: Geometry) -> Kind:
     """What one L2 entry means in an image of this geometry."""
     if entry & COMPRESSED:
-        return Kind.COMPRESSED
+        return Kind.CORRUPT if geometry.data_file else Kind.COMPRESSED
     if entry & L2_RESERVED:
         return Kind.CORRUPT
     offset = entry & OFFSET_MASK
@@ -154,7 +161,9 @@ def classify(entry: int, geometry: Geometry) -> Kind:
         return Kind.CORRUPT
     if entry & ZERO:
         return Kind.ZERO_ALLOCATED if offset else Kind.ZERO
-    return Kind.DATA if offset else Kind.UNALLOCATED
+    if offset or (entry & COPIED and geometry.data_file):
+        return Kind.DATA
+    return Kind.UNALLOCATED
 
 
 def compressed_location(entry: int, cluster_bits: int) -> tuple[int, int]:

@@ -63,7 +63,9 @@ class Qcow2Options(DriverOptions):
     refcount_cache_size: int | None = option(None, doc="size of the refcount cache; default: 4 clusters", since="2.2")
     cache_clean_interval: int | None = option(None, doc="seconds after which unused tables are dropped; 0: never", since="2.5")
     encrypt: Mapping[str, Any] | None = option(None, doc="encryption; not offered yet", since="2.10")
-    data_file: str | Mapping[str, Any] | None = option(None, doc="external data file; not offered yet", since="4.0")
+    data_file: ChildRef = child(
+        ChildRole.DATA, doc="the external data file; default: by the header", optional=True, since="4.0"
+    )
 
 
 @attrs.frozen
@@ -72,8 +74,8 @@ class Qcow2CreateOptions(DriverOptions):
 
     file: ChildRef = child(ChildRole.STORAGE, doc="the node to create the image on")
     size: int = required(doc="size of the disk, a multiple of 512")
-    data_file: str | Mapping[str, Any] | None = option(None, doc="external data file; not offered yet", since="4.0")
-    data_file_raw: bool = option(False, doc="the data file is a raw image; not offered yet", since="4.0")
+    data_file: ChildRef = child(ChildRole.DATA, doc="the node that is to hold the data", optional=True, since="4.0")
+    data_file_raw: bool = option(False, doc="keep the data file usable as a raw image", since="4.0")
     extended_l2: bool = option(False, doc="subclusters; not offered yet", since="5.2")
     version: Literal["v2", "v3"] = option("v3", doc="v2 is compat 0.10, v3 is compat 1.1")
     backing_file: str | None = option(None, doc="name of the backing file")
@@ -143,13 +145,8 @@ def refuse_unsupported(options: Qcow2Options | Qcow2CreateOptions) -> None:
     names = {feature.bit: feature.name for feature in FEATURES if feature.word == 0}
     if options.encrypt is not None:
         raise InvalidParameter("encrypt", "is not offered: encryption of qcow2 images is not supported")
-    if options.data_file is not None:
-        raise InvalidParameter("data-file", f"is not offered: the feature '{names[2]}' is not supported")
-    if isinstance(options, Qcow2CreateOptions):
-        if options.extended_l2:
-            raise InvalidParameter("extended-l2", f"is not offered: the feature '{names[4]}' is not supported")
-        if options.data_file_raw:
-            raise InvalidParameter("data-file-raw", f"is not offered: the feature '{names[2]}' is not supported")
+    if isinstance(options, Qcow2CreateOptions) and options.extended_l2:
+        raise InvalidParameter("extended-l2", f"is not offered: the feature '{names[4]}' is not supported")
 
 
 def refuse_lazy_refcounts_of_v2(options: Qcow2Options, header: Header, image: str) -> None:

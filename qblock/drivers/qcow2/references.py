@@ -71,7 +71,7 @@ class ReferenceCounter:
             if entry and (offset := self._l2_offset(index, entry)):
                 runs.append((offset >> self.geometry.cluster_bits, 1))
                 entries = decode_u64(await self.file.read(offset, self.geometry.cluster_size))
-                self.census.add_runs(self._l2_runs(entries, offset, active=active))
+                self.census.add_runs(self._l2_runs(entries, offset, index, active=active))
         self.census.add_runs(runs)
 
     def _l2_offset(self, index: int, entry: int) -> int:
@@ -87,18 +87,21 @@ class ReferenceCounter:
             return 0
         return offset
 
-    def _l2_runs(self, entries: array[int], offset: int, *, active: bool) -> Iterator[tuple[int, int]]:
+    def _l2_runs(self, entries: array[int], offset: int, index: int, *, active: bool) -> Iterator[tuple[int, int]]:
         """The host clusters that an L2 table refers to, as (first, count)."""
-        bits, at, expected = self.geometry.cluster_bits, 0, 0
+        bits, at, expected = self.geometry.cluster_bits, 0, -1
         while at < len(entries):
             kind, clusters, entry = find_run(entries, at, len(entries) - at, self.geometry)
             if kind is Kind.DATA or kind is Kind.ZERO_ALLOCATED:
                 host = (entry & OFFSET_MASK) >> bits
                 if active:
                     self.allocated += clusters
-                    self.fragmented += bool(expected and host != expected)
+                    self.fragmented += expected >= 0 and host != expected
                 expected = host + clusters
-                yield host, clusters
+                if not self.geometry.data_file:
+                    yield host, clusters
+                elif host != (guest := (index << self.geometry.l2_bits) + at):
+                    self.problems.append(f"guest cluster {guest} lies elsewhere in the data file: {entry:x}")
             elif kind is Kind.COMPRESSED:
                 touched = compressed_clusters(entry, bits)
                 if entry & COPIED:

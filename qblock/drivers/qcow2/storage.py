@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import attrs
 
 from qblock import requests
-from qblock.drivers.qcow2.header import CORRUPT, MAX_OFFSET, Header, encode_features
+from qblock.drivers.qcow2.header import CORRUPT, DATA_FILE, MAX_OFFSET, Header, encode_features
 from qblock.errors import BlockIOError, ImagePoisoned
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ class ImageFile:
     virgin: int = 0
     traced: bool = False
     """The file's driver wants to hear of each step of the work on the image (blkdebug)."""
+    data_edge: BdrvChild | None = None
+    """Where guest clusters lie: the external data file; the file itself when the image has none (`data`)."""
     _reported: bool = False
 
     @property
@@ -136,6 +138,15 @@ class ImageFile:
     def length(self) -> int:
         """The present length of the file in bytes."""
         return self.edge.node.driver.length()
+
+    @property
+    def data(self) -> BdrvChild:
+        """Where guest clusters lie. ``BlockIOError(ENOMEDIUM)`` for an image that was opened without its data file."""
+        if self.data_edge is not None:
+            return self.data_edge
+        if self.header.has(DATA_FILE):
+            raise BlockIOError(errno.ENOMEDIUM, f"'{self.name}' was opened without its data file")
+        return self.edge
 
     def event(self, step: str) -> None:
         """Come to a step of the work, see `Driver.debug_event`; nothing happens unless the file is ``traced``."""
@@ -164,6 +175,8 @@ class ImageFile:
         """Everything written so far is durable before anything written later. A failure poisons the node."""
         self.event("flush_to_disk")
         try:
+            if self.data_edge is not None:
+                await requests.flush(self.data_edge.node)
             await requests.flush(self.edge.node)
         except BlockIOError as error:
             self.poison(error)

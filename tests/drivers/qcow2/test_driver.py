@@ -499,7 +499,6 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "all three sizes": {"cache_size": MiB, "l2_cache_size": 1, "refcount_cache_size": 1},
     "parts larger than the whole": {"cache_size": 1, "l2_cache_size": MiB},
     "negative": {"cache_clean_interval": -1},
-    "data file": {"data_file": "x"},
     "encryption": {"encrypt": {"format": "luks"}},
 }
 
@@ -529,7 +528,8 @@ def test_options_that_cannot_be_honoured_are_refused(name: str) -> None:
         {"version": "v2", "compression_type": "zstd"},
         {"preallocation": "full", "backing_file": "x"},
         {"extended_l2": True},
-        {"data_file": "x"},
+        {"data_file": "data", "version": "v2"},
+        {"data_file": "data", "data_file_raw": True, "backing_file": "x"},
         {"data_file_raw": True},
         {"encrypt": {"format": "luks"}},
         {"cluster_size": 512, "size": 1 << 40},

@@ -95,7 +95,6 @@ BAD_FIELDS = {
     "luks": (32, ">I", 2),
     "unknown feature": (72, ">Q", 1 << 63),
     "extended L2": (72, ">Q", 1 << 4),
-    "data file": (72, ">Q", 1 << 2),
     "compression type": (104, ">B", 7),
     "compression type without its bit": (104, ">B", 1),
     "compression bit without the type": (72, ">Q", 1 << 3),
