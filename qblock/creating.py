@@ -112,7 +112,7 @@ async def create_image_file(
     nothing is announced or made when the name or the format will not do.
     """
     path = _path_of(opener, filename)
-    _creating_class(opener, fmt)
+    _creating_class(opener, "file" if fmt == "raw" else fmt)  # a raw image is nothing but its file
     shown: dict[str, Json] = {"size": size}
     options: dict[str, Json] = {"size": size}
     if backing is not None:
