@@ -422,12 +422,13 @@ def test_a_target_that_cannot_be_made_leaves_no_file(
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_target_may_be_named_with_the_protocol_of_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_a_target_may_be_named_with_the_protocol_of_files(tmp_path: Path, fmt: str) -> None:
     """It is made where it is opened afterwards."""
     make_image(tmp_path / "disk", "4M", {0: b"x"})
     with rfc_2012() as machine:
         machine.add_drive(tmp_path / "disk")
-        machine.qmp.execute("drive-mirror", device="virtio0", target=f"file:{tmp_path}/copy", full=True)
+        machine.qmp.execute("drive-mirror", device="virtio0", target=f"file:{tmp_path}/copy", format=fmt, full=True)
         assert (tmp_path / "copy").exists()
 
 
