@@ -25,13 +25,14 @@ from qblock import status
 from qblock.backend import BlockBackend
 from qblock.chain import skip_filters
 from qblock.clock import RealClock
-from qblock.driver import CheckFix, CheckResult, Environment, SupportsBacking, SupportsCheck
+from qblock.driver import CheckFix, CheckResult, Environment, SupportsBacking, SupportsCheck, SupportsSnapshots
 from qblock.errors import BlockIOError, CommandError
 from qblock.graph import Graph
 from qblock.opening import Opener
 from qblock.permissions import Perm
 from qblock.policy import OpenPolicy
 from qblock.registry import DriverRegistry
+from qblock.snapshots import SnapshotInfo, find_described
 from qblock.units import align_up, parse_size
 
 if TYPE_CHECKING:
@@ -91,8 +92,16 @@ class Image:
     """An open image. A context manager: leaving it flushes and closes. Not for use by two threads at once."""
 
     def __init__(
-        self, path: str | os.PathLike[str], *, writable: bool = False, fmt: str | None = None, backing: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        writable: bool = False,
+        fmt: str | None = None,
+        backing: bool = False,
+        snapshot: str | None = None,
     ) -> None:
+        if writable and snapshot is not None:
+            raise CommandError("a snapshot can only be read: apply it, or open it without writable=True")
         self.path = os.fspath(path)
         self.writable = writable
         self._loop = asyncio.new_event_loop()
@@ -109,6 +118,9 @@ class Image:
         try:
             node = self._run(self._opener.open_image(self.path, fmt=fmt, read_only=not writable))
             self._backend.insert(node)
+            if snapshot is not None:
+                driver = self._snapshotted()
+                self._run(driver.view_snapshot(find_described(driver.snapshots(), snapshot)))
         except BaseException:
             self.close()
             raise
@@ -212,6 +224,34 @@ class Image:
         """Change the size of the disk; what is added reads as zeroes."""
         self._check_writable()
         self._run(self._backend.truncate(length))
+
+    # ------------------------------------------------------------------------------------------------------- snapshots
+
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """The internal snapshots, oldest first; none where the format has none."""
+        driver = skip_filters(self._backend.node).driver
+        return driver.snapshots() if isinstance(driver, SupportsSnapshots) else ()
+
+    def create_snapshot(self, name: str) -> SnapshotInfo:
+        """Keep the disk as it is now, under ``name``, which need not be a new one: the id is. Durable on return."""
+        self._check_writable()
+        return self._run(self._snapshotted().create_snapshot(name))
+
+    def apply_snapshot(self, snapshot: SnapshotInfo) -> None:
+        """Make the disk what it was, in size and content; what it holds now is lost unless a snapshot has it."""
+        self._check_writable()
+        self._run(self._snapshotted().apply_snapshot(snapshot))
+
+    def delete_snapshot(self, snapshot: SnapshotInfo) -> None:
+        """Forget a snapshot, and give its space back."""
+        self._check_writable()
+        self._run(self._snapshotted().delete_snapshot(snapshot))
+
+    def _snapshotted(self) -> SupportsSnapshots:
+        driver = skip_filters(self._backend.node).driver
+        if not isinstance(driver, SupportsSnapshots):
+            raise CommandError(f"images of the format '{driver.name}' have no snapshots")
+        return driver
 
     def as_file(self) -> ImageFile:
         """A raw file object over the image, for whatever wants one; closing it leaves the image open."""
@@ -338,15 +378,21 @@ class ImageFile(io.RawIOBase):
 
 
 def open_image(
-    path: str | os.PathLike[str], *, writable: bool = False, fmt: str | None = None, backing: bool = False
+    path: str | os.PathLike[str],
+    *,
+    writable: bool = False,
+    fmt: str | None = None,
+    backing: bool = False,
+    snapshot: str | None = None,
 ) -> Image:
     """Open the image at ``path`` for a ``with`` block.
 
     ``fmt`` names the format (None: look at the content; raw images that strangers wrote should be named as such).
     ``backing=True`` also opens the backing files that the image names; without it an overlay is refused with
-    `OpenDenied`. Raises `ImageError`, `CommandError` or `BlockIOError` (an `OSError`).
+    `OpenDenied`. ``snapshot`` shows an internal snapshot (its id or name) in place of the disk, for reading. Raises
+    `ImageError`, `CommandError` or `BlockIOError` (an `OSError`).
     """
-    return Image(path, writable=writable, fmt=fmt, backing=backing)
+    return Image(path, writable=writable, fmt=fmt, backing=backing, snapshot=snapshot)
 
 
 def create(

@@ -11,6 +11,8 @@ from typing import Final
 
 import attrs
 
+from qblock.errors import CommandError
+from qblock.options import parse_keyval
 from qblock.units import format_size
 
 HEADING: Final = f"{'ID':<9} {'TAG':<16} {'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
@@ -82,6 +84,23 @@ def find_by_id_or_name(snapshots: Iterable[SnapshotInfo], text: str) -> Snapshot
     """The snapshot whose id is ``text``, or else the first one with that name."""
     known = tuple(snapshots)
     return find_snapshot(known, id=text) or find_snapshot(known, name=text)
+
+
+def find_described(snapshots: Iterable[SnapshotInfo], text: str) -> SnapshotInfo:
+    """The snapshot that an option names: ``snapshot.id=ID``, ``snapshot.name=NAME``, both, or an id or name alone.
+
+    Raises `CommandError` when there is none.
+    """
+    if text.startswith("snapshot."):
+        wanted = parse_keyval(text).get("snapshot")
+        if not isinstance(wanted, dict) or not set(wanted) <= {"id", "name"}:
+            raise CommandError(f"'{text}' does not name a snapshot: give snapshot.id=ID, snapshot.name=NAME, or both")
+        found = find_snapshot(snapshots, id=wanted.get("id"), name=wanted.get("name"))
+    else:
+        found = find_by_id_or_name(snapshots, text)
+    if found is None:
+        raise CommandError(f"There is no snapshot '{text}'")
+    return found
 
 
 def list_lines(snapshots: Iterable[SnapshotInfo]) -> list[str]:

@@ -19,7 +19,7 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.clock import RealClock
-from qblock.driver import Environment
+from qblock.driver import Environment, SupportsSnapshots
 from qblock.errors import CommandError, QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
@@ -27,6 +27,7 @@ from qblock.opening import Opener, OpenPolicy
 from qblock.options import parse_keyval
 from qblock.permissions import Perm
 from qblock.registry import DriverRegistry
+from qblock.snapshots import find_described
 
 T = TypeVar("T")
 
@@ -53,6 +54,8 @@ class ImageArguments:
     writethrough: bool = False
     copy_on_read: bool = False
     extra: Mapping[str, str] = attrs.field(factory=dict)
+    snapshot: str | None = None
+    """The internal snapshot to show in place of the disk, see `snapshots.find_described`; the size stays the disk's."""
 
 
 class ImageNotOpened(CommandError):
@@ -111,6 +114,8 @@ class ImageSession:
             backend = BlockBackend(self.graph, perm=perm, shared=Perm.ALL, description=f"the image '{wanted.name}'")
             self.backends.append(backend)
             backend.insert(node)
+            if wanted.snapshot is not None:
+                await _show_snapshot(node, wanted.snapshot)
         except QBlockError as error:
             raise ImageNotOpened(wanted.name, error) from error
         backend.writethrough = wanted.writethrough
@@ -135,6 +140,13 @@ class ImageSession:
         self.backends.clear()
         await self.opener.close_orphans()
         self.environment.executor.shutdown(wait=False)
+
+
+async def _show_snapshot(node: BlockDriverState, text: str) -> None:
+    driver = node.driver
+    if not isinstance(driver, SupportsSnapshots):
+        raise CommandError(f"images of the format '{driver.name}' have no snapshots")
+    await driver.view_snapshot(find_described(driver.snapshots(), text), keep_size=True)
 
 
 def _with_drivers(options: Mapping[str, Any], *, root: bool = False) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``qblock-img convert``: copy images to a new one of any format that can be created, or into an existing one (-n).
 
 Command line and checks as qemu-img 7.2's. Differs from QEMU: when a run that has made the output file fails, the unfinished
-file is removed; compressed output, internal snapshots, bitmaps and salvaging are refused by name.
+file is removed; compressed output, bitmaps and salvaging are refused by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ MAX_WORKERS: Final = 16
 MAX_SPARSE: Final = 16 * MiB
 REFUSED: Final = {
     "c": "compressed clusters cannot be written yet",
-    "l": "internal snapshots cannot be read yet",
     "bitmaps": "persistent bitmaps cannot be copied yet",
     "skip-broken-bitmaps": "persistent bitmaps cannot be copied yet",
     "salvage": "unreadable areas are never replaced by zeroes; a read error ends the copy",
@@ -89,6 +88,8 @@ def _checked(arguments: Arguments, fmt: str) -> _Request:
     if len(arguments.words) < 2:
         raise UsageError("Must specify image file names: one or more to read, and one to write")
     *sources, output = arguments.words
+    if "l" in arguments and len(sources) > 1:
+        raise CommandError("-l takes a snapshot of one image: it cannot be used with several")
     creates = "n" not in arguments
     if "target-is-zero" in arguments and creates:
         raise CommandError("--target-is-zero requires -n: a new image is known to be zero")
@@ -139,6 +140,7 @@ async def _convert(session: ImageSession, request: _Request) -> None:
                 image_opts="image-opts" in arguments,
                 force_share="U" in arguments,
                 extra=cache_options(arguments.get("T"), "source cache option"),
+                snapshot=arguments.get("l"),
             )
         )
         for name in request.sources
