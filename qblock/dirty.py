@@ -12,6 +12,8 @@ Three ways to change a bitmap: `DirtyBitmap.set` is the write path's and records
 from __future__ import annotations
 
 import hashlib
+import re
+import struct
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -24,6 +26,14 @@ WORD_BITS: Final = 64
 """Serialised bitmaps are padded to whole little-endian words of this many bits."""
 
 _ROARING32_LIMIT: Final = 1 << 32
+_CONTAINER: Final = 1 << 16
+"""Granules in one container of a roaring bitmap, which stores them as bits when there are more than `_ARRAY_LIMIT`."""
+_ARRAY_LIMIT: Final = 4096
+_NO_RUNS: Final = 12346
+"""The portable format's mark of a bitmap without containers of runs; with one container 16 bytes precede its bits."""
+_CONTAINER_HEAD: Final = 16
+_NOT_ZERO: Final = re.compile(rb"[^\0]")
+_BITS_OF: Final = [[bit for bit in range(8) if byte >> bit & 1] for byte in range(256)]
 _SERIAL_STEP: Final = 1 << 22  # granules per piece when serialising: 512 KiB of bytes at a time
 
 
@@ -264,6 +274,23 @@ class DirtyBitmap:
             _fill_bits(data, run.start - first, run.stop - first)
         return bytes(data)
 
+    def load_bytes(self, first: int, data: bytes | bytearray) -> None:
+        """Make dirty what `to_bytes` would have given as ``data`` from granule ``first`` (a multiple of 8) on."""
+        positions = _positions if first % _CONTAINER or self.granules > _ROARING32_LIMIT else _container
+        for at in range(0, len(data), _CONTAINER // 8):
+            piece = bytes(data[at : at + _CONTAINER // 8])
+            base = first + at * 8
+            if base >= self.granules:
+                break
+            if (count := int.from_bytes(piece, "little").bit_count()) == _CONTAINER:
+                self._bits.add_range(base, base + count)
+            elif count > _ARRAY_LIMIT:
+                self._bits |= positions(piece, base, count)
+            elif count:
+                self._bits |= _positions(piece, base, count)
+        self._bits.remove_range(self.granules, max(self.granules, first + len(data) * 8))
+        self._dirty = len(self._bits)
+
     def sha256(self) -> str:
         """SHA-256 in hexadecimal over `to_bytes` of everything, as ``x-debug-block-dirty-bitmap-sha256`` shows it."""
         digest = hashlib.sha256()
@@ -282,6 +309,22 @@ class DirtyBitmap:
             end = self._run_end(first, stop)
             yield range(first, end)
             first = end
+
+
+def _positions(piece: bytes, base: int, count: int) -> Any:
+    """The set bits of ``piece`` as granule numbers, the first bit being ``base``; ``count`` of them are set."""
+    bits = _new_bits(base + len(piece) * 8)
+    bits.update(base + at.start() * 8 + bit for at in _NOT_ZERO.finditer(piece) for bit in _BITS_OF[piece[at.start()]])
+    assert len(bits) == count
+    return bits
+
+
+def _container(piece: bytes, base: int, count: int) -> Any:
+    """As `_positions`, for many bits: in the portable format of roaring bitmaps a container of many bits is these bytes."""
+    import pyroaring  # noqa: PLC0415  (see `_new_bits`)
+
+    head = struct.pack("<IIHHI", _NO_RUNS, 1, base // _CONTAINER, count - 1, _CONTAINER_HEAD)
+    return pyroaring.BitMap.deserialize(head + piece.ljust(_CONTAINER // 8, b"\0"))
 
 
 def _fill_bits(data: bytearray, start: int, stop: int) -> None:
