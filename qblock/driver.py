@@ -26,6 +26,7 @@ from qblock.tracing import Trace
 
 if TYPE_CHECKING:
     from qblock.clock import Clock
+    from qblock.dirty import DirtyBitmap
     from qblock.node import BdrvChild, BlockDriverState
 
 Json: TypeAlias = Any
@@ -240,6 +241,9 @@ class Driver(abc.ABC):
     def abort_reopen(self) -> None:
         """Drop what `prepare_reopen` made."""
 
+    async def settle_reopen(self) -> None:
+        """What takes waiting after `commit_reopen` or `abort_reopen`, before the node's users go on."""
+
     # --------------------------------------------------------------------------------------------- names and probing
 
     @classmethod
@@ -332,6 +336,17 @@ class SupportsBacking(Protocol):
 
 
 @runtime_checkable
+class SupportsDataFile(Protocol):
+    """The format can keep its data in another file, the child ``data-file``, whose name the image may tell."""
+
+    async def data_file_link(self) -> str | None:
+        """Called before `Driver.open`, with all given children attached: the name of the data file that is to be opened.
+
+        None: the image has none, or it was given. Raises `CommandError` and `ImageError`.
+        """
+
+
+@runtime_checkable
 class SupportsSnapshots(Protocol):
     """The format keeps internal snapshots of its disk. What changes them is called with the node drained, or by its only user.
 
@@ -353,11 +368,11 @@ class SupportsSnapshots(Protocol):
 
 
 @runtime_checkable
-class SupportsDataFile(Protocol):
-    """The format can keep its data in another file, the child ``data-file``, whose name the image may tell."""
+class SupportsBitmaps(Protocol):
+    """The format stores persistent dirty bitmaps: those of its node, when it is closed or made read-only."""
 
-    async def data_file_link(self) -> str | None:
-        """Called before `Driver.open`, with all given children attached: the name of the data file that is to be opened.
+    def check_new_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """Raise `CommandError` when ``bitmap``, which is not on the node yet, could not be stored."""
 
         None: the image has none, or it was given. Raises `CommandError` and `ImageError`.
         """

@@ -1,8 +1,7 @@
 """The ``qcow2`` driver: opening, requests, size and links of an image. The theory is in the modules it puts together.
 
 Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. Refused by feature name: extended L2
-entries, encryption, and writing to an image with persistent bitmaps (whose promise to be consistent qblock could neither keep
-nor break without losing them). ``lazy-refcounts`` is accepted and allows to postpone refcount updates; this driver keeps them in
+entries and encryption. ``lazy-refcounts`` is accepted and allows to postpone refcount updates; this driver keeps them in
 order all the same, so that it never sets the dirty bit. An image with the dirty bit is repaired when it is opened for writing.
 
 `read_into` and `write_from` contain the fast path: one cluster whose L2 slice is cached. It does not suspend unless the file
@@ -21,6 +20,7 @@ from qblock import requests
 from qblock.driver import BackingLink, CheckFix, CheckResult, Json, Limits, Measurement, NodeInfo
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
+from qblock.drivers.qcow2.bitmapped import BitmappedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
 from qblock.drivers.qcow2.datafile import DataFileAllocator, DataFileMap, fit, name_in_header
@@ -48,7 +48,6 @@ from qblock.errors import (
     ImagePoisoned,
     InvalidParameter,
     NotThisFormat,
-    UnsupportedFeature,
 )
 from qblock.extents import Compressed, Data, Extent, Unallocated, Zero
 from qblock.options import DriverOptions
@@ -64,7 +63,7 @@ _HOLES_IGNORED: Final = 1 << 20
 """Bytes of holes that the file of any image may have, in its tables and last clusters."""
 
 
-class Qcow2Driver(SnapshottedDriver):
+class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
     """One open image."""
 
     name: ClassVar[str] = "qcow2"
@@ -104,8 +103,6 @@ class Qcow2Driver(SnapshottedDriver):
             raise InvalidParameter("data-file", f"cannot be given: '{self._image}' keeps its data itself")
         sizes = cache_sizes(self.options, header)
         refuse_lazy_refcounts_of_v2(self.options, header, self._image)
-        if header.autoclear & head.BITMAPS.mask == 0 and header.extension(head.EXT_BITMAPS) is not None:
-            self.env.warn(f"'{self._image}' has persistent bitmaps that are not consistent any more; they are ignored")
         await self._build(header, sizes)
         self.probes_storage = self._lies_on_holes() and not header.has(head.DATA_FILE)
         if not self.node.read_only:
@@ -113,6 +110,8 @@ class Qcow2Driver(SnapshottedDriver):
             if header.has(head.DIRTY):
                 await self._repair()
             await self._prepare_writing()
+        await self._load_bitmaps()
+        if not self.node.read_only:
             await self._activate()
 
     async def data_file_link(self) -> str | None:
@@ -181,8 +180,6 @@ class Qcow2Driver(SnapshottedDriver):
     def _check_may_write(self, header: Header) -> None:
         if header.has(head.CORRUPT):
             raise CorruptImage(self._image, "it is marked corrupt, and can be opened for writing only after a repair")
-        if header.has(head.BITMAPS) and header.extension(head.EXT_BITMAPS) is not None:
-            raise UnsupportedFeature(self._image, f"{head.BITMAPS.name} (open it read-only)")
 
     async def _repair(self) -> None:
         """The image was not shut down cleanly: its refcounts may be too low."""
@@ -221,8 +218,10 @@ class Qcow2Driver(SnapshottedDriver):
         """Begin writing: at the end of opening, or with the first write after a change from read-only to read-write."""
         await self._clear_autoclear()
         self._inactive = False
+        await self._mark_bitmaps()
         self._file.writable = self.node.poisoned is None
 
+        await self._drop_stale_bitmaps()
     async def _protect(self, table: Any) -> MetadataMap:
         """Collect where metadata lie, for overlap protection."""
         header, bits = self._file.header, self._file.header.cluster_bits
@@ -234,6 +233,8 @@ class Qcow2Driver(SnapshottedDriver):
         if self._snapshots.length:
             areas.add_bytes(Area.SNAPSHOT_TABLE, header.snapshots_offset, self._snapshots.length)
         areas.add(Area.REFCOUNT_BLOCK, block_clusters(table, bits))
+        if self._store is not None and self._store.directory is not None:
+            areas.add_bytes(Area.BITMAP_DIRECTORY, self._store.directory.offset, self._store.directory.size)
         areas.add(Area.ACTIVE_L2, (entry >> bits for entry in map(OFFSET_MASK.__and__, self._map.l1) if entry))
         for snapshot in self._snapshots.usable(self._file):
             areas.add_bytes(Area.INACTIVE_L1, snapshot.l1_offset, snapshot.l1_bytes)
@@ -263,6 +264,10 @@ class Qcow2Driver(SnapshottedDriver):
     async def close(self) -> None:
         """See `Driver`: everything is written back, unless the node is poisoned."""
         writeback, self._writer = self._writeback, None
+        try:
+            await self.store_bitmaps()
+        except BlockIOError as error:
+            self.env.warn(f"the persistent bitmaps of '{self._image}' could not be stored, and are inconsistent now: {error}")
         self._writeback = None
         if writeback is not None and self._file.writable:
             await writeback.finish()
@@ -433,6 +438,7 @@ class Qcow2Driver(SnapshottedDriver):
         """See `Driver`. Shrinking gives up what lies behind, and the end of the file; the size changes last, and durably."""
         writer = await self._writing(0, 0)
         await resize(
+        self._check_bitmaps_fit(length)
             writer,
             length,
             has_snapshots=bool(self._snapshots.snapshots),
@@ -462,6 +468,8 @@ class Qcow2Driver(SnapshottedDriver):
             if header.data_file is not None:
                 data["data-file"] = header.data_file
             data["data-file-raw"] = header.raw_data_file
+        if self._store is not None and self._store.entries:
+            data["bitmaps"] = self._store.info()
         if header.version >= 3:
             data["corrupt"] = header.has(head.CORRUPT)
             data["extended-l2"] = False
@@ -548,11 +556,14 @@ class Qcow2Driver(SnapshottedDriver):
             header = await self._read_header()
             self._check_may_write(header)
             await self._build(header, cache_sizes(options, header))
+        if read_only:
+            await self.store_bitmaps()
         self._kept = self.options
         self.options = options
         try:
             if not read_only and (self._writer is None or not self._file.writable or options != self._kept):
                 await self._prepare_writing()
+            await self._reread_bitmaps()
                 self._reactivate = True
         except BaseException:
             self.options = self._kept
@@ -566,6 +577,7 @@ class Qcow2Driver(SnapshottedDriver):
         elif self._reactivate:
             self._reactivate, self._inactive, self._file.writable = False, True, False
 
+        self._switch_bitmaps(read_only=read_only)
     def abort_reopen(self) -> None:
         """See `Driver`."""
         self.options = self._kept

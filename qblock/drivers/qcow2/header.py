@@ -95,7 +95,7 @@ FEATURES: Final = (DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2, LAZY_REF
 SUPPORTED_INCOMPATIBLE: Final = DIRTY.mask | CORRUPT.mask | DATA_FILE.mask | COMPRESSION.mask
 """Incompatible bits that an image may have set for qblock to open it at all."""
 MAINTAINED_AUTOCLEAR: Final = BITMAPS.mask
-"""Autoclear bits that a read-write open may leave set (with bitmaps it is refused instead, see `driver.py`)."""
+"""Autoclear bits that a read-write open may leave set, besides that of raw external data."""
 
 COMPRESSION_NAMES: Final[Mapping[int, str]] = {0: "zlib", 1: "zstd"}
 CRYPT_NAMES: Final[Mapping[int, str]] = {1: "AES encryption", 2: "LUKS encryption"}
