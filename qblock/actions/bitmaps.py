@@ -1,8 +1,8 @@
 """What can be done to dirty bitmaps, alone or in a transaction.
 
 Models semantics.md section 11: which state of a bitmap allows which use is the table `ALLOWED`. As in QEMU a bitmap changes
-when the action is prepared, so that the next one can use it; one that is to be removed is busy until that is final. Differs
-from QEMU: bitmaps live in memory only, so ``persistent`` is refused as QEMU refuses it for formats that cannot store bitmaps.
+when the action is prepared, so that the next one can use it; one that is to be removed is busy until that is final. A
+persistent one is taken out of its image when the transaction is committed; QEMU does so when it is prepared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import attrs
 
 from qblock.actions.action import Action
 from qblock.dirty import DirtyBitmap, DirtyContent
-from qblock.errors import CommandError, InvalidParameter
+from qblock.drain import enter, leave
+from qblock.driver import SupportsBitmaps
+from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
 from qblock.units import is_power_of_two
@@ -157,7 +159,11 @@ class AddBitmap(BitmapAction):
         node = self.system.graph.lookup(self.node_name)
         self._check(node)
         granularity = self.granularity or default_granularity(node)
-        bitmap = DirtyBitmap(node.length, granularity, self.name, enabled=not self.disabled)
+        bitmap = DirtyBitmap(
+            node.length, granularity, self.name, enabled=not self.disabled, persistent=self.persistent
+        )
+        if self.persistent:
+            _check_persistent(node, bitmap)
         node.dirty_bitmaps.append(bitmap)
         self._added = node, bitmap
 
@@ -170,16 +176,21 @@ class AddBitmap(BitmapAction):
             raise InvalidParameter("name", f"is longer than {MAX_NAME} bytes")
         if any(bitmap.name == self.name for bitmap in node.dirty_bitmaps):
             raise CommandError(f"Node '{node.node_name}' has a dirty bitmap '{self.name}' already")
-        if self.persistent:
-            raise CommandError(
-                f"Persistent bitmaps cannot be stored in '{node.node_name}' ({node.driver.name}); leave 'persistent' out"
-            )
 
     def undo(self) -> None:
         """See `BitmapAction`."""
         assert self._added is not None
         node, bitmap = self._added
         node.dirty_bitmaps.remove(bitmap)
+
+
+def _check_persistent(node: BlockDriverState, bitmap: DirtyBitmap) -> None:
+    """Raise `CommandError` when the format of the node could not store this new bitmap."""
+    if not isinstance(node.driver, SupportsBitmaps):
+        raise CommandError(
+            f"Persistent bitmaps cannot be stored in '{node.node_name}' ({node.driver.name}); leave 'persistent' out"
+        )
+    node.driver.check_new_bitmap(bitmap)
 
 
 class _Named(BitmapAction):
@@ -209,6 +220,23 @@ class RemoveBitmap(_Named):
     def commit(self) -> None:
         """See `Action`."""
         self._node.dirty_bitmaps.remove(self._bitmap)
+
+    async def afterwards(self) -> None:
+        """See `Action`."""
+        try:
+            await self.forget()
+        except QBlockError as error:
+            self.system.env.warn(f"Bitmap '{self.name}' could not be taken out of its image: {error}")
+
+    async def forget(self) -> None:
+        """Take a persistent bitmap out of its image. Raises `BlockIOError`: it stays in the image then, as inconsistent."""
+        node, driver = self._node, self._node.driver
+        if self._bitmap.persistent and isinstance(driver, SupportsBitmaps):
+            enter(node)
+            try:
+                await driver.forget_bitmap(self.name)
+            finally:
+                leave(node)
 
     def undo(self) -> None:
         """See `BitmapAction`."""

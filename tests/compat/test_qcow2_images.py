@@ -376,17 +376,6 @@ def test_images_with_features_of_others_are_refused_by_name(tmp_path: Path) -> N
             read_by_us(path)
 
 
-def test_a_disk_with_persistent_bitmaps_is_not_opened_for_writing(tmp_path: Path) -> None:
-    """Their promise could not be kept; read-only everything works."""
-    path = tmp_path / "image"
-    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
-    qemu_img("bitmap", "--add", path, "b0")
-    assert read_by_us(path) == bytes(MiB)
-    with pytest.raises(Exception, match="bitmaps"):
-        run(lambda: Opened().open(path, read_only=False))
-    agrees(check_by_us(path), path)
-
-
 def test_a_corrupt_image_opens_read_only(tmp_path: Path) -> None:
     """The corrupt bit forbids writing until a repair."""
     path = written(tmp_path)

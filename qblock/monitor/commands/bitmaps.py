@@ -107,7 +107,9 @@ async def block_dirty_bitmap_add(ctx: CommandContext, args: BitmapAddArguments) 
 @command("block-dirty-bitmap-remove", since="2.4")
 async def block_dirty_bitmap_remove(ctx: CommandContext, args: BitmapArguments) -> None:
     """Forget a bitmap."""
-    remove_action(ctx.system, args).perform_alone()
+    action = remove_action(ctx.system, args)
+    action.perform_alone()
+    await action.forget()
 
 
 @command("block-dirty-bitmap-clear", since="2.4")
