@@ -61,13 +61,14 @@ class Traits:
     """What distinguishes a dialect.
 
     ``inherits`` names the dialect of whose commands it has those that came with ``newest`` (major, minor) or before.
-    ``events`` gives for each event the members that are shown; None: everything. ``error_classes`` are the classes of
-    errors, where they differ from today's.
+    ``capabilities`` are what qmp_capabilities can enable. ``events`` gives for each event the members that are shown; None:
+    everything. ``error_classes`` are the classes of errors, where they differ from today's.
     """
 
     summary: str
     inherits: Dialect | None = None
     newest: tuple[int, int] = (0, 0)
+    capabilities: tuple[str, ...] = ("oob",)
     events: Mapping[str, tuple[str, ...]] | None = None
     error_classes: Mapping[type[BaseException], str] = attrs.field(factory=dict)
 
@@ -92,7 +93,12 @@ _ERRORS_OF_1_1: Final[Mapping[type[BaseException], str]] = {
 
 def _of_1_1(summary: str) -> Traits:
     return Traits(
-        summary, inherits=Dialect.SYSTEM, newest=(1, 1), events=_EVENTS_OF_1_1, error_classes=_ERRORS_OF_1_1
+        summary,
+        inherits=Dialect.SYSTEM,
+        newest=(1, 1),
+        capabilities=(),
+        events=_EVENTS_OF_1_1,
+        error_classes=_ERRORS_OF_1_1,
     )
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 QEMU_VERSION: Final = (7, 2, 22)
 """The QEMU whose behaviour is modelled, as clients see it in the greeting and in query-version."""
 _ENVELOPE: Final = frozenset({"execute", "exec-oob", "arguments", "id"})
-CAPABILITIES: Final = ("oob",)
-"""What a client may switch on with qmp_capabilities: out-of-band execution (``exec-oob``)."""
 
 
 class Phase(enum.Enum):
@@ -99,7 +97,7 @@ class QmpSession:
 
     def greeting(self) -> bytes:
         """The first message, sent by the server."""
-        return encode({"QMP": {"version": version_body(self.package), "capabilities": list(CAPABILITIES)}})
+        return encode({"QMP": {"version": version_body(self.package), "capabilities": list(self.dialect.traits.capabilities)}})
 
     def receive(self, data: bytes) -> list[QmpRequest | QmpFault]:
         """What became complete with ``data``, in order. Never raises: mistakes come as `QmpFault`."""
@@ -113,7 +111,7 @@ class QmpSession:
         if self.phase is not Phase.NEGOTIATION:
             raise CommandNotFound("qmp_capabilities", "was given already: the capabilities of this session are settled")
         asked = frozenset(wanted)
-        if unknown := asked.difference(CAPABILITIES):
+        if unknown := asked.difference(self.dialect.traits.capabilities):
             raise InvalidParameter("enable", f"names '{min(unknown)}', which this monitor does not offer")
         self.enabled = asked
         self.enter(Phase.COMMANDS)

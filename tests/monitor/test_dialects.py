@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import attrs
@@ -13,6 +14,7 @@ from qblock.monitor.commands import table
 from qblock.monitor.dialects import MACHINE_DIALECTS, Dialect, belonging_to, dialect_named
 from qblock.monitor.hmp import HmpMonitor
 from qblock.monitor.machine import MachineOptions
+from qblock.monitor.qmp import QmpSession
 from qblock.testing.images import make_chain
 from qblock.testing.machines import LocalMachine
 
@@ -85,6 +87,14 @@ def test_events_are_those_of_the_time_with_the_members_of_the_time() -> None:
     assert Dialect.SYSTEM.event_data("SHUTDOWN", data) == data
     assert Dialect.RFC_2012.event_data("SHUTDOWN", data) == {}
     assert Dialect.RFC_2012.event_data("JOB_STATUS_CHANGE", {"id": "x", "status": "ready"}) is None
+
+
+def test_there_is_no_band_to_be_out_of_before_it_was_invented() -> None:
+    """Commands out of band came with 2.12: a client of 2012 is not told of them, and one of today cannot have them."""
+    session = QmpSession("qblock", Dialect.RFC_2012)
+    assert json.loads(session.greeting())["QMP"]["capabilities"] == []
+    with pytest.raises(errors.InvalidParameter, match="oob"):
+        session.negotiate(["oob"])
 
 
 def test_a_stream_in_the_old_dialect_shows_one_event(tmp_path: Path) -> None:
