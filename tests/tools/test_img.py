@@ -64,7 +64,7 @@ def test_commands_that_are_not_there_yet_are_refused_by_name(command: str, img: 
     assert f"'{command}' is not supported yet" in err
 
 
-@pytest.mark.parametrize("option", ["-c", "--bitmaps", "--salvage", "-lsnap", "--skip-broken-bitmaps"])
+@pytest.mark.parametrize("option", ["-c", "--bitmaps", "--salvage", "--skip-broken-bitmaps"])
 def test_convert_refuses_what_it_cannot_do_and_leaves_nothing(option: str, img: Run) -> None:
     """An option that was accepted and ignored would be a lie."""
     img("create", "-q", "source", "1M")

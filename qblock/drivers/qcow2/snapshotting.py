@@ -5,7 +5,8 @@ snapshot takes over the active L1 table, and the active tree goes on with a copy
 written in place are the snapshot's afterwards, with the marks, which mean nothing there. The state of a machine that an applied
 snapshot holds comes with it, behind the end of the disk.
 
-Differs from QEMU: a snapshot that cannot be made leaves no leaked clusters.
+Differs from QEMU: a snapshot that cannot be made leaves no leaked clusters; to apply one, refcounts must have room for the users
+in the end, not for old and new ones together.
 """
 
 from __future__ import annotations
