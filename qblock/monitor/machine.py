@@ -228,7 +228,8 @@ class Machine:
             if running and not guest.running:
                 guest.start(workload)
             elif not running:
-                await guest.stop()
+                with contextlib.suppress(GuestMismatch):  # `close` raises it, and `stop_guest`
+                    await guest.stop()
 
     def _tell_guests_their_size(self) -> None:
         for guest in self._guests.values():

@@ -74,7 +74,8 @@ def _run(argv: Sequence[str]) -> int:
             raise UsageError(f"the comparison takes options only, not '{line.words[0]}'")
         if line.has("crash"):
             return _make_crash_files(line)
-        return _tell(line, _report(line))
+        as_json_text, picture = line.choice("output", ("human", "json")) == "json", _picture(line)
+        return _tell(_report(line), as_json_text=as_json_text, picture=picture)
     except UsageError as error:
         complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
         return 2
@@ -146,14 +147,26 @@ def _progress() -> Callable[[str], None]:
     return lambda text: print(f"... {text}", file=sys.stderr, flush=True)
 
 
-def _tell(line: CommandLine, report: Report) -> int:
-    if line.choice("output", ("human", "json")) == "json":
+def _picture(line: CommandLine) -> Path | None:
+    """The file to draw to; that it cannot be is told before the runs are made. Raises `UsageError` and `OSError`."""
+    if not line.has("picture"):
+        return None
+    path = Path(line.last("picture", ""))
+    if path.suffix.lower() != ".svg":
+        raise UsageError(f"--picture: the picture is an SVG file; '{path}' should end with .svg")
+    with path.open("a", encoding="utf-8"):
+        pass
+    return path
+
+
+def _tell(report: Report, *, as_json_text: bool, picture: Path | None) -> int:
+    if as_json_text:
         print(json.dumps(as_json(report), indent=1))
     else:
         colours = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
         sys.stdout.write(render(report, Painter(colours)))
-    if line.has("picture"):
-        Path(line.last("picture", "")).write_text(draw(report), encoding="utf-8")
+    if picture is not None:
+        picture.write_text(draw(report), encoding="utf-8")
     return 0 if all(run.switched and run.crashes[-1].kill.target.good for run in report.runs) else 1
 
 

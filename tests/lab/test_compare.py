@@ -343,6 +343,27 @@ def test_the_files_of_a_crash_can_be_made_again(kept: Path, report: Report, caps
     assert lab_compare.main(["--recompute", str(kept), "--crash", "magic:1"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "complaint"),
+    [
+        (["--output", "yaml"], 2, "--output takes human or json"),
+        (["--picture", "picture.png"], 2, "should end with .svg"),
+        (["--picture", "nowhere/picture.svg"], 1, "No such file or directory"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_before_anything_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], code: int,
+    complaint: str,
+) -> None:  # fmt: skip
+    """Not after a minute of work."""
+    monkeypatch.chdir(tmp_path)
+    assert lab_compare.main(["--only", "mirror", "--keep", "kept", *options]) == code
+    told = capsys.readouterr()
+    assert complaint in told.err
+    assert not told.out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_strategy_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The way a person runs it, with a picture and files to keep."""
     picture, keep = tmp_path / "picture.svg", tmp_path / "keep"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,14 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from qblock.clock import LoopClock
+from qblock.guest import GuestMismatch
 from qblock.monitor.completion import ReplCompleter
 from qblock.monitor.console import Console
 from qblock.monitor.loopthread import LoopThread
 from qblock.monitor.machine import Machine, MachineOptions
 from qblock.monitor.repl import Repl, side_by_side, toolbar_parts
 from qblock.monitor.repl_commands import LEARNING_COMMANDS, hex_dump
-from qblock.testing.images import make_chain
+from qblock.testing.images import make_chain, make_image
 from qblock.testing.machines import drive_text
 from qblock.testing.simloop import SimLoop
 
@@ -64,11 +66,19 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     """See `Bench`."""
-    make_chain(tmp_path, 4 * MiB, [("base.qcow2", {0: b"b" * MiB}), ("top.qcow2", {MiB: b"t" * MiB})])
-    with LoopThread(lambda: SimLoop(manual=True)) as thread:
-        made = Bench(thread, tmp_path)
+    with bench_in(tmp_path, contextlib.nullcontext()) as made:
         yield made
-        thread.call(made.machine.close())
+
+
+@contextlib.contextmanager
+def bench_in(directory: Path, closing: contextlib.AbstractContextManager[object]) -> Iterator[Bench]:
+    """See `Bench`; the machine is closed at the end, which happens within ``closing``."""
+    make_chain(directory, 4 * MiB, [("base.qcow2", {0: b"b" * MiB}), ("top.qcow2", {MiB: b"t" * MiB})])
+    with LoopThread(lambda: SimLoop(manual=True)) as thread:
+        made = Bench(thread, directory)
+        yield made
+        with closing:
+            thread.call(made.machine.close())
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -155,6 +165,21 @@ def test_a_stopped_machine_stops_its_guest(bench: Bench) -> None:
     assert held[0].startswith("virtio0  held up: ")
     assert bench.run("step 5s", "guest")[1] == held[0]
     assert bench.run("cont", "step 1s", "guest")[1].startswith("virtio0  at work: ")
+
+
+def test_a_guest_that_misses_a_write_does_not_keep_the_others_from_being_stopped(tmp_path: Path) -> None:
+    """It is told when that guest is stopped or the machine closed, not lost in the machine."""
+    for name in ("stale.qcow2", "second.qcow2"):
+        make_image(tmp_path / name, "4M", {})
+    with bench_in(tmp_path, pytest.raises(GuestMismatch)) as bench:
+        bench.run(f"drive_add 0 file={tmp_path}/second.qcow2,format=qcow2,id=second,if=none")
+        bench.run("guest start virtio0 200", "guest start second 100", "step 1s")
+        bench.run(f"drive_reopen virtio0 {tmp_path}/stale.qcow2", "step 2s", "stop")
+        held = bench.run("guest")
+        assert ["held up" in line for line in held] == [True, True]
+        assert bench.run("step 1s", "guest")[1:] == held
+        answer = bench.thread.call(bench.repl.console.execute("guest stop virtio0"))
+        assert "differs from what the guest wrote" in answer.text
 
 
 def test_every_learning_command_has_its_help(bench: Bench) -> None:
