@@ -1,6 +1,6 @@
 """What can be done to dirty bitmaps, alone or in a transaction.
 
-Models semantics.md section 11: which state of a bitmap allows which use is the table `ALLOWED`. As in QEMU a bitmap changes
+Models semantics.md section 11; the rules are in `qblock.bitmaps`. As in QEMU a bitmap changes
 when the action is prepared, so that the next one can use it; one that is to be removed is busy until that is final. A
 persistent one is taken out of its image when the transaction is committed; QEMU does so when it is prepared.
 """
@@ -8,54 +8,20 @@ persistent one is taken out of its image when the transaction is committed; QEMU
 from __future__ import annotations
 
 import abc
-import enum
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
 from qblock.actions.action import Action
+from qblock.bitmaps import BitmapUse, bitmap_of, check_merge, check_use, forget_stored, new_bitmap
 from qblock.dirty import DirtyBitmap, DirtyContent
-from qblock.drain import enter, leave
-from qblock.driver import SupportsBitmaps
-from qblock.errors import CommandError, InvalidParameter, QBlockError
+from qblock.errors import QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
-from qblock.units import is_power_of_two
 
 if TYPE_CHECKING:
     from qblock.system import BlockSystem
-
-MAX_NAME: Final = 1023
-DEFAULT_GRANULARITY: Final = (4096, 65536)
-"""Bounds of the granularity that a node's cluster size suggests; the upper one stands in for nodes without clusters."""
-
-
-class BitmapState(enum.Enum):
-    """What can stand in the way of using a bitmap."""
-
-    BUSY = "is in use by a job or an export"
-    READONLY = "is read-only, as its image is"
-    INCONSISTENT = "was not stored in time and does not say what changed; it can only be removed"
-
-
-class BitmapUse(enum.Enum):
-    """What somebody wants with a bitmap."""
-
-    CHANGE = "clear it or merge into it"
-    SWITCH = "enable or disable it"
-    READ = "merge from it"
-    REMOVE = "remove it"
-
-
-ALLOWED: Final[Mapping[BitmapUse, frozenset[BitmapState]]] = {
-    BitmapUse.CHANGE: frozenset(),
-    BitmapUse.SWITCH: frozenset({BitmapState.READONLY}),
-    BitmapUse.READ: frozenset({BitmapState.READONLY}),
-    BitmapUse.REMOVE: frozenset({BitmapState.INCONSISTENT}),
-}
-"""The states that do not stand in the way."""
-
 
 @attrs.frozen
 class BitmapName:
@@ -68,29 +34,7 @@ class BitmapName:
 def find_bitmap(graph: Graph, node_name: str, name: str) -> tuple[BlockDriverState, DirtyBitmap]:
     """The node and its bitmap; raises `NodeNotFound` or `CommandError`."""
     node = graph.lookup(node_name)
-    for bitmap in node.dirty_bitmaps:
-        if bitmap.name == name:
-            return node, bitmap
-    raise CommandError(f"Node '{node.node_name}' has no dirty bitmap '{name}'")
-
-
-def check_use(bitmap: DirtyBitmap, use: BitmapUse) -> None:
-    """Raise `CommandError` when the bitmap's state stands in the way of ``use``."""
-    states = {
-        BitmapState.BUSY: bitmap.busy or bitmap.successor is not None,
-        BitmapState.READONLY: bitmap.readonly,
-        BitmapState.INCONSISTENT: bitmap.inconsistent,
-    }
-    for state, given in states.items():
-        if given and state not in ALLOWED[use]:
-            raise CommandError(f"Bitmap '{bitmap.name}' {state.value}")
-
-
-def default_granularity(node: BlockDriverState) -> int:
-    """The cluster size of the node, within bounds."""
-    smallest, largest = DEFAULT_GRANULARITY
-    cluster_size = node.driver.info().cluster_size
-    return max(smallest, min(largest, cluster_size)) if cluster_size else largest
+    return node, bitmap_of(node, name)
 
 
 class BitmapAction(Action):
@@ -157,40 +101,17 @@ class AddBitmap(BitmapAction):
     def change(self) -> None:
         """See `BitmapAction`."""
         node = self.system.graph.lookup(self.node_name)
-        self._check(node)
-        granularity = self.granularity or default_granularity(node)
-        bitmap = DirtyBitmap(
-            node.length, granularity, self.name, enabled=not self.disabled, persistent=self.persistent
+        bitmap = new_bitmap(
+            node, self.name, granularity=self.granularity, persistent=self.persistent, enabled=not self.disabled
         )
-        if self.persistent:
-            _check_persistent(node, bitmap)
         node.dirty_bitmaps.append(bitmap)
         self._added = node, bitmap
-
-    def _check(self, node: BlockDriverState) -> None:
-        if not self.name:
-            raise InvalidParameter("name", "must not be empty")
-        if self.granularity is not None and not (self.granularity >= 512 and is_power_of_two(self.granularity)):
-            raise InvalidParameter("granularity", "must be a power of two and at least 512")
-        if len(self.name.encode()) > MAX_NAME:
-            raise InvalidParameter("name", f"is longer than {MAX_NAME} bytes")
-        if any(bitmap.name == self.name for bitmap in node.dirty_bitmaps):
-            raise CommandError(f"Node '{node.node_name}' has a dirty bitmap '{self.name}' already")
 
     def undo(self) -> None:
         """See `BitmapAction`."""
         assert self._added is not None
         node, bitmap = self._added
         node.dirty_bitmaps.remove(bitmap)
-
-
-def _check_persistent(node: BlockDriverState, bitmap: DirtyBitmap) -> None:
-    """Raise `CommandError` when the format of the node could not store this new bitmap."""
-    if not isinstance(node.driver, SupportsBitmaps):
-        raise CommandError(
-            f"Persistent bitmaps cannot be stored in '{node.node_name}' ({node.driver.name}); leave 'persistent' out"
-        )
-    node.driver.check_new_bitmap(bitmap)
 
 
 class _Named(BitmapAction):
@@ -229,14 +150,8 @@ class RemoveBitmap(_Named):
             self.system.env.warn(f"Bitmap '{self.name}' could not be taken out of its image: {error}")
 
     async def forget(self) -> None:
-        """Take a persistent bitmap out of its image. Raises `BlockIOError`: it stays in the image then, as inconsistent."""
-        node, driver = self._node, self._node.driver
-        if self._bitmap.persistent and isinstance(driver, SupportsBitmaps):
-            enter(node)
-            try:
-                await driver.forget_bitmap(self.name)
-            finally:
-                leave(node)
+        """Take a persistent bitmap out of its image; see `bitmaps.forget_stored`."""
+        await forget_stored(self._node, self._bitmap)
 
     def undo(self) -> None:
         """See `BitmapAction`."""
@@ -306,9 +221,7 @@ class MergeBitmaps(_Named):
 
     def _source(self, source: BitmapName, target: DirtyBitmap) -> DirtyBitmap:
         _, bitmap = find_bitmap(self.system.graph, source.node, source.name)
-        check_use(bitmap, BitmapUse.READ)
-        if bitmap.size != target.size:
-            raise CommandError(f"Bitmap '{source.name}' covers {bitmap.size} bytes, '{self.name}' {target.size}: no merge")
+        check_merge(bitmap, target)
         return bitmap
 
     def undo(self) -> None:
