@@ -28,6 +28,7 @@ LAYERS = (
     "chain blockers",
     "graph",
     "drain serialising",
+    "bitmaps",
     "status alignment",
     "copying_up rewriting",
     "requests",
@@ -61,7 +62,10 @@ LONERS = ("drivers.*",)
 LAZY_PACKAGES = {"zstandard", "zlib", "prompt_toolkit", "pyroaring", "qemu", "importlib", "pickle", "readline"}
 """Heavy or optional packages that may be imported inside a function, for the sake of start-up time."""
 
-LAZY_MODULES = {"qblock.monitor.completion", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.shadow", "qblock.drivers.qcow2.snapshotting"}
+LAZY_MODULES = {
+    "qblock.monitor.completion", "qblock.drivers.qcow2.bitmaps", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.shadow",
+    "qblock.drivers.qcow2.snapshotting",
+}  # fmt: skip
 """Our own modules around such a package: they are imported like it."""
 
 LAZY_ROOMS = ("__init__", "__main__", "tools.", "testing.plugin", "registry")

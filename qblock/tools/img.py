@@ -1,7 +1,7 @@
 """``qblock-img``: offline work on images, with qemu-img 7.2's command line, exit codes and output layout.
 
 Each sub-command is a module of its own, imported when it is chosen: ``qblock-img info`` starts fast. Differs from
-QEMU: sub-commands that are not there yet (amend, bench, bitmap, commit, rebase) are refused
+QEMU: sub-commands that are not there yet (amend, bench, commit, rebase) are refused
 by name, and error texts are our own.
 """
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qblock.tools.images import Watch
 
 SUBCOMMANDS: Final[Mapping[str, str]] = {
+    "bitmap": "bitmap (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... [-b FILE [-F FMT]]\n"
+    "         [-g GRANULARITY] [-f FMT | --image-opts] FILE BITMAP",
     "check": "check [-q] [-f FMT | --image-opts] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE",
     "compare": "compare [-f FMT] [-F FMT | --image-opts] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2",
     "convert": "convert [-f FMT | --image-opts] [-O FMT | --target-image-opts] [-B BACKING [-F FMT]] [-o OPTIONS]\n"
@@ -35,7 +37,7 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "resize": "resize [-f FMT | --image-opts] [--preallocation=off|metadata|falloc|full] [-q] [--shrink] FILE [+|-]SIZE",
     "snapshot": "snapshot [--image-opts] [-U] [-q] [-l | -a NAME | -c NAME | -d NAME] FILE",
 }
-NOT_YET: Final = frozenset({"amend", "bench", "bitmap", "commit", "rebase"})
+NOT_YET: Final = frozenset({"amend", "bench"})
 
 PROGRAM: Final = "qblock-img"
 _HELP: Final = """usage: qblock-img [-T TRACE] COMMAND [OPTIONS]
