@@ -44,7 +44,7 @@ class NodeTarget:
 
     def filename(self) -> str | None:
         """The file name that means this node, if there is one."""
-        return self._backend.node.driver.filename() if self._backend.node is not None else None
+        return self._backend.node.driver.filename()
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset``."""

@@ -40,6 +40,8 @@ from qblock.units import KiB
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.cache import CachedTable
     from qblock.drivers.qcow2.clusters import ClusterMap
+    from qblock.drivers.qcow2.packing import CompressedWriter
+    from qblock.drivers.qcow2.storage import ImageFile
     from qblock.drivers.qcow2.writeback import WriteBack
     from qblock.node import BdrvChild
 
@@ -85,13 +87,14 @@ class Payload:
             return Payload(self.view[start : start + length])
         return Payload(None, source=self.source, source_offset=self.source_offset + start, length=length)
 
-    async def store(self, edge: BdrvChild, host: int) -> None:
-        """Write it to the file."""
+    async def store(self, file: ImageFile, host: int, guest: int) -> None:
+        """Write it to a place in the file, for a place on the disk."""
         if self.view is not None:
-            await requests.write_from(edge, host, self.view)
+            view = self.view if file.crypto is None else await file.crypto.encrypted(host, guest, self.view)
+            await requests.write_from(file.data, host, view)
         else:
             assert self.source is not None
-            await requests.copy_range(self.source, self.source_offset, edge, host, self.length)
+            await requests.copy_range(self.source, self.source_offset, file.data, host, self.length)
 
 
 class Allocator:
@@ -104,6 +107,8 @@ class Allocator:
         self.file = clusters.file
         self.pass_discard = pass_discard
         """Clusters freed by the guest's discards are discarded in the file too."""
+        self.packer: CompressedWriter | None = None
+        """Who writes compressed clusters, once there have been any."""
 
     # ------------------------------------------------------------------------------------------------------- writes
 
@@ -125,10 +130,10 @@ class Allocator:
         run = clusters.run_at(table, index, limit)
         if run.kind is Kind.DATA and run.entry & COPIED:
             count = min(run.clusters * geometry.cluster_size - start, payload.length)
-            await self._write_in_place((run.entry & OFFSET_MASK) + start, payload.part(0, count))
+            await self._write_in_place((run.entry & OFFSET_MASK) + start, guest, payload.part(0, count))
             return count
         first = guest >> geometry.cluster_bits
-        limit = await self._free_to_change(first, limit)
+        limit = await self.free_to_change(first, limit)
         if not limit:
             return 0
         if run.kind is Kind.ZERO_ALLOCATED and run.entry & COPIED:
@@ -139,7 +144,7 @@ class Allocator:
             await self.file.fatal(f"the L2 entry for guest offset {guest:#x} is {run.entry:#x}")
         return await self._write_new(guest, payload, table.entries[index : index + limit], reuse)
 
-    async def _free_to_change(self, first: int, limit: int) -> int:
+    async def free_to_change(self, first: int, limit: int) -> int:
         """How many clusters from ``first`` on are not being allocated; without a wait if any, else 0 after one."""
         for allocation in self.map.allocations:
             if allocation.first < first + limit and allocation.end > first:
@@ -167,7 +172,9 @@ class Allocator:
 
     async def claim(self, first: int, count: int) -> Claim:
         """Space for up to ``count`` (at least one) guest clusters from ``first`` on."""
-        return await self.refcounts.allocate(count)
+        claim = await self.refcounts.allocate(count)
+        # What an encrypted image shows of space that was never written is noise.
+        return claim if self.file.crypto is None else claim._replace(virgin=False)
 
     async def give_back(self, claim: Claim) -> None:
         """The space of a claim was not used after all."""
@@ -176,19 +183,14 @@ class Allocator:
     async def clear(self, offset: int, length: int, *, unmap: bool) -> None:
         """A guest range is about to read as zeroes by its entries; here its space is given back instead of being emptied."""
 
-    @property
-    def discard_leaves_zeroes(self) -> bool:
-        """Discarded clusters must hide what is in the backing node."""
-        return self.file.node.backing is not None
-
-    async def _write_in_place(self, host: int, payload: Payload) -> None:
+    async def _write_in_place(self, host: int, guest: int, payload: Payload) -> None:
         await self.guard(host, payload.length)
         epochs = self.map.epochs
         epoch = epochs.current
         epoch.count += 1
         try:
             self.file.event("write_aio")
-            await payload.store(self.file.data, host)
+            await payload.store(self.file, host, guest)
         finally:
             epochs.leave(epoch)
 
@@ -241,22 +243,22 @@ class Allocator:
             buffer[write_head : write_head + payload.length] = payload.view
             self.file.event("cow_write")
             self.file.event("write_aio")
-            await requests.write_from(self.file.data, claim.host + from_, buffer)
+            await Payload(buffer).store(self.file, claim.host + from_, guest - write_head)
             return
         self.file.event("write_aio")
-        await payload.store(self.file.data, claim.host + head)
+        await payload.store(self.file, claim.host + head, guest)
         if write_head:
             buffer = memoryview(bytearray(write_head))
             self.file.event("cow_read")
             await self._read_old(first, guest - head, 0, buffer)
             self.file.event("cow_write")
-            await requests.write_from(self.file.data, claim.host, buffer)
+            await Payload(buffer).store(self.file, claim.host, guest - head)
         if write_tail:
             buffer = memoryview(bytearray(write_tail))
             self.file.event("cow_read")
             await self._read_old(last, guest - head + total - size, end - (total - size), buffer)
             self.file.event("cow_write")
-            await requests.write_from(self.file.data, claim.host + end, buffer)
+            await Payload(buffer).store(self.file, claim.host + end, guest + payload.length)
 
     def _shows_zeroes(self, entry: int) -> bool:
         kind = classify(entry, self.map.geometry)
@@ -300,13 +302,15 @@ class Allocator:
         mask = self.map.geometry.cluster_size - 1
         end = offset + length
         partial = offset & mask or (end & mask and end < self.map.length)
-        if partial and not await self._rest_is_zero(offset & ~mask, end + (-end & mask)):
+        if partial and not (
+            await self._rest_is_zero(offset & ~mask, offset) and await self._rest_is_zero(end, end + (-end & mask))
+        ):
             raise BlockIOError(errno.ENOTSUP)
         await self.clear(offset, length, unmap=unmap)
         await self._rewrite(offset, end, _Zeroing(self, unmap=unmap, only_unallocated=bool(partial)))
 
     async def _rest_is_zero(self, start: int, end: int) -> bool:
-        """Do these clusters read as zeroes already, without being data?"""
+        """Does this part of a cluster read as zeroes already, without being data?"""
         end = min(end, self.map.length)
         while start < end:
             kind, length, _ = await self.map.status(start, end - start)
@@ -328,7 +332,7 @@ class Allocator:
         if offset & mask or (end & mask and end < self.map.length) or (has_backing and self.map.geometry.version < 3):
             raise BlockIOError(errno.ENOTSUP)
         await self.clear(offset, length, unmap=True)
-        await self._rewrite(offset, end, _Discarding(self, leave_zeroes=self.discard_leaves_zeroes))
+        await self._rewrite(offset, end, _Discarding(self, leave_zeroes=has_backing))
 
     async def cut(self, start: int, end: int, *, pass_discard: bool | None = None) -> None:
         """Leave everything between two guest offsets unallocated (shrinking); ``start`` is a cluster boundary.
@@ -356,7 +360,7 @@ class Allocator:
                 cluster = ((guest >> geometry.l1_shift) + 1) << geometry.l2_bits
                 continue
             table = await clusters.writable_slice(guest)
-            limit = await self._free_to_change(cluster, min(last - cluster, slice_entries - clusters.index(guest)))
+            limit = await self.free_to_change(cluster, min(last - cluster, slice_entries - clusters.index(guest)))
             if not limit:
                 continue
             index, stop = clusters.index(guest), clusters.index(guest) + limit
@@ -421,6 +425,6 @@ class _Discarding(_Rule):
         if kind is Kind.ZERO:
             return self.leave * run.clusters if self.full else None
         self.allocator.drop(old, pass_discard=self.pass_discard)
-        if kind is Kind.ZERO_ALLOCATED and not self.full:
+        if not self.full and (kind is Kind.ZERO_ALLOCATED or self.allocator.map.geometry.data_file):
             return array(U64, [ZERO]) * run.clusters
         return self.leave * run.clusters

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from qblock.drivers.qcow2.cache import CachedTable
     from qblock.drivers.qcow2.header import Header
     from qblock.drivers.qcow2.storage import ImageFile
-    from qblock.node import BlockDriverState
 
 
 def name_in_header(header: Header, image: str) -> str:
@@ -77,11 +76,6 @@ class DataFileAllocator(Allocator):
         """The data file is a raw image of the disk."""
         return self.file.header.raw_data_file
 
-    @property
-    def discard_leaves_zeroes(self) -> bool:
-        """See `Allocator`: in a raw data file nothing is unallocated."""
-        return self.raw or super().discard_leaves_zeroes
-
     async def guard(self, host: int, length: int) -> None:
         """See `Allocator`: there is no metadata in the data file."""
 
@@ -103,9 +97,3 @@ class DataFileAllocator(Allocator):
         elif unmap and self.pass_discard:
             with contextlib.suppress(BlockIOError):
                 await requests.write_zeroes(data, offset, length, may_unmap=True, no_fallback=True)
-
-
-def data_node(node: BlockDriverState) -> BlockDriverState | None:
-    """The data file of an open image, if it has one."""
-    edge = node.children.get("data-file")
-    return edge.node if edge is not None else None
