@@ -6,6 +6,8 @@ is a literal, so that output can be compared byte for byte. All sizes are bytes.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +28,8 @@ ORDER: Final = (
     "extended-l2", "flags", "icount", "vm-clock-nsec", "name", "granularity", "date-sec", "date-nsec", "vm-clock-sec", "id",
     "vm-state-size",
 )  # fmt: skip
+_EMPTY_LIST: Final = re.compile(r'^( *)("[^"\\]*": )\[\](,?)$', re.MULTILINE)
+"""No string can look like it: a line that ends in a string ends in its quote."""
 _RANK: Final = {key: rank for rank, key in enumerate(ORDER)}
 
 
@@ -36,6 +40,12 @@ def in_order(value: Any, rank: Mapping[str, int] = _RANK) -> Any:
     if isinstance(value, (list, tuple)):
         return [in_order(item, rank) for item in value]
     return value
+
+
+def json_text(value: Any) -> str:
+    """JSON in the layout of the real tools, which end the line inside of an empty list as well."""
+    text = json.dumps(value, indent=4, ensure_ascii=False)
+    return _EMPTY_LIST.sub(r"\1\2[\n\1]\3", text)
 
 
 def specific_lines(data: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """``qblock-img convert``: copy images to a new one of any format that can be created, or into an existing one (-n).
 
 Command line and checks as qemu-img 7.2's. Differs from QEMU: when a run that has made the output file fails, the unfinished
-file is removed; compressed output, bitmaps and salvaging are refused by name.
+file is removed; compressed output and salvaging are refused by name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from qblock.node import BlockDriverState
 from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
 from qblock.tools.console import Progress
 from qblock.tools.converting import Converter, ConvertSettings
+from qblock.tools.copying_bitmaps import check_options as check_bitmap_options
+from qblock.tools.copying_bitmaps import check_source, check_target, copy_bitmaps
 from qblock.tools.creation import (
     add_backing,
     check_backing,
@@ -36,8 +38,6 @@ MAX_WORKERS: Final = 16
 MAX_SPARSE: Final = 16 * MiB
 REFUSED: Final = {
     "c": "compressed clusters cannot be written yet",
-    "bitmaps": "persistent bitmaps cannot be copied yet",
-    "skip-broken-bitmaps": "persistent bitmaps cannot be copied yet",
     "salvage": "unreadable areas are never replaced by zeroes; a read error ends the copy",
 }
 LONG: Final = {
@@ -88,6 +88,7 @@ def _checked(arguments: Arguments, fmt: str) -> _Request:
     if len(arguments.words) < 2:
         raise UsageError("Must specify image file names: one or more to read, and one to write")
     *sources, output = arguments.words
+    check_bitmap_options(arguments, len(sources))
     if "l" in arguments and len(sources) > 1:
         raise CommandError("-l takes a snapshot of one image: it cannot be used with several")
     creates = "n" not in arguments
@@ -145,6 +146,8 @@ async def _convert(session: ImageSession, request: _Request) -> None:
         )
         for name in request.sources
     ]
+    if "bitmaps" in arguments:
+        check_source(sources[0].node, skip_broken="skip-broken-bitmaps" in arguments)
     cache = arguments.get("t") or "unsafe"
     extra = cache_options(cache) | {"discard": "unmap"}
     total = sum(source.length for source in sources)
@@ -161,11 +164,15 @@ async def _convert(session: ImageSession, request: _Request) -> None:
         )
     )
     target.writethrough = is_writethrough(cache)
+    if "bitmaps" in arguments:
+        check_target(sources[0].node, target.node)
     if target.length < total:
         raise CommandError(f"the output has {target.length} bytes, which is less than the {total} to be written")
     settings = _fitted(request, sources[0], target)
     progress = Progress("p" in arguments and "q" not in arguments)
     await Converter(sources, target, settings, session.environment.clock, progress).run()
+    if "bitmaps" in arguments:
+        await copy_bitmaps(sources[0].node, target.node, session.environment)
     progress.end()
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from qblock.chain import cow_node
 from qblock.errors import CommandError
-from qblock.imageinfo import human_lines, image_info
+from qblock.imageinfo import human_lines, image_info, json_text
 from qblock.node import BlockDriverState
 from qblock.tools.arguments import Arguments, UsageError, check_objects
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
@@ -35,7 +34,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
     infos = run_session(lambda session: _collect(session, wanted), watch)
     if fmt == "json":
-        print(json.dumps(infos if wanted.backing else infos[0], indent=4, ensure_ascii=False))
+        print(json_text(infos if wanted.backing else infos[0]))
     else:
         print("\n\n".join("\n".join(human_lines(info)) for info in infos))
     return 0
