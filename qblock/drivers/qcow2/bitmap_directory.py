@@ -15,7 +15,7 @@ import attrs
 
 from qblock.drivers.qcow2.layout import OFFSET_MASK
 from qblock.errors import CorruptImage
-from qblock.units import GiB, MiB, align_up
+from qblock.units import MiB, align_up
 
 IN_USE: Final = 1
 AUTO: Final = 2
@@ -29,7 +29,6 @@ MAX_DIRECTORY: Final = MAX_BITMAPS * 1024
 MAX_NAME: Final = 1023
 MIN_GRANULARITY_BITS: Final = 9
 MAX_GRANULARITY_BITS: Final = 31
-MAX_TABLE_ENTRIES: Final = GiB // 8
 MAX_STORED: Final = 512 * MiB
 """Bytes that one bitmap may take."""
 
@@ -153,7 +152,7 @@ def _check_entry(entry: BitmapEntry, name_size: int, cluster_size: int, image: s
         raise refuse(f"flags that the format does not know: {entry.flags:#x}")
     if not MIN_GRANULARITY_BITS <= entry.granularity_bits <= MAX_GRANULARITY_BITS:
         raise refuse(f"a granularity of 2^{entry.granularity_bits} bytes")
-    if not 1 <= entry.table_entries <= MAX_TABLE_ENTRIES:
+    if not 1 <= entry.table_entries <= MAX_STORED // cluster_size:
         raise refuse(f"a table of {entry.table_entries} entries")
     if not entry.table_offset or entry.table_offset % cluster_size:
         raise refuse(f"a table at {entry.table_offset:#x}, which is no cluster boundary")

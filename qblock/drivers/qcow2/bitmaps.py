@@ -334,6 +334,22 @@ async def _load_step(file: ImageFile, bitmap: DirtyBitmap, words: array[int], at
         bitmap.load_bytes(at * 8, raw)
 
 
+async def bitmap_clusters(file: ImageFile) -> AsyncIterator[tuple[int, int]]:
+    """All clusters that the header's bitmaps refer to, as runs of (first, count); raises `CorruptImage`."""
+    directory, entries = await read_directory(file)
+    bits, budget = file.header.cluster_bits, file.length()
+    if directory is None:
+        return
+    yield directory.offset >> bits, -(-directory.size >> bits)
+    for entry in entries:
+        if (budget := budget - entry.table_entries * 8) < 0:
+            raise _too_much(file)
+        table = await _read_table(file, entry)
+        yield entry.table_offset >> bits, -(-entry.table_entries * 8 >> bits)
+        for run in _runs((word & OFFSET_MASK) >> bits for word in table if word & OFFSET_MASK):
+            yield run
+
+
 async def _clusters_of(file: ImageFile, entry: BitmapEntry) -> AsyncIterator[tuple[int, int]]:
     """Runs of clusters (first, count) of a stored bitmap: table and data. Nothing when it is damaged: they stay leaked."""
     bits, length = file.header.cluster_bits, file.length()

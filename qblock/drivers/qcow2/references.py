@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.census import Census
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from qblock.drivers.qcow2.snapshots import SnapshotTable
     from qblock.drivers.qcow2.storage import ImageFile
 
-_BITMAP_ENTRY: Final = 24
-_MAX_BITMAP_DIRECTORY: Final = 65535 * 1024
 
 
 class ReferenceCounter:
@@ -51,11 +49,12 @@ class ReferenceCounter:
         self.add_bytes(0, header.cluster_size)
         self.add_bytes(header.l1_offset, header.l1_size * 8)
         await self._add_tables(self.l1, active=True)
-        for snapshot in self.snapshots.snapshots:
+        for snapshot in self.snapshots.usable(self.file):
             self.add_bytes(snapshot.l1_offset, snapshot.l1_size * 8)
             raw = await self.file.read(snapshot.l1_offset, snapshot.l1_size * 8)
             await self._add_tables(decode_u64(raw), active=False)
-        self.add_bytes(header.snapshots_offset, self.snapshots.length)
+        self.add_bytes(*self.snapshots.place(self.file))
+        self.add_bytes(*header.encryption_area)
         await self._add_bitmaps()
 
     def add_bytes(self, offset: int, length: int) -> None:
@@ -116,25 +115,8 @@ class ReferenceCounter:
             at += clusters
 
     async def _add_bitmaps(self) -> None:
-        """Persistent bitmaps that are consistent keep their clusters."""
-        header = self.file.header
-        data = header.extension(head.EXT_BITMAPS)
-        if data is None or not header.has(head.BITMAPS) or len(data) < _BITMAP_ENTRY:
-            return
-        size, offset = int.from_bytes(data[8:16], "big"), int.from_bytes(data[16:24], "big")
-        if size > _MAX_BITMAP_DIRECTORY or offset + size > self.file.length():
-            self.problems.append("the bitmap directory lies behind the end of the file")
-            return
-        self.add_bytes(offset, size)
-        raw, at = await self.file.read(offset, size), 0
-        while at + _BITMAP_ENTRY <= len(raw):
-            table, entries = int.from_bytes(raw[at : at + 8], "big"), int.from_bytes(raw[at + 8 : at + 12], "big")
-            if table + entries * 8 > self.file.length():
-                self.problems.append("a bitmap table lies behind the end of the file")
-                return
-            self.add_bytes(table, entries * 8)
-            parts = decode_u64(await self.file.read(table, entries * 8))
-            bits = self.geometry.cluster_bits
-            self.census.add_runs(((entry & OFFSET_MASK) >> bits, 1) for entry in parts if entry & OFFSET_MASK)
-            name, extra = int.from_bytes(raw[at + 18 : at + 20], "big"), int.from_bytes(raw[at + 20 : at + 24], "big")
-            at += -(-(_BITMAP_ENTRY + name + extra) // 8) * 8
+        """Persistent bitmaps keep their clusters, whether or not they are in use; `CorruptImage` when they cannot be read."""
+        if self.file.header.extension(head.EXT_BITMAPS) is not None:
+            from qblock.drivers.qcow2.bitmaps import bitmap_clusters  # noqa: PLC0415 - few images have bitmaps
+
+            self.census.add_runs([run async for run in bitmap_clusters(self.file)])
