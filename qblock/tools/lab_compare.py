@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from qblock.lab.compare.crashes import make_left_files
 from qblock.lab.compare.disks import DISKS
 from qblock.lab.compare.history import read_history
 from qblock.lab.compare.picture import draw
-from qblock.lab.compare.report import Report, as_json, examine, load_settings
+from qblock.lab.compare.report import Report, as_json, differences, examine, load_settings, save_verdicts
 from qblock.lab.compare.running import Settings
 from qblock.lab.compare.strategies import STRATEGIES, Strategy
 from qblock.lab.compare.table import Painter, render
@@ -75,7 +76,11 @@ def _run(argv: Sequence[str]) -> int:
         if line.has("crash"):
             return _make_crash_files(line)
         as_json_text, picture = line.choice("output", ("human", "json")) == "json", _picture(line)
-        return _tell(_report(line), as_json_text=as_json_text, picture=picture)
+        report, complaints = _report(line)
+        code = _tell(report, as_json_text=as_json_text, picture=picture)
+        for text in complaints:
+            complain(PROGRAM, text)
+        return 1 if complaints else code
     except UsageError as error:
         complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
         return 2
@@ -86,7 +91,8 @@ def _run(argv: Sequence[str]) -> int:
         return 1
 
 
-def _report(line: CommandLine) -> Report:
+def _report(line: CommandLine) -> tuple[Report, list[str]]:
+    """What is to be told, and what is wrong with the files that it was computed from."""
     if line.has("recompute"):
         for option in ("keep", "only", "disk", "size", "seed", "guest"):
             if line.has(option):
@@ -94,13 +100,18 @@ def _report(line: CommandLine) -> Report:
         return _examined(Path(line.last("recompute", "")).resolve())
     settings, strategies = _settings(line), _strategies(line)
     with _directory(line) as directory:
-        compare(settings, strategies, directory, progress=_progress())
-        return examine(directory)
+        with _ending_at_once(None if line.has("keep") else directory):
+            compare(settings, strategies, directory, progress=_progress())
+        report = examine(directory)
+        if line.has("keep"):
+            save_verdicts(directory, report)
+        return report, []
 
 
-def _examined(directory: Path) -> Report:
+def _examined(directory: Path) -> tuple[Report, list[str]]:
     try:
-        return examine(directory)
+        report = examine(directory)
+        return report, differences(directory, report)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QBlockError(f"'{directory}' does not hold what --keep has left: {error}") from None
 
@@ -138,6 +149,23 @@ def _directory(line: CommandLine) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="qblock-lab-") as temporary:
         yield Path(temporary).resolve()
+
+
+@contextlib.contextmanager
+def _ending_at_once(scratch: Path | None) -> Iterator[None]:
+    """Let the signals that end a program end it in the midst of a run, which nobody will look at; ``scratch`` is removed."""
+
+    def end(number: int, _: object) -> None:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _progress() -> Callable[[str], None]:

@@ -16,7 +16,7 @@ from qblock.lab.compare.history import Answered, Issued, read_history
 from qblock.lab.compare.judging import State
 from qblock.lab.compare.load import BLOCK, FIRST_TAG, WRITE, initial_tags, marked
 from qblock.lab.compare.picture import draw
-from qblock.lab.compare.report import OPERATION, Report, RunReport, as_json, examine
+from qblock.lab.compare.report import OPERATION, Report, RunReport, as_json, examine, save_verdicts
 from qblock.lab.compare.running import AFTER, COPYING, GAVE_UP, IN_STEP, SWITCHING, Settings
 from qblock.lab.compare.storage import SOURCE, TARGET
 from qblock.lab.compare.strategies import STRATEGIES, TARGET_NAME
@@ -42,7 +42,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(kept: Path) -> Report:
-    return examine(kept)
+    found = examine(kept)
+    save_verdicts(kept, found)
+    return found
 
 
 def run_of(report: Report, name: str) -> RunReport:
@@ -108,6 +110,33 @@ def test_a_changed_history_changes_the_verdict(kept: Path, tmp_path: Path) -> No
             data[place] ^= 0xFF
     writes.write_bytes(data)
     assert examine(copy).runs[0].crashes[-1].kill.target.state is State.INCOMPLETE
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ("mirror/target/copy.qcow2", "mirror/target/copy.qcow2: this is not the image that the history leads to"),
+        ("start/base.qcow2", "mirror: the files say something else"),
+        ("mirror/probes.json", "mirror: the files say something else"),
+        ("verdicts.json", "mirror: the files say something else"),
+    ],
+)
+def test_changed_files_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str, complaint: str
+) -> None:
+    """Each of them: what was told of them is kept with them."""
+    keep = tmp_path / "keep"
+    assert lab_compare.main(["--only", "mirror", "--size", "8M", "--keep", str(keep)]) == 0
+    assert lab_compare.main(["--recompute", str(keep)]) == 0
+    assert not capsys.readouterr().err
+    data = (keep / changed).read_bytes()
+    if changed.endswith(".json"):
+        data = data.replace(b"busy", b"idle")
+    else:
+        data = data.replace(data[-64:], bytes(64))
+    (keep / changed).write_bytes(data)
+    assert lab_compare.main(["--recompute", str(keep)]) == 1
+    assert complaint in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- what the announcement claims
@@ -371,4 +400,6 @@ def test_one_strategy_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
     assert lab_compare.main(arguments) == 0
     assert "write-blocking" in capsys.readouterr().out
     assert picture.read_text().startswith("<svg")
-    assert sorted(path.name for path in keep.iterdir()) == ["control", "settings.json", "start", "write-blocking"]
+    assert sorted(path.name for path in keep.iterdir()) == [
+        "control", "settings.json", "start", "verdicts.json", "write-blocking",
+    ]  # fmt: skip

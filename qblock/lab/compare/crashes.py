@@ -7,16 +7,18 @@ switches by itself leaves it in the dark from the start. Where it does not know,
 
 from __future__ import annotations
 
+import filecmp
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import attrs
 
-from qblock.lab.compare.history import Answered, Entered, Issued, Read, Record, Told, Witnessed
+from qblock.lab.compare.history import Answered, Entered, Issued, Read, Record, Told, Witnessed, read_history
 from qblock.lab.compare.judging import Promise, Verdict, judge
 from qblock.lab.compare.load import FLUSH, initial_tags
-from qblock.lab.compare.replaying import CRASHES, Replay
+from qblock.lab.compare.replaying import CRASHES, KILL, Replay
 from qblock.lab.compare.running import (
     AFTER,
     BEFORE,
@@ -107,6 +109,17 @@ def make_left_files(run: Path, records: Sequence[Record], scratch: Path, moment:
     replay = Replay(run, records, directories)
     replay.advance(moment)
     return replay
+
+
+def images_unlike_history(run: Path) -> list[str]:
+    """The images at the end of ``run``, by their names in it, that are not what its history makes of those at the beginning."""
+    with tempfile.TemporaryDirectory(prefix="qblock-crash-") as scratch:
+        records = read_history(run)
+        make_left_files(run, records, Path(scratch), len(records))
+        made = Path(scratch) / KILL
+        names = [str(path.relative_to(made)) for path in sorted(made.rglob("*")) if path.is_file()]
+        same, _, _ = filecmp.cmpfiles(made, run, names, shallow=False)
+        return [name for name in names if name not in same]
 
 
 def look_at_crashes(

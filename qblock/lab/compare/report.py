@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import attrs
 
-from qblock.lab.compare.crashes import CrashPoint, look_at_crashes
+from qblock.lab.compare.crashes import CrashPoint, images_unlike_history, look_at_crashes
 from qblock.lab.compare.history import Record, Told, phases, read_history
 from qblock.lab.compare.load import OPERATIONS
 from qblock.lab.compare.measuring import Latency, Traffic, distribution, longest_pause, traffic, waits
@@ -24,6 +24,7 @@ from qblock.lab.compare.strategies import STRATEGIES, Strategy
 
 SETTINGS: Final = "settings.json"
 PROBES: Final = "probes.json"
+VERDICTS: Final = "verdicts.json"
 OPERATION: Final = "operation"
 """From the command to the guest's being switched over: the phases copying, in step and switching."""
 
@@ -79,6 +80,31 @@ def load_settings(directory: Path) -> tuple[Settings, list[Strategy]]:
     members: dict[str, Any] = json.loads((directory / SETTINGS).read_text())
     names = members.pop("runs")
     return Settings(**members), [strategy for strategy in STRATEGIES if strategy.name in names]
+
+
+def save_verdicts(directory: Path, report: Report) -> None:
+    """Leave what was told of the files in ``directory``, for whoever computes it again."""
+    (directory / VERDICTS).write_text(json.dumps(as_json(report), indent=1) + "\n")
+
+
+def differences(directory: Path, report: Report) -> list[str]:
+    """In what the files in ``directory`` differ from what `save_verdicts` has left there: a text for each, empty if in nothing.
+
+    Also the images are compared with those that the history gives, byte by byte. Raises `OSError`, `ValueError` and `KeyError`.
+    """
+    kept: dict[str, Any] = json.loads((directory / VERDICTS).read_text())
+    found = json.loads(json.dumps(as_json(report)))
+    names = [name for name in ("settings", "control") if kept[name] != found[name]]
+    before = {run["name"]: run for run in kept["runs"]}
+    now = {run["name"]: run for run in found["runs"]}
+    names += [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    told = [f"{name}: the files say something else than the verdicts that were kept with them" for name in names]
+    for run in report.runs:
+        told += [
+            f"{run.name}/{image}: this is not the image that the history leads to"
+            for image in images_unlike_history(directory / run.name)
+        ]
+    return told
 
 
 def examine(directory: Path) -> Report:
