@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from qblock.clock import CoSleep, LoopClock, RealClock
+    from qblock.committing import commit
     from qblock.device_dirty import DeviceDirty
     from qblock.errors import (
         BlockIOError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qblock.jobs.job import Job
     from qblock.monitor.client import QmpClient
     from qblock.policy import OpenPolicy
+    from qblock.rebasing import rebase
     from qblock.resizing import resize
     from qblock.system import BlockSystem
 
@@ -49,8 +51,10 @@ __all__ = [
     "QBlockError",
     "QmpClient",
     "RealClock",
+    "commit",
     "create",
     "open",
+    "rebase",
     "resize",
 ]
 
@@ -72,8 +76,10 @@ _HOMES: Final[Mapping[str, str]] = {
     "QBlockError": "qblock.errors:QBlockError",
     "QmpClient": "qblock.monitor.client:QmpClient",
     "RealClock": "qblock.clock:RealClock",
+    "commit": "qblock.committing:commit",
     "create": "qblock.image:create",
     "open": "qblock.image:open_image",
+    "rebase": "qblock.rebasing:rebase",
     "resize": "qblock.resizing:resize",
 }
 

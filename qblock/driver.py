@@ -378,6 +378,14 @@ class SupportsBitmaps(Protocol):
         """
 
 
+@runtime_checkable
+class SupportsEmptying(Protocol):
+    """The format can give up all that its disk holds, so that the backing node shows through everywhere."""
+
+    async def make_empty(self) -> None:
+        """Durable on return. No request may be under way, and the node must be writable. Raises `BlockIOError`."""
+
+
 class CreateContext(Protocol):
     """What `SupportsCreate.create` may use: the environment, and a way to open (and afterwards drop) the file to write to."""
 

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from qblock.node import BlockDriverState
 
 ORDER: Final = (
+    "ivgen-alg", "hash-alg", "cipher-alg", "uuid", "ivgen-hash-alg",
     "snapshots", "backing-filename-format", "virtual-size", "filename", "cluster-size", "format", "actual-size",
     "format-specific", "encrypted", "full-backing-filename", "backing-filename", "dirty-flag",
     "type", "data",
-    "compat", "compression-type", "lazy-refcounts", "bitmaps", "refcount-bits", "data-file", "data-file-raw", "corrupt",
-    "extended-l2", "flags", "icount", "vm-clock-nsec", "name", "granularity", "date-sec", "date-nsec", "vm-clock-sec", "id",
-    "vm-state-size",
+    "compat", "compression-type", "lazy-refcounts", "bitmaps", "refcount-bits", "encrypt", "data-file", "data-file-raw",
+    "corrupt", "extended-l2", "flags", "icount", "vm-clock-nsec", "name", "granularity", "date-sec", "date-nsec",
+    "vm-clock-sec", "id", "vm-state-size",
 )  # fmt: skip
 _EMPTY_LIST: Final = re.compile(r'^( *)("[^"\\]*": )\[\](,?)$', re.MULTILINE)
 """No string can look like it: a line that ends in a string ends in its quote."""
@@ -79,6 +80,8 @@ def image_info(node: BlockDriverState) -> dict[str, Any]:
     }
     if info.dirty is not None:
         result["dirty-flag"] = info.dirty
+    if driver.encrypted:
+        result["encrypted"] = True
     if (size := driver.allocated_size()) is not None:
         result["actual-size"] = size
     if info.cluster_size:
@@ -102,6 +105,8 @@ def human_lines(info: Mapping[str, Any]) -> Iterable[str]:
     yield f"file format: {info['format']}"
     yield f"virtual size: {format_size(info['virtual-size'])} ({info['virtual-size']} bytes)"
     yield f"disk size: {format_size(info['actual-size']) if 'actual-size' in info else 'unavailable'}"
+    if info.get("encrypted"):
+        yield "encrypted: yes"
     if "cluster-size" in info:
         yield f"cluster_size: {info['cluster-size']}"
     if info.get("dirty-flag"):

@@ -75,6 +75,7 @@ class BlockDriverState:
     read_only: bool = False
     auto_read_only: bool = False
     discard_unmap: bool = False
+    describe_only: bool = False
     detect_zeroes: str = "off"
     cache_direct: bool = False
     cache_no_flush: bool = False

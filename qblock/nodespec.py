@@ -59,6 +59,8 @@ class NodeFlags:
     cache_no_flush: bool = False
     force_share: bool = False
     discard_unmap: bool = False
+    describe_only: bool = False
+    """Opened to be asked what it is; an encrypted image is not unlocked for that, and shows no content."""
 
     def for_child(self, role: ChildRole) -> NodeFlags:
         """What a child in ``role`` inherits when its own options are silent."""
@@ -77,6 +79,7 @@ class NodeFlags:
             cache_no_flush=_either(cache.no_flush, self.cache_no_flush),
             force_share=_either(common.force_share, self.force_share),
             discard_unmap=self.discard_unmap if common.discard is None else common.discard == "unmap",
+            describe_only=self.describe_only,
         )
 
     def set_on(self, node: BlockDriverState) -> None:

@@ -57,8 +57,10 @@ def _load(options: SecretOptions) -> Secret:
 class ObjectTable:
     """The objects of one system, by id."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: dict[str, bytes] | None = None) -> None:
         self.secrets: dict[str, Secret] = {}
+        self._values = values if values is not None else {}
+        """What drivers see of them (`Environment.secrets`)."""
 
     def add(self, options: Mapping[str, Json], *, strings: bool = False) -> None:
         """Make the object that ``options`` (``qom-type``, ``id`` and the type's own) describe.
@@ -74,9 +76,11 @@ class ObjectTable:
         check_identifier(given.id, parameter="id")
         if given.id in self.secrets:
             raise DuplicateName("object", given.id)
-        self.secrets[given.id] = _load(given)
+        secret = self.secrets[given.id] = _load(given)
+        self._values[given.id] = secret.value
 
     def delete(self, name: str) -> None:
         """Remove an object; raises `CommandError` when there is none."""
         if self.secrets.pop(name, None) is None:
             raise CommandError(f"There is no object '{name}'")
+        del self._values[name]

@@ -104,7 +104,7 @@ class Opener:
         the backing file of the header closed, ``data_file=False`` its data file: what the image says of itself can be asked
         then, not its content. Raises and returns as `open_blockdev`.
         """
-        flags = NodeFlags(read_only=read_only, force_share=force_share)
+        flags = NodeFlags(read_only=read_only, force_share=force_share, describe_only=not data_file)
         extra = unflatten_dotted(options or {})
         if node_name:
             extra["node-name"] = node_name

@@ -27,6 +27,7 @@ from qblock.opening import Opener, OpenPolicy
 from qblock.options import parse_keyval
 from qblock.permissions import Perm
 from qblock.registry import DriverRegistry
+from qblock.tools.arguments import Arguments
 from qblock.snapshots import find_described
 
 T = TypeVar("T")
@@ -158,6 +159,36 @@ def _with_drivers(options: Mapping[str, Any], *, root: bool = False) -> dict[str
         return {**{key: value for key, value in nested.items() if key != "filename"},
                 "file": {"driver": "file", "filename": nested["filename"]}}  # fmt: skip
     return {"driver": "file", **nested}
+
+
+def with_secrets(arguments: Arguments, watch: Watch | None) -> Watch | None:
+    """``watch``, after the objects of --object have been made for the session; these are what opens encrypted images."""
+    texts = arguments.all("object")
+    if not texts:
+        return watch
+
+    def prepare(env: Environment) -> None:
+        from qblock.objects import ObjectTable
+
+        table = ObjectTable(env.secrets)
+        for text in texts:
+            given, strings = parse_object(text)
+            table.add(given, strings=strings)
+        if watch is not None:
+            watch(env)
+
+    return prepare
+
+
+def parse_object(text: str) -> tuple[dict[str, Any], bool]:
+    """The options of an --object, and whether their leaves are text; raises `CommandError`."""
+    if not text.startswith("{"):
+        return parse_keyval(text, implied_key="qom-type"), True
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise CommandError(f"--object is not valid JSON: {error}") from None
+    return dict(given), False
 
 
 def run_session(body: Callable[[ImageSession], Awaitable[T]], watch: Watch | None = None) -> T:

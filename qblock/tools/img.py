@@ -1,8 +1,7 @@
 """``qblock-img``: offline work on images, with qemu-img 7.2's command line, exit codes and output layout.
 
 Each sub-command is a module of its own, imported when it is chosen: ``qblock-img info`` starts fast. Differs from
-QEMU: sub-commands that are not there yet (amend, bench, commit, rebase) are refused
-by name, and error texts are our own.
+QEMU: sub-commands that are not there yet (amend, bench) are refused by name, and error texts are our own.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "bitmap": "bitmap (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... [-b FILE [-F FMT]]\n"
     "         [-g GRANULARITY] [-f FMT | --image-opts] FILE BITMAP",
     "check": "check [-q] [-f FMT | --image-opts] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE",
+    "commit": "commit [-f FMT | --image-opts] [-t CACHE] [-b BASE] [-r RATE] [-d] [-p] [-q] FILE",
     "compare": "compare [-f FMT] [-F FMT | --image-opts] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2",
     "convert": "convert [-f FMT | --image-opts] [-O FMT | --target-image-opts] [-B BACKING [-F FMT]] [-o OPTIONS]\n"
     "          [-t CACHE] [-T CACHE] [-n [--target-is-zero]] [-C] [-m COROUTINES] [-p] [-q] [-S SIZE] [-U] [-W]\n"
@@ -35,6 +35,7 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "info": "info [-f FMT | --image-opts] [--output=human|json] [--backing-chain] [-U] FILE",
     "measure": "measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size N | [-f FMT | --image-opts] [-U] FILE]",
     "map": "map [-f FMT | --image-opts] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILE",
+    "rebase": "rebase [-f FMT | --image-opts] [-t CACHE] [-T CACHE] [-p] [-q] [-U] [-u] -b BACKING [-F FMT] FILE",
     "resize": "resize [-f FMT | --image-opts] [--preallocation=off|metadata|falloc|full] [-q] [--shrink] FILE [+|-]SIZE",
     "snapshot": "snapshot [--image-opts] [-U] [-q] [-l | -a NAME | -c NAME | -d NAME] FILE",
 }

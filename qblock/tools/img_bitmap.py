@@ -15,8 +15,8 @@ from qblock.bitmaps import BitmapUse, bitmap_of, check_merge, check_use, forget_
 from qblock.driver import SupportsBitmaps
 from qblock.errors import CommandError, QBlockError
 from qblock.node import BlockDriverState
-from qblock.tools.arguments import Arguments, UsageError, check_objects
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.arguments import Arguments, UsageError
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
 LONG: Final = {
     "add": "add", "remove": "remove", "clear": "clear", "enable": "enable", "disable": "disable", "merge=": "merge",
@@ -42,7 +42,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Expecting an image file name and the name of a bitmap")
     if not operations:
         raise UsageError("Need at least one of " + ", ".join(f"--{option}" for option in OPERATIONS))
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     _check_combinations(arguments)
     granularity = arguments.size("g", "granularity")
     run_session(lambda session: _work(session, arguments, operations, granularity), watch)

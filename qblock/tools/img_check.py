@@ -16,9 +16,9 @@ import attrs
 from qblock.driver import CheckFix, CheckResult, SupportsCheck
 from qblock.errors import CommandError
 from qblock.imageinfo import in_order
-from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects
+from qblock.tools.arguments import Arguments, UsageError, cache_options
 from qblock.tools.console import complain
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
 EXIT_OK, EXIT_FAILED, EXIT_CORRUPT, EXIT_LEAKS, EXIT_NO_CHECK = 0, 1, 2, 3, 63
 FIXES: Final = {"leaks": CheckFix.LEAKS, "all": CheckFix.LEAKS | CheckFix.ERRORS}
@@ -44,7 +44,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError(f"-r takes 'leaks' or 'all', not '{repair}'")
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     fix = FIXES[repair] if repair else CheckFix.NONE
     wanted = ImageArguments(
         arguments.words[0],

@@ -13,9 +13,9 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.errors import QBlockError
 from qblock.status import ChainExtent, chain_status
-from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects
+from qblock.tools.arguments import Arguments, UsageError, cache_options
 from qblock.tools.console import Progress, complain
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 from qblock.units import MiB, align_down
 from qblock.zeroes import all_zero
 
@@ -40,7 +40,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     )
     if len(arguments.words) != 2:
         raise UsageError("Expecting two image file names")
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     try:
         return run_session(lambda session: _compare(session, arguments), watch)
     except _Stop as stop:

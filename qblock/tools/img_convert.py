@@ -31,7 +31,7 @@ from qblock.tools.creation import (
     remove_file,
     wants_help,
 )
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 from qblock.units import MiB
 
 MAX_WORKERS: Final = 16
@@ -74,7 +74,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     request = _checked(arguments, fmt)
     existed = os.path.lexists(request.output)
     try:
-        run_session(lambda session: _convert(session, request), watch)
+        run_session(lambda session: _convert(session, request), with_secrets(arguments, watch))
     except BaseException:
         if request.creates and not existed:
             remove_file(request.output)
@@ -84,7 +84,6 @@ def run(args: list[str], watch: Watch | None = None) -> int:
 
 def _checked(arguments: Arguments, fmt: str) -> _Request:
     arguments.refuse(REFUSED)
-    check_objects(arguments)
     if len(arguments.words) < 2:
         raise UsageError("Must specify image file names: one or more to read, and one to write")
     *sources, output = arguments.words

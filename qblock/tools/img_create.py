@@ -6,7 +6,7 @@ from typing import Any
 
 from qblock.errors import CommandError
 from qblock.formatting import formatting_line, options_of
-from qblock.tools.arguments import Arguments, UsageError, check_objects, size_of
+from qblock.tools.arguments import Arguments, UsageError, size_of
 from qblock.tools.creation import (
     add_backing,
     backing_length,
@@ -16,7 +16,7 @@ from qblock.tools.creation import (
     print_help,
     wants_help,
 )
-from qblock.tools.images import ImageSession, Watch, run_session
+from qblock.tools.images import ImageSession, Watch, run_session, with_secrets
 
 
 def run(args: list[str], watch: Watch | None = None) -> int:
@@ -32,7 +32,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Expecting image file name")
     if len(words) > 2:
         raise UsageError(f"Unexpected argument: {words[2]}")
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     filename = words[0]
     options_of(fmt)
     values: dict[str, Any] = parse_options(fmt, texts)

@@ -15,10 +15,10 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.errors import CommandError, QBlockError
 from qblock.formatting import options_of
-from qblock.tools.arguments import Arguments, check_objects, size_of
+from qblock.tools.arguments import Arguments, size_of
 from qblock.tools.console import complain
 from qblock.tools.creation import SECTOR, create_file, remove_file
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 from qblock.units import MiB, align_up
 
 OPERANDS: Final = ("bs", "count", "if", "of", "skip")
@@ -43,7 +43,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     arguments = Arguments(
         args, "f:O:U", {"image-opts": "image-opts", "force-share": "U", "object=": "object"}
     )  # fmt: skip
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     request = _checked(arguments)
     existed = os.path.lexists(request.output)
     try:

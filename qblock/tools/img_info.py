@@ -8,8 +8,8 @@ from qblock.chain import cow_node
 from qblock.errors import CommandError
 from qblock.imageinfo import human_lines, image_info, json_text
 from qblock.node import BlockDriverState
-from qblock.tools.arguments import Arguments, UsageError, check_objects
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.arguments import Arguments, UsageError
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
 
 def run(args: list[str], watch: Watch | None = None) -> int:
@@ -21,7 +21,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     fmt = arguments.output_format()
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     wanted = ImageArguments(
         arguments.words[0],
         fmt=arguments.get("f"),

@@ -12,8 +12,8 @@ import attrs
 
 from qblock.errors import CommandError
 from qblock.status import ChainExtent, chain_status
-from qblock.tools.arguments import Arguments, UsageError, check_objects
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.arguments import Arguments, UsageError
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
 MAX_QUESTION = 1 << 40
 """How many bytes one question about the chain covers."""
@@ -52,7 +52,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     max_length = arguments.size("l", "maximum length")
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     wanted = ImageArguments(
         arguments.words[0],
         fmt=arguments.get("f"),

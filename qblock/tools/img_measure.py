@@ -15,9 +15,9 @@ from qblock.errors import CommandError
 from qblock.formatting import options_of
 from qblock.node import BlockDriverState
 from qblock.registry import DriverRegistry
-from qblock.tools.arguments import Arguments, check_objects
+from qblock.tools.arguments import Arguments
 from qblock.tools.creation import SECTOR, creation_values, parse_options
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 from qblock.units import align_up
 
 
@@ -38,7 +38,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
                             "force-share": "U"}
     )  # fmt: skip
     output = arguments.output_format()
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     request = _checked(arguments)
     result = run_session(lambda session: _measure(session, request), watch)
     if output == "json":

@@ -10,8 +10,8 @@ from typing import cast
 
 from qblock.errors import CommandError
 from qblock.resizing import PREALLOCATIONS, Preallocation, ShrinkRefused, resize_disk, wanted_length
-from qblock.tools.arguments import Arguments, UsageError, check_objects
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.arguments import Arguments, UsageError
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
 LONG = {"object=": "object", "image-opts": "image-opts", "preallocation=": "preallocation", "shrink": "shrink"}
 
@@ -24,7 +24,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     arguments = Arguments(rest, "f:q", LONG)
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name and its new size")
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     preallocation = arguments.get("preallocation", "off")
     if preallocation not in PREALLOCATIONS:
         raise CommandError(f"Invalid preallocation mode '{preallocation}' (choose from {', '.join(PREALLOCATIONS)})")

@@ -10,8 +10,8 @@ from typing import Final
 from qblock.driver import SupportsSnapshots
 from qblock.errors import BlockIOError, CommandError, ImageError
 from qblock.snapshots import find_by_id_or_name, find_snapshot, list_lines
-from qblock.tools.arguments import Arguments, UsageError, check_objects
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.arguments import Arguments, UsageError
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
 _DOING: Final = {"c": "create", "a": "apply", "d": "delete"}
 
@@ -25,7 +25,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Only one of '-l', '-a', '-c' and '-d' can be done at a time")
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
-    check_objects(arguments)
+    watch = with_secrets(arguments, watch)
     action, name = actions[0] if actions else ("l", "")
     wanted = ImageArguments(
         arguments.words[0],

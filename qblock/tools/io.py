@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 from qblock.errors import CommandError, QBlockError
 from qblock.iocmd import COMMANDS, AlreadySaid, CommandFailed, IoCommand, IoShell, command_table
 from qblock.options import parse_keyval
-from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
 from qblock.tools.images import ImageArguments, ImageSession, run_session
 from qblock.tools.tracing import Tracer, asks_for_list, print_events
@@ -80,12 +80,11 @@ def _run(args: list[str]) -> int:
         if len(arguments.words) > 1:
             raise UsageError("expecting at most one image file name")
         arguments.refuse(REFUSED)
-        check_objects(arguments)
         wanted = _wanted(arguments, arguments.words[0]) if arguments.words else None
         with closing(Tracer.of("qblock-io", arguments.all("T"))) as tracer:
             return run_session(
                 lambda session: _Program(session).run(arguments, wanted),
-                lambda env: tracer.attach(env.trace, env.clock),
+                with_secrets(arguments, lambda env: tracer.attach(env.trace, env.clock)),
             )
     except UsageError as error:
         complain("qblock-io", f"{error}\n{HELP}")

@@ -257,7 +257,10 @@ class ClusterMap:
                 start = guest & (self.geometry.cluster_size - 1)
                 if kind is Kind.DATA:
                     self.file.event("read_aio")
-                    await requests.read_into(self.file.data, (run.entry & OFFSET_MASK) + start, view)
+                    if (crypto := self.file.crypto) is None:
+                        await requests.read_into(self.file.data, (run.entry & OFFSET_MASK) + start, view)
+                    else:
+                        await crypto.read(self.file.data, (run.entry & OFFSET_MASK) + start, guest, view)
                 else:
                     view[:] = (await self._unpack(run.entry))[start : start + len(view)]
             finally:

@@ -24,6 +24,7 @@ from qblock.drivers.qcow2.bitmapped import BitmappedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
 from qblock.drivers.qcow2.datafile import DataFileAllocator, DataFileMap, fit, name_in_header
+from qblock.drivers.qcow2.emptying import make_empty
 from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
 from qblock.drivers.qcow2.measuring import measure_image, stored_bitmaps
@@ -449,6 +450,10 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
             await fit(self._file, length)
         else:
             self.probes_storage = self._lies_on_holes()
+
+    async def make_empty(self) -> None:
+        """See `SupportsEmptying`."""
+        await make_empty(await self._writing(0, 0), has_snapshots=bool(self._snapshots.snapshots))
 
     # ------------------------------------------------------------------------------------------------------ questions
 

@@ -98,7 +98,10 @@ MAINTAINED_AUTOCLEAR: Final = BITMAPS.mask
 """Autoclear bits that a read-write open may leave set, besides that of raw external data."""
 
 COMPRESSION_NAMES: Final[Mapping[int, str]] = {0: "zlib", 1: "zstd"}
-CRYPT_NAMES: Final[Mapping[int, str]] = {1: "AES encryption", 2: "LUKS encryption"}
+CRYPT_AES: Final = 1
+CRYPT_LUKS: Final = 2
+MAX_ENCRYPTION_AREA: Final = 64 * MiB
+"""Bytes that a LUKS header with its key slots may take."""
 
 EXT_END: Final = 0x00000000
 EXT_BACKING_FORMAT: Final = 0xE2792ACA
@@ -173,6 +176,15 @@ class Header:
         """The backing file's format by the header extension, if there is one."""
         data = self.extension(EXT_BACKING_FORMAT)
         return data.decode("utf-8", "surrogateescape") if data else None
+
+    @property
+    def encryption_area(self) -> tuple[int, int]:
+        """Offset and length of the LUKS header with its key slots in the file; (0, 0) when there is none."""
+        data = self.extension(EXT_ENCRYPTION)
+        if data is None or self.crypt_method != CRYPT_LUKS:
+            return 0, 0
+        offset, length = struct.unpack(">QQ", data)
+        return offset, length
 
     def with_backing(self, filename: str | None, fmt: str | None) -> Header:
         """The same header with another backing link."""
@@ -303,6 +315,7 @@ def _tables(header: Header) -> tuple[_Table, ...]:
     return (
         _Table("L1 table", header.l1_offset, header.l1_size * 8, MAX_L1_BYTES),
         _Table("refcount table", header.refcount_table_offset, refcount_bytes, MAX_REFCOUNT_TABLE_BYTES),
+        _Table("encryption header", *header.encryption_area, MAX_ENCRYPTION_AREA),
     )
 
 
@@ -328,10 +341,11 @@ def _check_features(header: Header, image: str) -> None:
     unsupported = header.incompatible & ~SUPPORTED_INCOMPATIBLE
     if unsupported:
         raise UnsupportedFeature(image, ", ".join(feature_names(header, 0, unsupported)))
-    if header.crypt_method:
-        raise UnsupportedFeature(
-            image, CRYPT_NAMES.get(header.crypt_method, f"encryption method {header.crypt_method}")
-        )
+    if header.crypt_method not in (0, CRYPT_AES, CRYPT_LUKS):
+        raise UnsupportedFeature(image, f"encryption method {header.crypt_method}")
+    pointer = header.extension(EXT_ENCRYPTION)
+    if (pointer is not None) is not (header.crypt_method == CRYPT_LUKS) or len(pointer or bytes(16)) != 16:
+        raise CorruptImage(image, "encryption method and encryption header contradict each other", offset=32)
     if header.compression_type not in COMPRESSION_NAMES:
         raise UnsupportedFeature(image, f"compression type {header.compression_type}")
     if bool(header.compression_type) != header.has(COMPRESSION):
@@ -469,9 +483,9 @@ def _encode_fields(header: Header, name: bytes, name_offset: int) -> bytes:
     return bytes(out)
 
 
-def encode_size_and_l1(size: int, l1_size: int, l1_offset: int) -> tuple[int, bytes]:
-    """Offset and bytes of the header part that switches size and L1 table (``l1_size`` entries) in one write; no encryption."""
-    return 24, struct.pack(">QIIQ", size, 0, l1_size, l1_offset)
+def encode_size_and_l1(size: int, l1_size: int, l1_offset: int, *, crypt_method: int) -> tuple[int, bytes]:
+    """Offset and bytes of the header part that switches size and L1 table (``l1_size`` entries) in one write."""
+    return 24, struct.pack(">QIIQ", size, crypt_method, l1_size, l1_offset)
 
 
 def encode_placement(header: Header) -> tuple[int, bytes]:

@@ -45,6 +45,14 @@ class OverlapChecks(DriverOptions):
 
 
 @attrs.frozen
+class Encryption(DriverOptions):
+    """``BlockdevQcow2Encryption``. Differs from QEMU in that the format may be left out; it is the header's."""
+
+    format: Literal["aes", "luks"] | None = option(None, doc="how the image is encrypted; default: by the header", since="2.10")
+    key_secret: str | None = option(None, doc="id of the secret object with the passphrase", since="2.10")
+
+
+@attrs.frozen
 class Qcow2Options(DriverOptions):
     """``BlockdevOptionsQcow2``. Sizes are bytes."""
 
@@ -62,7 +70,7 @@ class Qcow2Options(DriverOptions):
     l2_cache_entry_size: int | None = option(None, doc="unit of the L2 cache, a power of two from 512", since="2.12")
     refcount_cache_size: int | None = option(None, doc="size of the refcount cache; default: 4 clusters", since="2.2")
     cache_clean_interval: int | None = option(None, doc="seconds after which unused tables are dropped; 0: never", since="2.5")
-    encrypt: Mapping[str, Any] | None = option(None, doc="encryption; not offered yet", since="2.10")
+    encrypt: Encryption | None = option(None, doc="how to unlock an encrypted image", since="2.10")
     data_file: ChildRef = child(
         ChildRole.DATA, doc="the external data file; default: by the header", optional=True, since="4.0"
     )
@@ -143,8 +151,8 @@ def protected_areas(checks: OverlapChecks | str | None) -> frozenset[Area]:
 def refuse_unsupported(options: Qcow2Options | Qcow2CreateOptions) -> None:
     """Raise for options that stand for features of the format that qblock does not offer."""
     names = {feature.bit: feature.name for feature in FEATURES if feature.word == 0}
-    if options.encrypt is not None:
-        raise InvalidParameter("encrypt", "is not offered: encryption of qcow2 images is not supported")
+    if isinstance(options, Qcow2CreateOptions) and options.encrypt is not None:
+        raise InvalidParameter("encrypt", "is not offered: encrypted qcow2 images cannot be made yet")
     if isinstance(options, Qcow2CreateOptions) and options.extended_l2:
         raise InvalidParameter("extended-l2", f"is not offered: the feature '{names[4]}' is not supported")
 

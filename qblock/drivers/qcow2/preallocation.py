@@ -11,7 +11,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from qblock import requests
-from qblock.drivers.qcow2.layout import COPIED, U64
+from qblock.drivers.qcow2.layout import COPIED, U64, ZERO
 from qblock.drivers.qcow2.refcounts import Claim
 from qblock.errors import BlockIOError
 from qblock.zeroes import ZERO_PIECE, zero_view
@@ -39,7 +39,9 @@ async def preallocate(writer: Allocator, start: int, end: int, mode: str) -> Non
         except BlockIOError:
             await writer.give_back(claim)
             raise
-        entry, step = claim.host | COPIED, geometry.cluster_size
+        # In an encrypted image, what reads as zeroes is not what the file holds: the entry has to say it.
+        zero = ZERO if writer.file.crypto is not None else 0
+        entry, step = claim.host | COPIED | zero, geometry.cluster_size
         clusters.change(table, index, array(U64, range(entry, entry + claim.clusters * step, step)))
         guest += claim.clusters * step
         await writer.write_back_if_crowded()

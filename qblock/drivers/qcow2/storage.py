@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyroaring import BitMap64
 
     from qblock.driver import Environment
+    from qblock.drivers.qcow2.encryption import GuestCipher
     from qblock.node import BdrvChild, BlockDriverState
 
 
@@ -128,6 +129,8 @@ class ImageFile:
     """The file's driver wants to hear of each step of the work on the image (blkdebug)."""
     data_edge: BdrvChild | None = None
     """Where guest clusters lie: the external data file; the file itself when the image has none (`data`)."""
+    crypto: GuestCipher | None = None
+    """Stands between guest buffers and guest clusters in an encrypted image."""
     _reported: bool = False
 
     @property

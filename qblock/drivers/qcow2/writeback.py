@@ -201,7 +201,7 @@ class WriteBack:
         )
 
     async def _switch_mapping(self, location: MappingLocation) -> None:
-        at, data = encode_size_and_l1(*location)
+        at, data = encode_size_and_l1(*location, crypt_method=self.file.header.crypt_method)
         await self.file.write_metadata(at, memoryview(data))
         size, l1_size, l1_offset = location
         self.file.header = attrs.evolve(self.file.header, size=size, l1_size=l1_size, l1_offset=l1_offset)

@@ -1,0 +1,163 @@
+"""Committing an image: what an overlay holds moves into its backing file, or into one further down, as ``qemu-img commit`` does.
+
+`commit` blocks until done; `commit_image` is the same for whoever has the overlay open. Sizes are bytes. The base is opened for
+writing, grows when it is shorter, and is made durable; only then is the overlay emptied. A run that ends in between loses
+nothing: it can be repeated.
+
+Layers between the overlay and the base, and other overlays over what lies in between, do not show their content any more
+afterwards: they go on top of a base that has changed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import attrs
+
+from qblock.chain import chain_next, find_backing_image, skip_filters
+from qblock.copying_down import Buffers, Piece, copy_piece, pieces_above, spread
+from qblock.driver import SupportsEmptying
+from qblock.errors import CommandError
+from qblock.node import BdrvChild, BlockDriverState
+from qblock.nodespec import NodeFlags
+from qblock.offline import WRITING, Progress, no_progress, run_offline, using
+from qblock.opening import Opener
+from qblock.permissions import Perm
+
+
+@attrs.frozen
+class Committed:
+    """What `commit` did, in bytes: ``copied`` as data, ``zeroed`` as zeroes, ``grown`` at the end of the base (0: it was not).
+
+    ``base`` is the base's file name (or its node's, when it has none), ``emptied`` tells whether the overlay was emptied.
+    """
+
+    base: str
+    copied: int
+    zeroed: int
+    grown: int
+    emptied: bool
+
+
+@attrs.frozen(kw_only=True)
+class CommitOrder:
+    """What is to be committed how: ``base`` is a file name in the chain (None: the image below), ``empty`` the overlay after.
+
+    ``speed`` is the limit in bytes per second, 0 for none. ``writethrough``: each write to the base is durable when it ends.
+    """
+
+    base: str | None = None
+    empty: bool = True
+    speed: int = 0
+    writethrough: bool = False
+
+
+def base_of_commit(top: BlockDriverState, base: str | None) -> BlockDriverState:
+    """The image of the chain that ``base`` names; raises `CommandError`."""
+    below = chain_next(top)
+    if below is None:
+        raise CommandError("the image has no backing file that it could be committed to")
+    if base is None:
+        return below
+    found = find_backing_image(top, base)
+    if found is None:
+        raise CommandError(f"'{base}' is not in the backing chain of the image")
+    return found
+
+
+async def commit_image(
+    opener: Opener, top: BdrvChild, order: CommitOrder, progress: Progress = no_progress
+) -> Committed:
+    """Commit the overlay that ``top`` leads to, which its user has open for writing, if it is to be emptied.
+
+    Raises `CommandError` (no such base, a base that others use) and `BlockIOError`.
+    """
+    node = skip_filters(top.node)
+    base = base_of_commit(node, order.base)
+    name = base.driver.filename() or base.node_name
+    if order.empty and not isinstance(node.driver, SupportsEmptying):
+        raise CommandError(f"images of the format '{node.driver.name}' cannot be emptied: keep what they hold")
+    was_read_only = base.read_only
+    await _make_writable(opener, base)
+    try:
+        with using(opener, base, name=name, perm=WRITING) as target:
+            grown = max(0, top.node.length - target.length)
+            if grown:
+                await target.truncate(top.node.length)
+            assert target.root is not None
+            copied, zeroed = await _copy(opener, top, target.root, order, progress)
+            await target.flush()
+    finally:
+        if was_read_only and base.poisoned is None:
+            await opener.reopen(base, read_only=True)
+    if order.empty:
+        assert isinstance(node.driver, SupportsEmptying)
+        await node.driver.make_empty()
+    return Committed(name, copied, zeroed, grown, order.empty)
+
+
+async def _make_writable(opener: Opener, base: BlockDriverState) -> None:
+    """Let the base be written; what becomes zero in it may give its space back."""
+    storage: BlockDriverState | None = base
+    while storage is not None:
+        attrs.evolve(NodeFlags.of(storage), discard_unmap=True).set_on(storage)
+        storage = storage.storage.node if storage.storage is not None else None
+    if base.read_only:
+        await opener.reopen(base, read_only=False)
+
+
+async def _copy(
+    opener: Opener, top: BdrvChild, target: BdrvChild, order: CommitOrder, progress: Progress
+) -> tuple[int, int]:
+    """Copy what the layers above the target hold; returns the bytes that were data, and those that were zeroes."""
+    total = top.node.length
+    buffers = Buffers()
+    done = copied = zeroed = 0
+
+    async def perform(piece: Piece) -> None:
+        nonlocal copied, zeroed
+        buffer = buffers.take()
+        await copy_piece(piece, top, target, buffer, fua=order.writethrough)
+        buffers.give(buffer)
+        copied += 0 if piece.zero else piece.length
+        zeroed += piece.length if piece.zero else 0
+
+    def ended(piece: Piece) -> None:
+        nonlocal done
+        done += piece.length
+        progress(done, total)
+
+    progress(0, total)
+    pieces = pieces_above(top.node, target.node, end=total)
+    await spread(pieces, perform, ended, clock=opener.env.clock, speed=order.speed)
+    progress(total, total)
+    return copied, zeroed
+
+
+def commit(
+    path: str | os.PathLike[str],
+    *,
+    fmt: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    empty: bool | None = None,
+    speed: int = 0,
+    progress: Progress = no_progress,
+) -> Committed:
+    """Commit the image at ``path`` into its backing file, or into ``base`` further down its chain.
+
+    Its backing files are opened, as the image names them. ``empty`` says whether the image gives up what it holds afterwards;
+    None: it does, unless a ``base`` is given. ``speed`` is the limit in bytes per second. ``progress`` is called with the bytes
+    done and those in all. Raises `QBlockError`.
+    """
+    name = os.fspath(path)
+    order = CommitOrder(
+        base=None if base is None else os.fspath(base), empty=base is None if empty is None else empty, speed=speed
+    )
+
+    async def work(opener: Opener) -> Committed:
+        node = await opener.open_image(name, fmt=fmt, read_only=False, options={"discard": "unmap"})
+        with using(opener, node, name=name, perm=Perm.CONSISTENT_READ | Perm.WRITE) as overlay:
+            assert overlay.root is not None
+            return await commit_image(opener, overlay.root, order, progress)
+
+    return run_offline(work, backing=True)

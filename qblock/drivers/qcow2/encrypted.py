@@ -1,0 +1,42 @@
+"""The part of the qcow2 driver that has to do with encryption: unlocking when it opens, what it tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qblock.driver import Driver, Json
+from qblock.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    from qblock.drivers.qcow2.encryption import GuestCipher, ImageEncryption
+    from qblock.drivers.qcow2.header import Header
+    from qblock.drivers.qcow2.options import Qcow2Options
+    from qblock.node import BdrvChild
+
+
+class EncryptedDriver(Driver):
+    """What `driver.Qcow2Driver` is made of, as far as encryption is concerned."""
+
+    options: Qcow2Options
+    _encryption: ImageEncryption | None = None
+
+    async def _unlock(self, edge: BdrvChild, header: Header) -> None:
+        """Make ready to read and write guest clusters, once per open image. Raises as `encryption.open_encryption`."""
+        if header.crypt_method:
+            from qblock.drivers.qcow2.encryption import open_encryption  # noqa: PLC0415 - few images need it
+
+            self._encryption = await open_encryption(
+                edge, header, self.options.encrypt, self.env, describe_only=self.node.describe_only
+            )
+            self.encrypted = True
+        elif self.options.encrypt is not None:
+            raise InvalidParameter("encrypt", "cannot be given: the image is not encrypted")
+
+    @property
+    def _guest_cipher(self) -> GuestCipher | None:
+        return self._encryption.cipher if self._encryption is not None else None
+
+    def _encryption_info(self) -> Mapping[str, Json]:
+        """The member ``encrypt`` of ``ImageInfoSpecificQCow2``, if there is one."""
+        return {} if self._encryption is None else {"encrypt": self._encryption.info()}

@@ -1,0 +1,49 @@
+"""``qblock-img commit``: move what an overlay holds into its backing file.
+
+Command line, exit codes and the printed line of qemu-img 7.2: without ``-b`` or ``-d`` the overlay is empty afterwards.
+"""
+
+from __future__ import annotations
+
+from qblock.committing import CommitOrder, commit_image
+from qblock.errors import CommandError
+from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
+from qblock.tools.console import Progress
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+
+
+def run(args: list[str], watch: Watch | None = None) -> int:
+    """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
+    arguments = Arguments(args, "f:t:b:dpqr:", {"object=": "object", "image-opts": "image-opts"})
+    if len(arguments.words) != 1:
+        raise UsageError("Expecting one image file name")
+    watch = with_secrets(arguments, watch)
+    if "image-opts" in arguments and "f" in arguments:
+        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    base, cache = arguments.get("b"), arguments.get("t") or "writeback"
+    order = CommitOrder(
+        base=base,
+        empty=base is None and "d" not in arguments,
+        speed=arguments.size("r", "rate limit") or 0,
+        writethrough=is_writethrough(cache),
+    )
+    run_session(lambda session: _commit(session, arguments, order), watch)
+    if "q" not in arguments:
+        print("Image committed.")
+    return 0
+
+
+async def _commit(session: ImageSession, arguments: Arguments, order: CommitOrder) -> None:
+    overlay = await session.open(
+        ImageArguments(
+            arguments.words[0],
+            fmt=arguments.get("f"),
+            image_opts="image-opts" in arguments,
+            writable=True,
+            extra=cache_options(arguments.get("t")) | {"discard": "unmap"},
+        )
+    )
+    assert overlay.root is not None
+    progress = Progress("p" in arguments and "q" not in arguments)
+    await commit_image(session.opener, overlay.root, order, progress.show)
+    progress.end()
