@@ -27,8 +27,8 @@ from qblock.opening import Opener, OpenPolicy
 from qblock.options import parse_keyval
 from qblock.permissions import Perm
 from qblock.registry import DriverRegistry
-from qblock.tools.arguments import Arguments
 from qblock.snapshots import find_described
+from qblock.tools.arguments import Arguments
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from qblock.iocmd import COMMANDS, AlreadySaid, CommandFailed, IoCommand, IoShel
 from qblock.options import parse_keyval
 from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
-from qblock.tools.images import ImageArguments, ImageSession, run_session
+from qblock.tools.images import ImageArguments, ImageSession, run_session, with_secrets
 from qblock.tools.tracing import Tracer, asks_for_list, print_events
 from qblock.tracing import Trace
 

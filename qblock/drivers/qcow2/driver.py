@@ -24,7 +24,7 @@ from qblock.drivers.qcow2.bitmapped import BitmappedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
 from qblock.drivers.qcow2.datafile import DataFileAllocator, DataFileMap, fit, name_in_header
-from qblock.drivers.qcow2.emptying import make_empty
+from qblock.drivers.qcow2.encrypted import EncryptedDriver
 from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
 from qblock.drivers.qcow2.measuring import measure_image, stored_bitmaps
@@ -64,7 +64,7 @@ _HOLES_IGNORED: Final = 1 << 20
 """Bytes of holes that the file of any image may have, in its tables and last clusters."""
 
 
-class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
+class Qcow2Driver(SnapshottedDriver, BitmappedDriver, EncryptedDriver):
     """One open image."""
 
     name: ClassVar[str] = "qcow2"
@@ -104,6 +104,7 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
             raise InvalidParameter("data-file", f"cannot be given: '{self._image}' keeps its data itself")
         sizes = cache_sizes(self.options, header)
         refuse_lazy_refcounts_of_v2(self.options, header, self._image)
+        await self._unlock(self._edge, header)
         await self._build(header, sizes)
         self.probes_storage = self._lies_on_holes() and not header.has(head.DATA_FILE)
         if not self.node.read_only:
@@ -131,6 +132,8 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
 
     def _lies_on_holes(self) -> bool:
         """Whether the file has more holes than rounding explains: then clusters are mapped ahead of being written."""
+        if self._encryption is not None:
+            return False  # holes do not read as zeroes then
         storage = self._edge.node.driver
         allocated, length = storage.allocated_size(), storage.length()
         return allocated is not None and length - allocated > max(length // 10, _HOLES_IGNORED)
@@ -152,6 +155,7 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
         traced = self._edge.node.driver.wants_debug_events
         data = self.node.children.get("data-file")
         file = self._file = ImageFile(self.node, self.env, self._edge, header, traced=traced, data_edge=data)
+        file.crypto = self._guest_cipher
         geometry = Geometry.of(header, sizes.l2_entry)
         l1 = decode_u64(await file.read(header.l1_offset, header.l1_size * 8))
         mapping = DataFileMap if geometry.data_file else ClusterMap
@@ -162,11 +166,13 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
         self._writer = self._writeback = None
         self._adopt_size(header.size)
         cluster = geometry.cluster_size
-        self.limits = Limits(zero_alignment=cluster, discard_alignment=cluster)
+        alignment = 1 if file.crypto is None else _SECTOR
+        self.limits = Limits(request_alignment=alignment, zero_alignment=cluster, discard_alignment=cluster)
         # Hot paths use these; they are the same objects for the life of the image.
         self._storage = self._edge
-        # The fast path announces no steps, so that a file that is told of them gets none of it; nor does it check places.
-        self._tables = {} if traced or geometry.data_file else self._map.tables
+        # The fast path announces no steps, so that a file that is told of them gets none of it; nor does it check places,
+        # nor encrypt.
+        self._tables = {} if traced or geometry.data_file or file.crypto is not None else self._map.tables
         self._epochs = self._map.epochs
         self._slice_shift, self._cluster_bits = geometry.slice_shift, geometry.cluster_bits
         self._slice_mask, self._cluster_mask = (1 << geometry.slice_bits) - 1, cluster - 1
@@ -379,6 +385,8 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
         if offset >= self._size:
             return Zero(length)
         kind, length, host = await self._map.status(offset, min(length, self._size - offset))
+        if self._encryption is not None:
+            host = None
         match kind:
             case Kind.DATA:
                 return Data(length, host)
@@ -395,6 +403,8 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
 
     async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
         """See `Driver`: plain data are copied in the file, zeroes are written as such, the rest is the backing node's."""
+        if self._encryption is not None:
+            raise BlockIOError(errno.ENOTSUP)
         done = 0
         while done < length:
             # Entered before the question, so that what it answers is not given to anybody else meanwhile.
@@ -431,6 +441,8 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
 
     async def receive_range(self, offset: int, source: BdrvChild, source_offset: int, length: int) -> None:
         """See `Driver`: space is allocated as for a write, and filled by the file."""
+        if self._encryption is not None:
+            raise BlockIOError(errno.ENOTSUP)
         payload = Payload(None, source=source, source_offset=source_offset, length=length)
         writer = await self._writing(offset, length)
         await writer.write(offset, payload)
@@ -451,10 +463,6 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
         else:
             self.probes_storage = self._lies_on_holes()
 
-    async def make_empty(self) -> None:
-        """See `SupportsEmptying`."""
-        await make_empty(await self._writing(0, 0), has_snapshots=bool(self._snapshots.snapshots))
-
     # ------------------------------------------------------------------------------------------------------ questions
 
     def info(self) -> NodeInfo:
@@ -469,6 +477,7 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
         if header.version >= 3:
             data["lazy-refcounts"] = header.has(head.LAZY_REFCOUNTS)
         data["refcount-bits"] = self._map.geometry.refcount_bits
+        data |= self._encryption_info()
         if header.has(head.DATA_FILE):
             if header.data_file is not None:
                 data["data-file"] = header.data_file
@@ -545,6 +554,8 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver):
         """See `Driver`. Options other than for caches and discards are no more than equal; a dirty image must be opened anew."""
         refuse_unsupported(options)
         header = self._file.header
+        if options.encrypt != self.options.encrypt:
+            raise InvalidParameter("encrypt", "cannot be changed while the image is open")
         cache_sizes(options, header)
         refuse_lazy_refcounts_of_v2(options, header, self._image)
         if not read_only:
