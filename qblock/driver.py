@@ -77,6 +77,8 @@ class Environment:
     warn: Callable[[str], None]
     loop_is_shared: bool = True
     trace: Trace = attrs.field(factory=Trace)
+    secrets: dict[str, bytes] = attrs.field(factory=dict, repr=False)
+    """The values of secret objects, by id."""
 
 
 class Driver(abc.ABC):
@@ -99,6 +101,9 @@ class Driver(abc.ABC):
 
     names_whole_nodes: ClassVar[bool] = False
     """True when a file name that begins with the driver's name means a node of the driver, and not the storage of an image."""
+
+    encrypted: bool = False
+    """True when what the node shows is stored encrypted."""
 
     probes_storage: bool = False
     """True while data of this node may lie on holes of its storage child that read as zeroes (raw, preallocated metadata):
@@ -138,6 +143,9 @@ class Driver(abc.ABC):
     supports_discard: ClassVar[bool] = False
     supports_copy_range: ClassVar[bool] = False
 
+    supports_compressed: ClassVar[bool] = False
+    """True when `write_compressed` is there."""
+
     prefers_copy_range: bool = False
     """True while `copy_range` into this node costs less than a copy by buffer: storage that shares blocks (reflinks)."""
 
@@ -145,6 +153,10 @@ class Driver(abc.ABC):
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
         """Make the range read as zeroes cheaply. ``BlockIOError(ENOTSUP)``: the border writes buffers of zeroes instead."""
+        raise BlockIOError(errno.ENOTSUP)
+
+    async def write_compressed(self, offset: int, buffer: memoryview) -> None:
+        """Store whole clusters in packed form. EINVAL for parts of one, EIO where something is stored already."""
         raise BlockIOError(errno.ENOTSUP)
 
     async def discard(self, offset: int, length: int) -> None:
@@ -374,8 +386,11 @@ class SupportsBitmaps(Protocol):
     def check_new_bitmap(self, bitmap: DirtyBitmap) -> None:
         """Raise `CommandError` when ``bitmap``, which is not on the node yet, could not be stored."""
 
-        None: the image has none, or it was given. Raises `CommandError` and `ImageError`.
-        """
+    async def forget_bitmap(self, name: str) -> None:
+        """Take a bitmap that was removed from the node out of the image, durably. Raises `BlockIOError`."""
+
+    async def store_bitmaps(self) -> None:
+        """Store them now, durably, as closing would. Raises `BlockIOError`, where closing only warns."""
 
 
 @runtime_checkable
