@@ -66,7 +66,8 @@ class BlockDriverState:
     ``quiesce_counter`` the drained sections it is in. ``write_generation`` counts completed writes and
     ``flushed_generation`` is the one the last successful flush covered. ``tracking`` is true while a serialising request
     (copy-on-read, read-modify-write) is under way: writes that start then enter ``tracked``; those that are under way already
-    are counted in ``untracked_writes``, and the serialising request waits for them (serialising.py).
+    are counted in ``untracked_writes``, and the serialising request waits for them (serialising.py). ``to_check``: the node was
+    opened to be checked and repaired, so that damage which a repair mends does not forbid writing.
     """
 
     node_name: str
@@ -80,6 +81,7 @@ class BlockDriverState:
     cache_direct: bool = False
     cache_no_flush: bool = False
     force_share: bool = False
+    to_check: bool = False
     implicit: bool = False
     monitor_owned: bool = False
     probed: bool = False

@@ -61,11 +61,13 @@ class NodeFlags:
     discard_unmap: bool = False
     describe_only: bool = False
     """Opened to be asked what it is; an encrypted image is not unlocked for that, and shows no content."""
+    to_check: bool = False
+    """Opened to be checked and repaired: damage that a repair mends does not forbid writing."""
 
     def for_child(self, role: ChildRole) -> NodeFlags:
         """What a child in ``role`` inherits when its own options are silent."""
         if role is ChildRole.BACKING:
-            return attrs.evolve(self, read_only=True, auto_read_only=False, discard_unmap=False)
+            return attrs.evolve(self, read_only=True, auto_read_only=False, discard_unmap=False, to_check=False)
         passes_discard = role in (ChildRole.STORAGE, ChildRole.METADATA, ChildRole.DATA)
         return attrs.evolve(self, discard_unmap=passes_discard or self.discard_unmap)
 
@@ -80,6 +82,7 @@ class NodeFlags:
             force_share=_either(common.force_share, self.force_share),
             discard_unmap=self.discard_unmap if common.discard is None else common.discard == "unmap",
             describe_only=self.describe_only,
+            to_check=self.to_check,
         )
 
     def set_on(self, node: BlockDriverState) -> None:

@@ -96,15 +96,18 @@ class Opener:
         data_file: bool = True,
         options: Mapping[str, Json] | None = None,
         force_share: bool = False,
+        to_check: bool = False,
         node_name: str | None = None,
     ) -> BlockDriverState:
         """Open an image by file name (or ``json:{…}``), probing the format when ``fmt`` is None.
 
         ``options`` are more options of the format node (dotted keys and text leaves are allowed). ``backing=False`` leaves
         the backing file of the header closed, ``data_file=False`` its data file: what the image says of itself can be asked
-        then, not its content. Raises and returns as `open_blockdev`.
+        then, not its content. ``to_check``: for a check and repair, see `NodeFlags`. Raises and returns as `open_blockdev`.
         """
-        flags = NodeFlags(read_only=read_only, force_share=force_share, describe_only=not data_file)
+        flags = NodeFlags(
+            read_only=read_only, force_share=force_share, describe_only=not data_file, to_check=to_check
+        )
         extra = unflatten_dotted(options or {})
         if node_name:
             extra["node-name"] = node_name

@@ -41,6 +41,7 @@ class ImageArguments:
     """How one image is to be opened: its name or options, its format (None: probe), and the access wanted.
 
     ``writethrough``: every write is durable when it completes. ``copy_on_read``: what is read from the backing file is copied up.
+    ``to_check``: damage that a repair mends does not forbid writing.
     ``extra`` are further options of the node, as dotted keys with strings (``cache.direct``). ``backing`` False leaves the
     backing file closed, ``data_file`` False its data file: then it has no content, but can be asked what it is.
     """
@@ -50,6 +51,7 @@ class ImageArguments:
     image_opts: bool = False
     writable: bool = False
     force_share: bool = False
+    to_check: bool = False
     backing: bool = True
     data_file: bool = True
     writethrough: bool = False
@@ -105,6 +107,7 @@ class ImageSession:
             data_file=wanted.data_file,
             options=dict(wanted.extra),
             force_share=wanted.force_share,
+            to_check=wanted.to_check,
         )
 
     async def open(self, wanted: ImageArguments) -> BlockBackend:

@@ -52,6 +52,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         image_opts="image-opts" in arguments,
         writable=fix is not CheckFix.NONE,
         force_share="U" in arguments,
+        to_check=True,
         extra=cache_options(arguments.get("T")),
     )
     try:

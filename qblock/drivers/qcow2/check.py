@@ -77,8 +77,11 @@ class _Checker:
         """All steps, in order."""
         self.table = await read_refcount_table(self.file)
         await self.counter.run()
-        for text in self.counter.problems:
+        for text in (*self.snapshots.misplaced(self.file), *self.counter.problems):
             self._corruption(text, fixed=False)
+        for text in self.snapshots.defects:
+            # The table is written anew when everything else is right (`snapshotted.py`).
+            self._corruption(text, fixed=self.fix_errors)
         self._count_refcount_structure()
         await self._compare()
         if self._rebuild and self.fix_errors:

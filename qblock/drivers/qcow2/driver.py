@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, assert_never
 import attrs
 
 from qblock import requests
-from qblock.driver import BackingLink, CheckFix, CheckResult, Json, Limits, Measurement, NodeInfo
+from qblock.driver import BackingLink, Json, Limits, Measurement, NodeInfo
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
 from qblock.drivers.qcow2.bitmapped import BitmappedDriver
+from qblock.drivers.qcow2.checked import CheckedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
 from qblock.drivers.qcow2.datafile import DataFileAllocator, DataFileMap, fit, name_in_header
@@ -40,7 +41,6 @@ from qblock.drivers.qcow2.options import (
 from qblock.drivers.qcow2.refcounts import Refcounts, block_clusters, read_refcount_table
 from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
-from qblock.drivers.qcow2.snapshotted import SnapshottedDriver
 from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
 from qblock.drivers.qcow2.writeback import WriteBack
 from qblock.errors import (
@@ -64,7 +64,7 @@ _HOLES_IGNORED: Final = 1 << 20
 """Bytes of holes that the file of any image may have, in its tables and last clusters."""
 
 
-class Qcow2Driver(SnapshottedDriver, BitmappedDriver, EncryptedDriver):
+class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
     """One open image."""
 
     name: ClassVar[str] = "qcow2"
@@ -184,20 +184,6 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver, EncryptedDriver):
         self._size = size
         self._map.length = size
 
-    def _check_may_write(self, header: Header) -> None:
-        if header.has(head.CORRUPT):
-            raise CorruptImage(self._image, "it is marked corrupt, and can be opened for writing only after a repair")
-
-    async def _repair(self) -> None:
-        """The image was not shut down cleanly: its refcounts may be too low."""
-        self._file.writable = True
-        result = await self._checked(CheckFix.LEAKS | CheckFix.ERRORS)
-        if result.corruptions > result.corruptions_fixed or result.check_errors:
-            raise CorruptImage(self._image, "it was not shut down cleanly, and could not be repaired")
-        self.env.warn(f"'{self._image}' was not shut down cleanly; its refcounts have been repaired")
-        header = await self._read_header()
-        await self._build(header, cache_sizes(self.options, header))
-
     async def _prepare_writing(self) -> None:
         """Read what writing needs. Nothing is written before `_activate`."""
         file, header = self._file, self._file.header
@@ -237,8 +223,7 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver, EncryptedDriver):
         areas.add_bytes(Area.HEADER, 0, header.cluster_size)
         areas.add_bytes(Area.ACTIVE_L1, header.l1_offset, header.l1_size * 8)
         areas.add_bytes(Area.REFCOUNT_TABLE, header.refcount_table_offset, len(table) * 8)
-        if self._snapshots.length:
-            areas.add_bytes(Area.SNAPSHOT_TABLE, header.snapshots_offset, self._snapshots.length)
+        areas.add_bytes(Area.SNAPSHOT_TABLE, *self._snapshots.place(self._file))
         areas.add(Area.REFCOUNT_BLOCK, block_clusters(table, bits))
         if self._store is not None and self._store.directory is not None:
             areas.add_bytes(Area.BITMAP_DIRECTORY, self._store.directory.offset, self._store.directory.size)
@@ -511,20 +496,6 @@ class Qcow2Driver(SnapshottedDriver, BitmappedDriver, EncryptedDriver):
         driver = source.driver if source is not None else None
         bitmaps = await stored_bitmaps(driver._file) if isinstance(driver, cls) else None
         return await measure_image(options, length, source, bitmaps)
-
-    async def _checked(self, fix: CheckFix) -> CheckResult:
-        from qblock.drivers.qcow2.check import check_image  # noqa: PLC0415 - 10 ms, and images are rarely checked
-
-        return await check_image(self._file, self._map.l1, self._snapshots, fix)
-
-    async def check(self, fix: CheckFix) -> CheckResult:
-        """See `SupportsCheck`. What is cached is written back first; no request may be in flight when something is fixed."""
-        if self._writeback is not None and self._file.writable:
-            await self._writeback.finish()
-        result = await self._checked(fix)
-        if result.corruptions_fixed or result.leaks_fixed:
-            await self._reload()
-        return result
 
     async def _reload(self) -> None:
         """What is known of the tables is void: read them again."""

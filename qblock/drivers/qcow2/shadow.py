@@ -101,7 +101,7 @@ class Switch:
             l1_offset = await self._place_l1()
             table = encode_snapshot_table(self.change.snapshots, self.change.size)
             table_offset = await self._place(len(table), memoryview(table)) if table else 0
-            self._lose_bytes(self.file.header.snapshots_offset, self.old.length)
+            self._lose_bytes(*self.old.place(self.file))
             blocks, counts_offset = await self._claim_structure()
             await self._write_counts(blocks, counts_offset)
             self._check_freed(blocks)

@@ -49,7 +49,7 @@ class SnapshottedDriver(Driver):
 
     def _take_broken_snapshots(self, trouble: str) -> None:
         """The table cannot be read to its end: what is there can be read, and writing is refused."""
-        if not self.node.read_only:
+        if not self.node.read_only and not self.node.to_check:
             raise CorruptImage(self._file.name, f"{trouble}; it can be opened for reading only")
         self.env.warn(f"'{self._file.name}' is damaged: {trouble}; its other snapshots cannot be seen")
 
@@ -82,6 +82,15 @@ class SnapshottedDriver(Driver):
 
         found = self._found(snapshot)
         await self._change(lambda writer: plan_delete(writer, self._snapshots, found))
+
+    async def rewrite_snapshots(self) -> None:
+        """Write the table anew, with entries that are whole."""
+        from qblock.drivers.qcow2.snapshotting import plan_rewrite  # noqa: PLC0415 - see the module
+
+        async def plan(writer: Allocator) -> Change:
+            return plan_rewrite(writer, self._snapshots)
+
+        await self._change(plan)
 
     async def view_snapshot(self, snapshot: SnapshotInfo, *, keep_size: bool = False) -> None:
         """See `SupportsSnapshots`."""
