@@ -111,9 +111,9 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
             self._check_may_write(header)
             if header.has(head.DIRTY):
                 await self._repair()
-            await self._prepare_writing()
         await self._load_bitmaps()
         if not self.node.read_only:
+            await self._prepare_writing()
             await self._activate()
 
     async def data_file_link(self) -> str | None:
@@ -210,11 +210,11 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
     async def _activate(self) -> None:
         """Begin writing: at the end of opening, or with the first write after a change from read-only to read-write."""
         await self._clear_autoclear()
-        self._inactive = False
         await self._mark_bitmaps()
+        self._inactive = False
         self._file.writable = self.node.poisoned is None
-
         await self._drop_stale_bitmaps()
+
     async def _protect(self, table: Any) -> MetadataMap:
         """Collect where metadata lie, for overlap protection."""
         header, bits = self._file.header, self._file.header.cluster_bits
@@ -224,9 +224,9 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         areas.add_bytes(Area.ACTIVE_L1, header.l1_offset, header.l1_size * 8)
         areas.add_bytes(Area.REFCOUNT_TABLE, header.refcount_table_offset, len(table) * 8)
         areas.add_bytes(Area.SNAPSHOT_TABLE, *self._snapshots.place(self._file))
-        areas.add(Area.REFCOUNT_BLOCK, block_clusters(table, bits))
         if self._store is not None and self._store.directory is not None:
             areas.add_bytes(Area.BITMAP_DIRECTORY, self._store.directory.offset, self._store.directory.size)
+        areas.add(Area.REFCOUNT_BLOCK, block_clusters(table, bits))
         areas.add(Area.ACTIVE_L2, (entry >> bits for entry in map(OFFSET_MASK.__and__, self._map.l1) if entry))
         for snapshot in self._snapshots.usable(self._file):
             areas.add_bytes(Area.INACTIVE_L1, snapshot.l1_offset, snapshot.l1_bytes)
@@ -255,11 +255,11 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
 
     async def close(self) -> None:
         """See `Driver`: everything is written back, unless the node is poisoned."""
-        writeback, self._writer = self._writeback, None
         try:
             await self.store_bitmaps()
         except BlockIOError as error:
             self.env.warn(f"the persistent bitmaps of '{self._image}' could not be stored, and are inconsistent now: {error}")
+        writeback, self._writer = self._writeback, None
         self._writeback = None
         if writeback is not None and self._file.writable:
             await writeback.finish()
@@ -435,8 +435,8 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """See `Driver`. Shrinking gives up what lies behind, and the end of the file; the size changes last, and durably."""
         writer = await self._writing(0, 0)
-        await resize(
         self._check_bitmaps_fit(length)
+        await resize(
             writer,
             length,
             has_snapshots=bool(self._snapshots.snapshots),
@@ -461,14 +461,14 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         data["compression-type"] = head.COMPRESSION_NAMES[header.compression_type]
         if header.version >= 3:
             data["lazy-refcounts"] = header.has(head.LAZY_REFCOUNTS)
+        if self._store is not None and self._store.entries:
+            data["bitmaps"] = self._store.info()
         data["refcount-bits"] = self._map.geometry.refcount_bits
         data |= self._encryption_info()
         if header.has(head.DATA_FILE):
             if header.data_file is not None:
                 data["data-file"] = header.data_file
             data["data-file-raw"] = header.raw_data_file
-        if self._store is not None and self._store.entries:
-            data["bitmaps"] = self._store.info()
         if header.version >= 3:
             data["corrupt"] = header.has(head.CORRUPT)
             data["extended-l2"] = False
@@ -538,19 +538,19 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         """See `Driver`. Reads what writing needs, or writes back what is cached; other cache sizes take effect here."""
         if self._writeback is not None and self._file.writable:
             await self._writeback.finish()
+        if read_only:
+            await self.store_bitmaps()
         if self.node.poisoned is not None:
             # Reopening is the cure: everything is read again.
             header = await self._read_header()
             self._check_may_write(header)
             await self._build(header, cache_sizes(options, header))
-        if read_only:
-            await self.store_bitmaps()
+            await self._reread_bitmaps()
         self._kept = self.options
         self.options = options
         try:
             if not read_only and (self._writer is None or not self._file.writable or options != self._kept):
                 await self._prepare_writing()
-            await self._reread_bitmaps()
                 self._reactivate = True
         except BaseException:
             self.options = self._kept
@@ -559,12 +559,12 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
     def commit_reopen(self, options: Any, *, read_only: bool) -> None:
         """See `Driver`."""
         self.node.poisoned = None
+        self._switch_bitmaps(read_only=read_only)
         if read_only:
             self._file.writable = self._reactivate = False
         elif self._reactivate:
             self._reactivate, self._inactive, self._file.writable = False, True, False
 
-        self._switch_bitmaps(read_only=read_only)
     def abort_reopen(self) -> None:
         """See `Driver`."""
         self.options = self._kept
