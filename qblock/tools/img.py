@@ -28,8 +28,8 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "compare": "compare [-f FMT] [-F FMT | --image-opts] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2",
     "convert": "convert [-f FMT | --image-opts] [-O FMT | --target-image-opts] [-B BACKING [-F FMT]] [-o OPTIONS]\n"
     "          [-t CACHE] [-T CACHE] [-n [--target-is-zero]] [-C] [-m COROUTINES] [-p] [-q] [-S SIZE] [-U] [-W]\n"
-    "          FILE [FILE2 ...] OUTPUT",
     "          [--bitmaps [--skip-broken-bitmaps]]\n"
+    "          FILE [FILE2 ...] OUTPUT",
     "create": "create [-q] [-f FMT] [-b BACKING [-F FMT]] [-u] [-o OPTIONS] FILE [SIZE]",
     "dd": "dd [-f FMT | --image-opts] [-O FMT] [-U] [bs=BYTES] [count=BLOCKS] [skip=BLOCKS] if=FILE of=FILE",
     "info": "info [-f FMT | --image-opts] [--output=human|json] [--backing-chain] [-U] FILE",
