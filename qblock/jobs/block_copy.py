@@ -303,9 +303,9 @@ def _source(system: BlockSystem, device: str) -> BlockDriverState:
     node = system.graph.find_backend(device).root
     if node is None:
         raise CommandError(f"Device '{device}' has no medium")
+    system.graph.check_op(node.node, OpType.MIRROR_SOURCE)
     if not system.graph.is_root(node.node):
         raise CommandError(f"The node of '{device}' is used by other nodes or jobs")
-    system.graph.check_op(node.node, OpType.MIRROR_SOURCE)
     system.jobs.check_id(device)
     return node.node
 
