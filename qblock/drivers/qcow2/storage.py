@@ -72,13 +72,19 @@ class MetadataMap:
     def add(self, area: Area, clusters: Iterable[int]) -> None:
         """These clusters hold ``area`` from now on."""
         if area in self.protected:
-            added = self._new(clusters)
-            self._clusters[area] = self._clusters.get(area, self._new()) | added
-            self.all |= added
+            self._add(area, self._new(clusters))
 
     def add_bytes(self, area: Area, offset: int, length: int) -> None:
         """As `add`, for the clusters that a byte range touches."""
-        self.add(area, range(offset >> self._cluster_bits, -(-(offset + length) >> self._cluster_bits)))
+        if area in self.protected and length:
+            added = self._new()
+            added.add_range(offset >> self._cluster_bits, -(-(offset + length) >> self._cluster_bits))
+            self._add(area, added)
+
+    def _add(self, area: Area, added: BitMap64) -> None:
+        members = self._clusters.setdefault(area, self._new())
+        members |= added
+        self.all |= added
 
     def add_one(self, area: Area, cluster: int) -> None:
         """As `add`, for one cluster, cheaply."""
