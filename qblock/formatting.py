@@ -32,6 +32,15 @@ class CreateOption:
 
 
 QCOW2_OPTIONS: Final = (
+    CreateOption("encryption", "bool (on/off)", "Encrypt the disk with AES; on is short for encrypt.format=aes", None, ""),
+    CreateOption("encrypt.format", "str", "Encrypt the disk: luks, or aes (obsolete)", None, "encrypt.format"),
+    CreateOption("encrypt.key-secret", "str", "Id of the secret object with the passphrase", None, "encrypt.key-secret"),
+    CreateOption("encrypt.cipher-alg", "str", "Cipher: aes-128, aes-192, aes-256", None, "encrypt.cipher-alg"),
+    CreateOption("encrypt.cipher-mode", "str", "Mode of the cipher: xts, cbc", None, "encrypt.cipher-mode"),
+    CreateOption("encrypt.ivgen-alg", "str", "What vectors are made of: plain, plain64, essiv", None, "encrypt.ivgen-alg"),
+    CreateOption("encrypt.ivgen-hash-alg", "str", "Hash for the vectors of essiv", None, "encrypt.ivgen-hash-alg"),
+    CreateOption("encrypt.hash-alg", "str", "Hash for the passphrase", None, "encrypt.hash-alg"),
+    CreateOption("encrypt.iter-time", "num", "Milliseconds that unlocking is to take", None, "encrypt.iter-time"),
     CreateOption("cluster_size", "size", "Size of a cluster, 512 to 2M", 65536, "cluster-size"),
     CreateOption("extended_l2", "bool (on/off)", "Subclusters (extended L2 tables)", False, "extended-l2"),
     CreateOption("preallocation", "str", "What to allocate at once: off, metadata, falloc, full", None, "preallocation"),

@@ -65,7 +65,7 @@ LAZY_PACKAGES = {"zstandard", "zlib", "prompt_toolkit", "pyroaring", "qemu", "im
 
 LAZY_MODULES = {
     "qblock.monitor.completion", "qblock.drivers.qcow2.bitmaps", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.shadow",
-    "qblock.drivers.qcow2.snapshotting",
+    "qblock.drivers.qcow2.snapshotting", "qblock.drivers.qcow2.encryption", "qblock.drivers.qcow2.encrypting",
 }  # fmt: skip
 """Our own modules around such a package: they are imported like it."""
 

@@ -1,7 +1,7 @@
 """Making new image files: the texts of -o, the checks of qemu-img, and the making.
 
 Models ``qemu-img create`` and the output of ``convert`` for raw and qcow2; the options are those of `qblock.formatting`. Options
-that qblock does not support (encryption, nocow, ...) are refused by name.
+that qblock does not support (nocow, ...) are refused by name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from qblock.driver import Json
 from qblock.errors import CommandError, QBlockError
 from qblock.filenames import combine_filename
 from qblock.formatting import CreateOption, options_of
-from qblock.options import parse_keyval
+from qblock.options import split_keyval, unflatten_dotted
 from qblock.tools.arguments import size_of
 from qblock.tools.images import ImageArguments, ImageSession
 from qblock.units import align_up
 
 SECTOR: Final = 512
 VERSIONS: Final = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
-UNSUPPORTED: Final = frozenset({"encryption", "encrypt", "nocow", "extent_size_hint"})
+UNSUPPORTED: Final = frozenset({"nocow", "extent_size_hint"})
 
 
 def wants_help(texts: Iterable[str]) -> bool:
@@ -57,10 +57,10 @@ def parse_options(fmt: str, texts: Iterable[str]) -> dict[str, Json]:
     table = {option.name: option for option in options_of(fmt)}
     values: dict[str, Json] = {}
     for text in texts:
-        for name, value in parse_keyval(text).items():
+        for name, value in split_keyval(text).items():
             if name in UNSUPPORTED:
                 raise CommandError(f"the creation option '{name}' is not supported")
-            if name not in table or not isinstance(value, str):
+            if name not in table:
                 raise CommandError(f"'{name}' is no creation option of the format '{fmt}'; see -o help")
             values[name] = parse_value(table[name], value)
     return values
@@ -94,7 +94,29 @@ def creation_values(fmt: str, values: Mapping[str, Json]) -> dict[str, Any]:
     wire = {option.wire or option.name: values[option.name] for option in options_of(fmt) if option.name in values}
     if "version" in wire:
         wire["version"] = _version(wire["version"])
-    return wire
+    if (encryption := encryption_format(values)) is not None:
+        wire["encrypt.format"] = "qcow" if encryption == "aes" else encryption
+    wire.pop("encryption", None)
+    return unflatten_dotted(wire)
+
+
+def encryption_format(values: Mapping[str, Json]) -> str | None:
+    """How the image is to be encrypted, aes or luks; None: not at all."""
+    if "encryption" in values and "encrypt.format" in values:
+        raise CommandError("'encryption' is another name of 'encrypt.format': they cannot be given together")
+    if values.get("encryption"):
+        return "aes"
+    name = values.get("encrypt.format")
+    if name not in (None, "aes", "luks"):
+        raise CommandError(f"'{name}' is no way to encrypt an image: encrypt.format takes luks or aes")
+    return name
+
+
+def unlocking_options(values: Mapping[str, Json]) -> dict[str, str]:
+    """Node options that unlock an image which was made with these creation options."""
+    if encryption_format(values) is None:
+        return {}
+    return {"encrypt.key-secret": values["encrypt.key-secret"]}
 
 
 async def backing_length(session: ImageSession, filename: str, values: Mapping[str, Json]) -> int:

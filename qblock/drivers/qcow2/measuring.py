@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qblock.driver import Measurement
 from qblock.drivers.qcow2.header import BITMAPS, EXT_BITMAPS, MAX_L1_BYTES
+from qblock.drivers.qcow2.options import EncryptionCreate
 from qblock.errors import CorruptImage, InvalidParameter
 from qblock.node import BlockDriverState
+from qblock.options import visit
 from qblock.status import FIRST_QUESTION, chain_status, next_question
 from qblock.units import KiB, MiB, align_up, is_power_of_two
 
@@ -56,7 +58,7 @@ async def measure_image(
     layout = _layout(options)
     cluster = layout.cluster
     length = align_up(length, cluster)
-    total = length + _metadata(layout, length)
+    total = length + _metadata(layout, length) + _encryption(options, cluster)
     preallocated = options.get("preallocation") in ("falloc", "full")
     if preallocated or (source is not None and options.get("backing-file") is not None):
         needed = length
@@ -95,6 +97,15 @@ async def stored_bitmaps(file: ImageFile) -> list[StoredBitmap] | None:
         found.append(StoredBitmap(name_length, granularity_bits))
         at += align_up(_ENTRY.size + extra + name_length, 8)
     return found
+
+
+def _encryption(options: Mapping[str, Any], cluster: int) -> int:
+    given = options.get("encrypt")
+    if given is None:
+        return 0
+    from qblock.drivers.qcow2.encrypting import encryption_overhead  # noqa: PLC0415 - few images need it
+
+    return encryption_overhead(visit(EncryptionCreate, given, path="encrypt"), cluster)
 
 
 def _layout(options: Mapping[str, Any]) -> _Layout:

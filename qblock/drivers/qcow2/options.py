@@ -7,8 +7,7 @@ with a reason and not as an unknown name.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import attrs
 
@@ -77,6 +76,20 @@ class Qcow2Options(DriverOptions):
 
 
 @attrs.frozen
+class EncryptionCreate(DriverOptions):
+    """``QCryptoBlockCreateOptions``; all but the first two are for LUKS."""
+
+    format: Literal["qcow", "luks"] = required(doc="qcow is the legacy AES")
+    key_secret: str | None = option(None, doc="id of the secret object with the passphrase")
+    cipher_alg: str | None = option(None, doc="cipher; default: aes-256")
+    cipher_mode: str | None = option(None, doc="mode of the cipher; default: xts")
+    ivgen_alg: str | None = option(None, doc="what vectors are made of; default: plain64")
+    ivgen_hash_alg: str | None = option(None, doc="hash for the vectors of essiv; default: sha256")
+    hash_alg: str | None = option(None, doc="hash for passphrases; default: sha256")
+    iter_time: int | None = option(None, doc="milliseconds that unlocking is to take; default: 2000")
+
+
+@attrs.frozen
 class Qcow2CreateOptions(DriverOptions):
     """``BlockdevCreateOptionsQcow2``. Sizes are bytes."""
 
@@ -88,7 +101,7 @@ class Qcow2CreateOptions(DriverOptions):
     version: Literal["v2", "v3"] = option("v3", doc="v2 is compat 0.10, v3 is compat 1.1")
     backing_file: str | None = option(None, doc="name of the backing file")
     backing_fmt: str | None = option(None, doc="format of the backing file")
-    encrypt: Mapping[str, Any] | None = option(None, doc="encryption; not offered yet")
+    encrypt: EncryptionCreate | None = option(None, doc="encryption of the disk", since="2.10")
     cluster_size: int = option(65536, doc="cluster size, a power of two from 512 to 2 MiB")
     preallocation: Literal["off", "metadata", "falloc", "full"] = option("off", doc="space reserved at once")
     lazy_refcounts: bool = option(False, doc="allow refcount updates to be postponed")
