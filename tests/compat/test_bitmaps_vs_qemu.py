@@ -285,3 +285,70 @@ def test_info_and_measure_say_the_same(tmp_path: Path, capfd: pytest.CaptureFixt
         assert img([*words, str(image)]) == 0
         printed = capfd.readouterr().out
         assert printed == subprocess.run(["qemu-img", *words, str(image)], capture_output=True, text=True, check=True).stdout
+
+
+# ------------------------------------------------------------------------------------------------------------- hostile
+
+DAMAGES: dict[str, tuple[str, int, str, int]] = {
+    "autoclear bit gone": ("header", 88, "Q", 0),
+    "type": ("entry", 16, "B", 2),
+    "unknown flag": ("entry", 12, "I", 8 | 2),
+    "in use": ("entry", 12, "I", 3),
+    "not auto": ("entry", 12, "I", 0),
+    "granularity too small": ("entry", 17, "B", 8),
+    "granularity too large": ("entry", 17, "B", 32),
+    "another granularity": ("entry", 17, "B", 10),
+    "no name": ("entry", 18, "H", 0),
+    "name too long": ("entry", 18, "H", 2000),
+    "two of a name": ("entry", 32 + 24, "H", 0x6230),
+    "table not aligned": ("entry", 0, "Q", 512),
+    "no table": ("entry", 0, "Q", 0),
+    "table too long": ("entry", 8, "I", 2),
+    "table far too long": ("entry", 8, "I", (1 << 32) - 1),
+    "table of nothing": ("entry", 8, "I", 0),
+    "extension too short": ("extension", -4, "I", 16),
+    "no bitmaps": ("extension", 0, "I", 0),
+    "fewer bitmaps": ("extension", 0, "I", 1),
+    "more bitmaps": ("extension", 0, "I", 3),
+    "reserved field": ("extension", 4, "I", 1),
+    "directory too long": ("extension", 8, "Q", 72),
+    "directory far too long": ("extension", 8, "Q", 1 << 30),
+    "directory not aligned": ("extension", 16, "Q", 512),
+    "directory behind the end": ("extension", 16, "Q", 1 << 40),
+    "all ones": ("table", 0, "Q", 1),
+    "table entry reserved": ("table", 0, "Q", 2),
+    "table entry not aligned": ("table", 0, "Q", 512),
+}
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("name", DAMAGES)
+def test_odd_bitmap_metadata_gets_the_same_verdict(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Refused by both or opened by both, with the same bitmaps, to read and to write; and the same is left."""
+    image = tmp_path / "image.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(SIZE)], check=True)
+    for bitmap_name in ("b0", "b1"):
+        subprocess.run(["qemu-img", "bitmap", "--add", str(image), bitmap_name], check=True)
+    subprocess.run(["qemu-io", "-c", "write 1M 64k", str(image)], check=True, stdout=subprocess.DEVNULL)
+    raw = bytearray(image.read_bytes())
+    entry = directory_of(raw)
+    extension = raw.index(struct.pack(">II", 0x23852875, 24)) + 8
+    places = {"header": 0, "extension": extension, "entry": entry, "table": struct.unpack_from(">Q", raw, entry)[0]}
+    place, offset, code, value = DAMAGES[name]
+    struct.pack_into(">" + code, raw, places[place] + offset, value)
+    images = [tmp_path / "real", tmp_path / "ours"]
+    for copy in images:
+        copy.write_bytes(raw)
+    for program, words in (
+        ("img", ["info", "IMAGE"]),
+        ("img", ["bitmap", "--disable", "IMAGE", "b1"]),
+        ("io", ["-f", "qcow2", "-c", "write 2M 64k", "IMAGE"]),
+        ("img", ["bitmap", "--remove", "IMAGE", "b0"]),
+    ):
+        codes = on_qemu(program, words, images[0]), on_ours(program, words, images[1])
+        assert codes[0] == codes[1], (words, capfd.readouterr())
+        real = subprocess.run(["qemu-img", "info", str(images[0])], capture_output=True, check=False).returncode
+        if real == 0:
+            assert info(images[0]) == info(images[1]), words
