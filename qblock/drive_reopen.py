@@ -142,6 +142,7 @@ class _Exchange:
     async def _cancel(self, job: BlockJob) -> None:
         """Cancel the job and wait for its end; raises `DeviceInUse` unless it has completed."""
         user = job.describe_user()
+        loss = ", and its target is not complete" if any(edge.name == "target" for edge in job.edges) else ""
         if job.status is JobStatus.CREATED:
             raise DeviceInUse(self.device, f"{user} is being set up for it")
         assert job.txn is not None
@@ -153,7 +154,7 @@ class _Exchange:
             outcome = "cancelled" if cancelled else "completed" if result is None else str(result)
             hit(device=self.device, job=job.id, outcome=outcome)
         if cancelled:
-            raise DeviceInUse(self.device, f"{user} was not done; it is cancelled now, and its target is not complete")
+            raise DeviceInUse(self.device, f"{user} was not done; it is cancelled now{loss}")
         if result is not None:
             raise DeviceInUse(self.device, f"{user} has failed: {result}")
 

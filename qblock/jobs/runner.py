@@ -162,7 +162,8 @@ class JobRunner:
         """Cancel and wait for the job's end, however it ends: its own result counts if it really completed.
 
         Returns None when the job has completed, its error when it has failed, `JobCancelled` when it has ended cancelled.
-        A job may do I/O, and take time, after it was told to cancel (rfc-2012.md, patch 2).
+        A job may do I/O, and take time, after it was told to cancel (rfc-2012.md, patch 2). One that does not dismiss itself
+        stays concluded.
         """
         if (hit := self.trace.job_cancel_sync_begin) is not None:
             hit(job=job.id, force=force)
@@ -170,7 +171,7 @@ class JobRunner:
             if job.user_paused and not force:
                 self._lift_user_pause(job)
             await self.cancel(job, force=force)
-        await self._see_off(job)
+        await self.wait(job)
         if (hit := self.trace.job_cancel_sync_end) is not None:
             hit(job=job.id, outcome="cancelled" if job.cancelled else job.error or "completed")
         return JobCancelled() if job.cancelled else job.error

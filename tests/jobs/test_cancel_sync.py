@@ -132,7 +132,7 @@ def test_all_who_wait_get_the_same_result() -> None:
         assert [await task for task in (*early, late)] == [None, None, None]
         assert await cancel(job) is None
         assert system.clock.now_ns() == 2 * SECOND
-        assert job.status is JobStatus.NULL
+        assert job.status is JobStatus.CONCLUDED
 
     on_virtual_time(story)
 
@@ -217,7 +217,7 @@ def test_a_job_that_was_over_gives_its_result() -> None:
         await system.jobs.wait(job)
         await system.clock.sleep_ns(HOUR)
         assert str(await system.jobs.cancel_sync(job)) == "no luck"
-        assert job.status is JobStatus.NULL
+        assert job.status is JobStatus.CONCLUDED
 
     on_virtual_time(story)
 

@@ -220,17 +220,29 @@ def test_a_stream_that_is_cancelled_refuses_too(tmp_path: Path) -> None:
         table.local.qmp.execute("block-stream", device="virtio0", speed=1)
         error = error_of(table.reopen)
         assert (error.error_class, table.medium()) == ("DeviceInUse", "old")
+        assert "target" not in str(error)
         table.reopen()
 
 
 def test_a_job_that_waits_to_be_finalized_is_finalized(tmp_path: Path) -> None:
     """Nobody else can answer while the guest is held up."""
     with desk(tmp_path) as table:
-        table.mirror(auto_finalize=False, auto_dismiss=False)
+        table.mirror(auto_finalize=False)
         table.local.qmp.wait_event("BLOCK_JOB_READY")
         table.reopen("copy")
         assert table.medium() == "copy"
-        assert table.local.qmp.execute("query-jobs") == []
+
+
+def test_a_job_that_is_to_stay_concluded_can_be_looked_at_afterwards(tmp_path: Path) -> None:
+    """Whoever asked for that with ``auto-dismiss`` false wants its numbers."""
+    with desk(tmp_path) as table:
+        table.mirror(auto_dismiss=False)
+        table.local.qmp.wait_event("BLOCK_JOB_READY")
+        table.reopen("copy")
+        (job,) = table.local.qmp.execute("query-jobs")
+        assert (job["status"], "error" in job) == ("concluded", False)
+        table.local.qmp.execute("job-dismiss", id=job["id"])
+        table.reopen("old")
 
 
 def test_a_ready_mirror_that_is_stopped_by_an_error_is_killed(tmp_path: Path) -> None:
