@@ -348,6 +348,17 @@ class SupportsBacking(Protocol):
 
 
 @runtime_checkable
+class SupportsKeySlots(Protocol):
+    """The format can be encrypted in a way that lets passphrases be added and erased while the image is open."""
+
+    async def change_key_slots(self, options: Mapping[str, Json], *, force: bool = False) -> None:
+        """Do what ``options`` (``QCryptoBlockAmendOptionsLUKS``) ask for; durable on return.
+
+        ``force`` allows to lose the last passphrase. Raises `CommandError`, then nothing has changed, and `BlockIOError`.
+        """
+
+
+@runtime_checkable
 class SupportsDataFile(Protocol):
     """The format can keep its data in another file, the child ``data-file``, whose name the image may tell."""
 

@@ -66,6 +66,7 @@ LAZY_PACKAGES = {"zstandard", "zlib", "prompt_toolkit", "pyroaring", "qemu", "im
 LAZY_MODULES = {
     "qblock.monitor.completion", "qblock.drivers.qcow2.bitmaps", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.shadow",
     "qblock.drivers.qcow2.snapshotting", "qblock.drivers.qcow2.encryption", "qblock.drivers.qcow2.encrypting",
+    "qblock.drivers.qcow2.keyslots",
 }  # fmt: skip
 """Our own modules around such a package: they are imported like it."""
 

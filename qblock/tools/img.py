@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qblock.tools.images import Watch
 
 SUBCOMMANDS: Final[Mapping[str, str]] = {
+    "amend": "amend [-f FMT | --image-opts] [-t CACHE] [--force] [-p] [-q] -o OPTIONS FILE",
     "bitmap": "bitmap (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... [-b FILE [-F FMT]]\n"
     "         [-g GRANULARITY] [-f FMT | --image-opts] FILE BITMAP",
     "check": "check [-q] [-f FMT | --image-opts] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE",
@@ -39,7 +40,7 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "resize": "resize [-f FMT | --image-opts] [--preallocation=off|metadata|falloc|full] [-q] [--shrink] FILE [+|-]SIZE",
     "snapshot": "snapshot [--image-opts] [-U] [-q] [-l | -a NAME | -c NAME | -d NAME] FILE",
 }
-NOT_YET: Final = frozenset({"amend", "bench"})
+NOT_YET: Final = frozenset({"bench"})
 
 PROGRAM: Final = "qblock-img"
 _HELP: Final = """usage: qblock-img [-T TRACE] COMMAND [OPTIONS]

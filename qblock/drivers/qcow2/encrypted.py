@@ -1,4 +1,4 @@
-"""The part of the qcow2 driver that has to do with encryption: unlocking when it opens, what it tells of it."""
+"""The part of the qcow2 driver that has to do with encryption: unlocking when it opens, what it tells of it, key slots."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qblock.driver import Driver, Json
-from qblock.errors import InvalidParameter
+from qblock.drivers.qcow2.options import EncryptionAmend
+from qblock.errors import CommandError, InvalidParameter
+from qblock.options import visit
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.encryption import GuestCipher, ImageEncryption
     from qblock.drivers.qcow2.header import Header
     from qblock.drivers.qcow2.options import Qcow2Options
+    from qblock.drivers.qcow2.storage import ImageFile
     from qblock.node import BdrvChild
 
 
@@ -19,7 +22,13 @@ class EncryptedDriver(Driver):
     """What `driver.Qcow2Driver` is made of, as far as encryption is concerned."""
 
     options: Qcow2Options
+    _file: ImageFile
+    _inactive: bool
     _encryption: ImageEncryption | None = None
+
+    async def _activate(self) -> None:
+        """Begin writing."""
+        raise AssertionError("provided by the driver")
 
     async def _unlock(self, edge: BdrvChild, header: Header) -> None:
         """Make ready to read and write guest clusters, once per open image. Raises as `encryption.open_encryption`."""
@@ -36,6 +45,20 @@ class EncryptedDriver(Driver):
     @property
     def _guest_cipher(self) -> GuestCipher | None:
         return self._encryption.cipher if self._encryption is not None else None
+
+    async def change_key_slots(self, options: Mapping[str, Json], *, force: bool = False) -> None:
+        """See `SupportsKeySlots`."""
+        wanted = visit(EncryptionAmend, options, path="encrypt", strings=True)
+        if self._encryption is None:
+            raise CommandError("the image is not encrypted: there are no key slots to change")
+        if self._encryption.luks is None:
+            raise CommandError("the image is encrypted with the legacy AES; only LUKS has key slots that can change")
+        if self._inactive:
+            await self._activate()
+        self._file.check_writable()
+        from qblock.drivers.qcow2.keyslots import change_key_slots  # noqa: PLC0415 - few images need it
+
+        await change_key_slots(self._file, self._encryption, wanted, force=force)
 
     def _encryption_info(self) -> Mapping[str, Json]:
         """The member ``encrypt`` of ``ImageInfoSpecificQCow2``, if there is one."""

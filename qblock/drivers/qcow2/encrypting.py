@@ -103,9 +103,9 @@ def luks_spec(options: EncryptionCreate) -> CipherSpec:
 
 
 def checked_iter_time(milliseconds: int | None) -> int:
-    """The time that unlocking is to take, or the default; `InvalidParameter` unless it is positive."""
+    """The time that unlocking is to take, or the default; with 0 it takes as few iterations as are allowed."""
     if milliseconds is None:
         return luks.DEFAULT_ITER_TIME
-    if milliseconds < 1:
-        raise InvalidParameter("encrypt.iter-time", "must be at least 1 (milliseconds)")
+    if milliseconds < 0:
+        raise InvalidParameter("encrypt.iter-time", "must not be negative")
     return milliseconds

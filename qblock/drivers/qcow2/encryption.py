@@ -101,6 +101,8 @@ class ImageEncryption:
     luks: luks.LuksHeader | None = None
     offset: int = 0
     length: int = 0
+    key: bytes | None = attrs.field(default=None, repr=False)
+    """The master key, when LUKS was unlocked."""
 
     def info(self) -> dict[str, Json]:
         """``ImageInfoSpecificQCow2Encryption``."""
@@ -161,7 +163,8 @@ async def open_encryption(
     if encryption.luks is None:
         cipher = SectorCipher(AES_LEGACY, passphrase[:_AES_KEY].ljust(_AES_KEY, b"\0"))
     else:
-        cipher = SectorCipher(encryption.luks.spec, await master_key(edge, encryption, passphrase, env))
+        encryption.key = await master_key(edge, encryption, passphrase, env)
+        cipher = SectorCipher(encryption.luks.spec, encryption.key)
     encryption.cipher = GuestCipher(cipher, env, by_guest=found == "aes")
     return encryption
 

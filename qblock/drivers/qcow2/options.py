@@ -90,6 +90,17 @@ class EncryptionCreate(DriverOptions):
 
 
 @attrs.frozen
+class EncryptionAmend(DriverOptions):
+    """``QCryptoBlockAmendOptionsLUKS``: which key slots are to be active or inactive."""
+
+    state: Literal["active", "inactive"] = required(doc="active adds a passphrase, inactive erases key slots")
+    new_secret: str | None = option(None, doc="id of the secret object with the passphrase to add")
+    old_secret: str | None = option(None, doc="id of the secret object with the passphrase to erase")
+    keyslot: int | None = option(None, doc="number of the key slot; default: a free one, or all with the old passphrase")
+    iter_time: int | None = option(None, doc="milliseconds that unlocking is to take; default: 2000")
+
+
+@attrs.frozen
 class Qcow2CreateOptions(DriverOptions):
     """``BlockdevCreateOptionsQcow2``. Sizes are bytes."""
 

@@ -1,0 +1,102 @@
+"""``qblock-img amend``: change what is otherwise chosen when an image is made.
+
+Command line and exit codes of qemu-img 7.2. What can be changed is in a table: the passphrases of an encrypted image.
+Other options that QEMU amends are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from qblock.driver import Json, SupportsKeySlots
+from qblock.errors import CommandError
+from qblock.formatting import CreateOption
+from qblock.options import split_keyval
+from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
+from qblock.tools.console import Progress
+from qblock.tools.creation import parse_value, wants_help
+from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+
+LONG: Final = {"object=": "object", "image-opts": "image-opts", "force": "force"}
+KEY_OPTIONS: Final = (
+    CreateOption("encrypt.iter-time", "num", "Milliseconds that unlocking is to take"),
+    CreateOption("encrypt.keyslot", "num", "Number of the key slot to change"),
+    CreateOption("encrypt.new-secret", "str", "Id of the secret object with the passphrase to add"),
+    CreateOption("encrypt.old-secret", "str", "Id of the secret object with the passphrase to erase"),
+    CreateOption("encrypt.state", "str", "What the key slot is to be: active, inactive"),
+)
+AMENDABLE: Final[Mapping[str, tuple[CreateOption, ...]]] = {"qcow2": KEY_OPTIONS}
+"""The options of each format that can be changed."""
+
+
+def run(args: list[str], watch: Watch | None = None) -> int:
+    """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
+    arguments = Arguments(args, "f:t:o:pq", LONG)
+    texts = arguments.all("o")
+    if not texts:
+        raise UsageError("Must specify options (-o)")
+    if wants_help(texts) and (fmt := arguments.get("f")) is not None:
+        _print_help(fmt)
+        return 0
+    if len(arguments.words) != 1:
+        raise UsageError("Expecting one image file name")
+    if "image-opts" in arguments and "f" in arguments:
+        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    run_session(lambda session: _amend(session, arguments, texts), with_secrets(arguments, watch))
+    return 0
+
+
+def _print_help(fmt: str) -> None:
+    print(f"Amend options for '{fmt}':")
+    for option in sorted(_options_of(fmt), key=lambda option: option.name):
+        print(f"  {option.name + '=<' + option.kind + '>':<22} - {option.doc}")
+
+
+def _options_of(fmt: str) -> tuple[CreateOption, ...]:
+    if fmt not in AMENDABLE:
+        raise CommandError(f"images of the format '{fmt}' cannot be amended")
+    return AMENDABLE[fmt]
+
+
+def parse_amendments(fmt: str, texts: Iterable[str]) -> dict[str, Json]:
+    """The values of all -o texts, by option name; raises for what cannot be changed."""
+    table = {option.name: option for option in _options_of(fmt)}
+    values: dict[str, Json] = {}
+    for text in texts:
+        for name, value in split_keyval(text).items():
+            if name not in table:
+                raise CommandError(f"'{name}' cannot be amended in images of the format '{fmt}'; see -o help")
+            values[name] = parse_value(table[name], value)
+    return values
+
+
+async def _amend(session: ImageSession, arguments: Arguments, texts: list[str]) -> None:
+    cache = arguments.get("t", "writeback")
+    helps = wants_help(texts)
+    disk = await session.open(
+        ImageArguments(
+            arguments.words[0],
+            fmt=arguments.get("f"),
+            image_opts="image-opts" in arguments,
+            writable=not helps,
+            extra=cache_options(cache),
+            data_file=not helps,
+        )
+    )
+    disk.writethrough = is_writethrough(cache)
+    driver = disk.node.driver
+    if helps:
+        _print_help(driver.name)
+        return
+    values = parse_amendments(driver.name, texts)
+    keys = {name.removeprefix("encrypt."): value for name, value in values.items() if name.startswith("encrypt.")}
+    progress = Progress("p" in arguments and "q" not in arguments)
+    progress.show(0, 1)
+    if keys:
+        if not isinstance(driver, SupportsKeySlots):
+            raise CommandError(f"images of the format '{driver.name}' have no key slots")
+        await driver.change_key_slots(keys, force="force" in arguments)
+    await disk.flush()
+    progress.show(1, 1)
+    progress.end()
