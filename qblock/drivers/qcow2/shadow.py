@@ -21,10 +21,10 @@ Nobody else may use the image meanwhile; afterwards everything in memory about i
 from __future__ import annotations
 
 import errno
-import operator
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import attrs
 from pyroaring import BitMap64
@@ -39,6 +39,7 @@ from qblock.drivers.qcow2.layout import (
     U64,
     Kind,
     compressed_clusters,
+    constant_run,
     decode_u64,
     encode_u64,
     find_run,
@@ -50,6 +51,9 @@ from qblock.errors import BlockIOError
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.allocation import Allocator
+
+_FEW: Final = 64
+"""Clusters of a block that may be counted otherwise than the rest of it, to be looked at as runs."""
 
 
 @attrs.frozen
@@ -86,10 +90,10 @@ class Switch:
         self.spare: list[Freed] = []
         """Claimed, but not needed in the end."""
         self.freed = BitMap64()
+        self._affected = BitMap64()
+        """Clusters that gain or lose users because of trees."""
         self._alone = BitMap64()
-        """Clusters with a refcount of 1 afterwards, in the blocks that change."""
-        self._touched = BitMap64()
-        """Blocks whose counts change because of trees; ``_alone`` knows all about them."""
+        """Those of them with a refcount of 1 afterwards."""
         self._less_structure = Census()
 
     async def perform(self) -> None:
@@ -122,10 +126,14 @@ class Switch:
             await self._walk(l1, self.less)
         for offset, length in self.change.freed:
             self._lose_bytes(offset, length)
+        for census in (self.more, self.less):
+            for plane in census.planes:
+                self._affected |= plane
         for block in self._touched_blocks():
-            first = block << self.geometry.block_bits
-            self._touched.add(block)
-            self._alone |= _ones(await self._counts_of(block), first)
+            for run in await self._runs_of(block):
+                if run.new == 1:
+                    self._alone.add_range(run.first, run.first + run.clusters)
+        self._alone &= self._affected
 
     def _touched_blocks(self) -> list[int]:
         """The blocks in which some count changes."""
@@ -176,36 +184,33 @@ class Switch:
     def _damaged(self, detail: str) -> BlockIOError:
         return BlockIOError(errno.EIO, f"'{self.file.name}' is damaged, repair it first: {detail}")
 
-    async def _counts_of(self, block: int) -> list[int]:
-        """The refcounts of a block as they will be; raises when one of them cannot be."""
+    async def _runs_of(self, block: int) -> list[_Run]:
+        """The refcounts of a block as they are and as they will be; raises when one of them cannot be."""
         bits = self.geometry.block_bits
-        first, end = block << bits, (block + 1) << bits
+        first = block << bits
         offset = self.refcounts.block_offset(block)
         if not offset:
             raise self._damaged(f"clusters from {first} on are in use, but have no refcounts")
         stored = self.refcounts.codec.decode(await self.file.read(offset, self.geometry.cluster_size))
-        more, less = self.more.counts(first, end), self.less.counts(first, end)
-        counts = list(map(operator.sub, map(operator.add, stored, more), less))
-        if min(counts) < 0 or any(map(operator.gt, map(bool, more), map(bool, stored))):
-            raise self._damaged(f"among the clusters {first} to {end - 1} there are refcounts that are too low")
-        if max(counts) > self.geometry.max_refcount:
-            raise BlockIOError(
-                errno.EINVAL,
-                f"a cluster would have more users than refcounts of {self.geometry.refcount_bits} bits can count",
-            )
-        self._gone(stored, counts, first)
-        return counts
-
-    def _gone(self, stored: array[int], counts: list[int], first: int) -> None:
-        """Note the clusters that become free."""
-        if not all(counts):
-            self.freed |= BitMap64(first + i for i, (old, new) in enumerate(zip(stored, counts, strict=True)) if old and not new)
+        runs = []
+        for run in _joined(stored, self.more, self.less, first):
+            if run.new < 0 or (run.gains and not run.old):
+                raise self._damaged(f"the refcount of cluster {run.first} is too low")
+            if run.new > self.geometry.max_refcount:
+                raise BlockIOError(
+                    errno.EINVAL,
+                    f"a cluster would have more users than refcounts of {self.geometry.refcount_bits} bits can count",
+                )
+            runs.append(run)
+        return runs
 
     # ------------------------------------------------------------------------------------------------------------- tables
 
     async def _claim(self, clusters: int) -> int:
         """Adjacent free clusters; their byte offset."""
-        claim = await self.refcounts.allocate_contiguous(clusters)
+        # A single cluster is looked for where the last one was found.
+        refcounts = self.refcounts
+        claim = await (refcounts.allocate(1) if clusters == 1 else refcounts.allocate_contiguous(clusters))
         self.claimed.append(Freed(claim.host >> self.geometry.cluster_bits, clusters, False))
         return claim.host
 
@@ -224,9 +229,10 @@ class Switch:
             offset = self._table_offset(index, entry)
             entries = await self._table(offset)
             if self._set_flags(entries):
-                self.l1[index] = await self._place(self.geometry.cluster_size, encode_u64(entries)) | COPIED
+                content = encode_u64(entries)
+                self.l1[index] = await self._place(self.geometry.cluster_size, content) | COPIED
                 self.less.add_runs([(offset >> bits, 1)])
-            elif offset >> bits >> self.geometry.block_bits in self._touched:
+            elif offset >> bits in self._affected:
                 self.l1[index] = offset | (COPIED if offset >> bits in self._alone else 0)
 
     def _set_flags(self, entries: array[int]) -> bool:
@@ -241,27 +247,21 @@ class Switch:
 
     def _set_run(self, entries: array[int], at: int, clusters: int, host: int) -> bool:
         """As `_set_flags`, for ``clusters`` entries from ``at`` that point to clusters from ``host`` on, flagged alike."""
-        flagged, step = entries[at] & COPIED, self.geometry.cluster_size
-        bits = self.geometry.block_bits
-        if self._touched.range_cardinality(host >> bits, ((host + clusters - 1) >> bits) + 1) == 0:
+        flagged, step, end = bool(entries[at] & COPIED), self.geometry.cluster_size, host + clusters
+        affected = self._affected.range_cardinality(host, end)
+        alone = self._alone.range_cardinality(host, end)
+        if not affected or (affected == clusters and alone == clusters * flagged):
             return False
-        alone = self._alone.range_cardinality(host, host + clusters)
-        if alone == (clusters if flagged else 0) and self._all_touched(host, clusters):
-            return False
-        if alone in (0, clusters) and self._all_touched(host, clusters):
+        if affected == clusters and alone in (0, clusters):
             start = entries[at] ^ COPIED
             entries[at : at + clusters] = array(U64, range(start, start + clusters * step, step))
             return True
         changed = False
         for i in range(clusters):
-            if (host + i) >> bits in self._touched and (host + i in self._alone) is not bool(flagged):
+            if host + i in self._affected and (host + i in self._alone) is not flagged:
                 entries[at + i] ^= COPIED
                 changed = True
         return changed
-
-    def _all_touched(self, host: int, clusters: int) -> bool:
-        first, end = host >> self.geometry.block_bits, ((host + clusters - 1) >> self.geometry.block_bits) + 1
-        return self._touched.range_cardinality(first, end) == end - first
 
     async def _place_l1(self) -> int:
         """Write the new active L1 table, unless the present one is what it is to be; its byte offset."""
@@ -319,11 +319,15 @@ class Switch:
         for level, plane in enumerate(self._less_structure.planes):
             for _ in range(1 << level):
                 self.less.add(plane)
-        self.freed = BitMap64()
         table = self.refcounts.table[:]
+        typecode = self.refcounts.codec.typecode
         for block, host in blocks.items():
-            counts = await self._counts_of(block)
-            await self.file.write_fresh_table(host, self.refcounts.codec.encode(array(self.refcounts.codec.typecode, counts)))
+            counts = array(typecode)
+            for run in await self._runs_of(block):
+                counts.extend(array(typecode, [run.new]) * run.clusters)
+                if run.old and not run.new:
+                    self.freed.add_range(run.first, run.first + run.clusters)
+            await self.file.write_fresh_table(host, self.refcounts.codec.encode(counts))
             table[block] = host
         await self.file.write_fresh_table(table_offset, encode_u64(table))
 
@@ -373,13 +377,56 @@ class Switch:
             await requests.discard(self.file.edge, first << bits, count << bits)
 
 
-def _ones(counts: list[int], first: int) -> BitMap64:
-    """The clusters, counted from ``first``, whose count is 1."""
-    if counts.count(1) == len(counts):
-        found = BitMap64()
-        found.add_range(first, first + len(counts))
-        return found
-    return BitMap64(first + i for i, count in enumerate(counts) if count == 1)
+class _Run(NamedTuple):
+    """Adjacent clusters with the same refcount, which becomes another one; ``gains``: they get users."""
+
+    first: int
+    clusters: int
+    old: int
+    new: int
+    gains: bool
+
+
+def _joined(stored: array[int], more: Census, less: Census, first: int) -> Iterator[_Run]:
+    """The counts of clusters from ``first`` on, with what is to be added and taken away, as runs."""
+    end = first + len(stored)
+    cuts = _cuts((*more.planes, *less.planes), first, end)
+    if cuts is None:
+        yield from _joined_one_by_one(stored, more, less, first)
+        return
+    for start, stop in itertools.pairwise(cuts):
+        gain, loss = more.count(start), less.count(start)
+        while start < stop:
+            old = stored[start - first]
+            count = constant_run(stored, start - first, stop - start)
+            yield _Run(start, count, old, old + gain - loss, gain > 0)
+            start += count
+
+
+def _cuts(planes: Iterable[BitMap64], first: int, end: int) -> list[int] | None:
+    """Where clusters must be parted so that each part is wholly inside or outside of every plane; None when that is often."""
+    cuts = {first, end}
+    for plane in planes:
+        members = plane.range_cardinality(first, end)
+        if not 0 < members < end - first:
+            continue
+        here = BitMap64()
+        here.add_range(first, end)
+        odd = here & plane if members <= _FEW else here - plane
+        if len(odd) > _FEW:
+            return None
+        for cluster in odd:
+            cuts.update((cluster, cluster + 1))
+    return sorted(cuts)
+
+
+def _joined_one_by_one(stored: array[int], more: Census, less: Census, first: int) -> Iterator[_Run]:
+    end, at = first + len(stored), first
+    changes = zip(stored, more.counts(first, end), less.counts(first, end), strict=True)
+    for (old, gain, loss), group in itertools.groupby(changes):
+        count = sum(1 for _ in group)
+        yield _Run(at, count, old, old + gain - loss, gain > 0)
+        at += count
 
 
 def _runs(clusters: BitMap64) -> Iterable[tuple[int, int]]:
