@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from qblock.drain import kick
 from qblock.errors import BlockIOError
 from qblock.permissions import ChildRole, Perm
-from qblock.requests import copy_range, discard, flush, read_into, truncate, write_from, write_zeroes
+from qblock.requests import copy_range, discard, flush, read_into, truncate, write_compressed, write_from, write_zeroes
 from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -211,6 +211,14 @@ class BlockBackend:
         fua = fua or self.writethrough
         request = write_zeroes(root, offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
         await self._counted("zero", length, request)
+
+    async def write_compressed(self, offset: int, buffer: memoryview) -> None:
+        """Store whole clusters in packed form; see `requests.write_compressed`."""
+        await self._until_resumed()
+        root = self._checked("write", offset, len(buffer))
+        await self._counted("write", len(buffer), write_compressed(root, offset, buffer))
+        if self.writethrough:
+            await self.flush()
 
     async def discard(self, offset: int, length: int) -> None:
         """The content of the range is no longer needed; see `requests.discard`."""

@@ -1,9 +1,8 @@
 """The command language of qemu-io, on any backend: what ``qblock-io`` and the monitor's ``qemu-io`` run.
 
 Models semantics.md section 20: layouts and exit codes are those of qemu-io 7.2, explanations of errors are our own. Only
-commands on an open image live here; ``open`` and ``close`` belong to the program. Differs from QEMU: VM state (``-b``),
-compressed writes (``-c``) and breakpoints are refused by name, and a request is never larger than 2 GiB - 512 bytes
-unless it carries no buffer.
+commands on an open image live here; ``open`` and ``close`` belong to the program. Differs from QEMU: VM state (``-b``)
+and breakpoints are refused by name, and a request is never larger than 2 GiB - 512 bytes unless it carries no buffer.
 """
 
 from __future__ import annotations
@@ -220,7 +219,6 @@ def _refuse(options: Mapping[str, str], refused: Mapping[str, str]) -> None:
 
 
 _VM_STATE: Final = {"b": "qblock does not read or write VM state"}
-_COMPRESSED: Final = {"c": "qblock does not write compressed clusters yet"}
 
 
 def format_bytes(n: float) -> str:
@@ -379,7 +377,8 @@ async def _write_request(
                 offset, length, may_unmap="u" in options, no_fallback="n" in options, fua=fua
             )
         else:
-            await shell.image.write_from(offset, data, fua=fua)
+            write = shell.image.write_compressed(offset, data) if "c" in options else None
+            await (write or shell.image.write_from(offset, data, fua=fua))
     except BlockIOError as error:
         raise _failed(shell, verb, error) from None
     _report(shell, "wrote", options, offset=offset, length=length, started_ns=started)
@@ -413,7 +412,9 @@ def _payload(options: Mapping[str, str], length: int) -> memoryview | None:
 
 async def _write(shell: IoShell, name: str, args: list[str]) -> None:
     options, rest = _options(shell, name, args, "bcCfnpP:qs:uz")
-    _refuse(options, _VM_STATE | _COMPRESSED)
+    _refuse(options, _VM_STATE)
+    if "c" in options and "f" in options:
+        raise CommandFailed("-c and -f exclude each other")
     if len(rest) != 2:
         raise CommandFailed(shell.table[name].synopsis(name))
     offset, length = number(rest[0]), _lengths(rest[1:], limit="n" not in options)
@@ -576,6 +577,7 @@ COMMANDS: Final[Mapping[str, IoCommand]] = command_table(
               details=_READ_DETAILS),
     IoCommand("write", _write, "writes a range", "[-bcCfnquz] [-P pattern | -s source_file] off len", 2, None, ("w",),
               details=f"{_WRITE_DETAILS}\n -s, -- fill with the content of a file\n -z, -- write zeroes without a buffer\n"
+              " -c, -- store whole clusters compressed\n"
               " -u, -- with -z: the space may be given back\n -n, -- with -z: fail rather than write a buffer of zeroes"),
     IoCommand("writev", _writev, "writes a range from several buffers", "[-Cfq] [-P pattern] off len [len..]", 2, None,
               details=_WRITE_DETAILS),

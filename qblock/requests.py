@@ -41,6 +41,7 @@ __all__ = [
     "read_into",
     "refresh_length",
     "truncate",
+    "write_compressed",
     "write_from",
     "write_zeroes",
 ]
@@ -170,6 +171,24 @@ async def write_zeroes(
             _finish(node, request, offset, length)
         if fua:
             await flush(node)
+    finally:
+        leave(node)
+
+
+async def write_compressed(edge: BdrvChild, offset: int, buffer: memoryview) -> None:
+    """Store whole clusters in packed form. ``BlockIOError``: ENOTSUP where the format cannot, EIO where something is stored."""
+    node = edge.node
+    if not node.driver.supports_compressed:
+        raise BlockIOError(errno.ENOTSUP)
+    if not len(buffer):
+        return
+    enter(node)
+    try:
+        request = await _begin(edge, offset, len(buffer))
+        try:
+            await node.driver.write_compressed(offset, buffer)
+        finally:
+            _finish(node, request, offset, len(buffer))
     finally:
         leave(node)
 

@@ -5,15 +5,16 @@ knows as zero are never read, writes happen in order unless told otherwise. One 
 cuts them into pieces; each worker takes a piece, reads it, waits for its turn and writes it. Memory is one buffer per worker.
 Differs from QEMU: zeroes are looked for in units of the target's cluster when that is larger than -S, which allocates the
 same clusters; and with a backing file for the target, the layers above that file in the source's chain are copied, not the
-top one alone (7.2 loses what lies between).
+top one alone (7.2 loses what lies between). Compressing workers do not wait for each other's writes, only for the beginning of
+them: what is packed is laid out in the same order, and all processors pack.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, Final
 
 import attrs
 
@@ -23,13 +24,19 @@ from qblock.errors import BlockIOError, CommandError, QBlockError
 from qblock.node import BlockDriverState
 from qblock.status import FIRST_QUESTION, chain_status, next_question
 from qblock.tools.console import Progress
-from qblock.units import GiB, MiB, align_up
-from qblock.zeroes import ZERO_PIECE, zero_view
+from qblock.units import GiB, MiB, align_down, align_up
+from qblock.zeroes import ZERO_PIECE, fill_zero, zero_view
 
+COMPRESSED_CHUNK: Final = MiB
 CHUNK: Final = 2 * MiB
 """Bytes that a worker copies at a time (or one cluster of the target, when that is larger)."""
 OFFLOAD_CHUNK: Final = 16 * MiB
 MAX_ZEROES: Final = GiB
+SECTOR: Final = 512
+_DATA: Final = (False, False)
+_ZERO: Final = (True, False)
+_SKIP: Final = (False, True)
+"""What is to be made of a run: whether it is to be zero, whether nothing is to be done for it."""
 
 
 @attrs.frozen
@@ -37,7 +44,8 @@ class ConvertSettings:
     """How to copy. ``sparse`` is the unit in bytes in which zeroes are looked for (0: everything is written as data).
 
     ``base``: what the source's layers below it hold is left to the target's own backing file. ``target_is_zero``: the target
-    reads as zeroes now. ``speed`` in bytes per second, 0 for no limit.
+    reads as zeroes now. ``speed`` in bytes per second, 0 for no limit. ``compressed``: whole clusters are written packed.
+    ``salvage`` is told what cannot be read, and zeroes are written in its place; None: that ends the copy.
     """
 
     workers: int = 8
@@ -48,11 +56,16 @@ class ConvertSettings:
     has_backing: bool = False
     base: BlockDriverState | None = None
     speed: int = 0
+    compressed: bool = False
+    salvage: Callable[[str], None] | None = None
 
 
 @attrs.frozen(slots=True)
 class Piece:
-    """A part of the target: ``length`` bytes at ``offset``, to be zeroes or data from ``source_offset`` of ``source``."""
+    """A part of the target: ``length`` bytes at ``offset``, to be zeroes or data from ``source_offset`` of ``source``.
+
+    Pieces to be compressed are data of all sources, which lie one behind the other.
+    """
 
     number: int
     zero: bool
@@ -103,18 +116,24 @@ class Converter:
     _chunk: int = attrs.field(init=False)
     _total: int = attrs.field(init=False)
     _question: int = attrs.field(init=False, default=FIRST_QUESTION)
+    _done: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         """Derive sizes from the target: its cluster is the unit for zeroes and divides a worker's buffer."""
         cluster = self.target.node.driver.info().cluster_size
         sparse = self.settings.sparse
         self._unit = cluster if sparse and cluster > sparse and not cluster % sparse else sparse
+        if self.settings.compressed and sparse:
+            self._unit = cluster
         self._chunk = align_up(CHUNK, max(self._unit, 1))
         self._offload = self.settings.offload
         self._limit = RateLimit(self.clock)
         self._limit.set_speed(self.settings.speed)
         self._total = sum(source.length for source in self.sources)
         self._plan = self._pieces()
+        if self.settings.compressed:
+            self._chunk = align_up(COMPRESSED_CHUNK, cluster)
+            self._plan = self._whole_clusters(cluster)
 
     async def run(self) -> None:
         """Copy everything and flush the target; raises a QBlockError that says where it failed."""
@@ -125,7 +144,7 @@ class Converter:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(self.settings.workers):
-                    tasks.create_task(self._work())
+                    tasks.create_task(self._compress() if self.settings.compressed else self._work())
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         try:
@@ -163,13 +182,67 @@ class Converter:
                 at = end
             start += source.length
 
+    async def _whole_clusters(self, cluster: int) -> AsyncIterator[Piece]:
+        """The plan for compressing: pieces of whole clusters of the target."""
+        number = start = end = 0
+        held = _SKIP
+        async for kind, first, stop in self._cluster_runs(cluster):
+            if kind != held:
+                if start < end and held != _SKIP:
+                    yield Piece(number, held == _ZERO, self.sources[0], start, start, end - start)
+                    number += 1
+                held, start = kind, first
+            end = stop
+            while held == _DATA and end - start > self._chunk:
+                yield Piece(number, False, self.sources[0], start, start, self._chunk)
+                number += 1
+                start += self._chunk
+        if start < end and held != _SKIP:
+            yield Piece(number, held == _ZERO, self.sources[0], start, start, end - start)
+
+    async def _cluster_runs(self, cluster: int) -> AsyncIterator[tuple[tuple[bool, bool], int, int]]:
+        """What is to be made of runs of whole clusters, as (kind, start, end); where that differs within one, it is all data."""
+        kinds = set()
+        async for kind, start, end in self._runs():
+            while start < end:
+                if start % cluster or (end - start < cluster and end < self._total):
+                    stop = min(end, align_down(start, cluster) + cluster)
+                    kinds.add(kind)
+                    if not stop % cluster or stop == self._total:
+                        yield kind if len(kinds) == 1 else _DATA, align_down(start, cluster), stop
+                        kinds.clear()
+                else:
+                    stop = end if end == self._total else align_down(end, cluster)
+                    yield kind, start, stop
+                start = stop
+
+    async def _runs(self) -> AsyncIterator[tuple[tuple[bool, bool], int, int]]:
+        """What is to be made of the runs of all sources, by the target's offsets."""
+        start = 0
+        for source in self.sources:
+            at = 0
+            while at < source.length:
+                zero, skip, length = await self._extent(source, at)
+                # Without a unit for zeroes everything is data.
+                zero = zero and self._unit > 0
+                yield (zero, skip) if not skip else _SKIP, start + at, start + at + length
+                at += length
+            start += source.length
+
     async def _extent(self, source: BlockBackend, at: int) -> tuple[bool, bool, int]:
         """Whether the run at ``at`` is to be zero, whether nothing is to be done for it, and its length."""
         base = self.settings.base
         try:
             extent = await chain_status(source.node, at, min(source.length - at, self._question), base=base)
         except QBlockError as error:
-            raise CommandError(f"error while reading the block status at offset {at}: {error}") from error
+            text = f"error while reading the block status at offset {at}: {error}"
+            if self.settings.salvage is None:
+                raise CommandError(text) from error
+            if self._question > SECTOR:
+                self._question = max(self._question // 2 & -SECTOR, SECTOR)
+                return await self._extent(source, at)
+            self.settings.salvage(text)
+            return False, False, min(SECTOR, source.length - at)
         self._question = next_question(self._question, extent.length)
         if base is not None and not extent.present:
             return False, True, extent.length
@@ -193,8 +266,11 @@ class Converter:
                 await self._write_zeroes(piece)
             self._end_turn(piece.number)
             self.progress.show(piece.offset + piece.length, self._total)
-            if self.settings.speed and (delay := self._limit.delay_ns(piece.length)):
-                await self.clock.sleep_ns(delay)
+            await self._keep_speed(piece)
+
+    async def _keep_speed(self, piece: Piece) -> None:
+        if self.settings.speed and (delay := self._limit.delay_ns(piece.length)):
+            await self.clock.sleep_ns(delay)
 
     def _parts(self, piece: Piece) -> Iterator[Piece]:
         """A piece cut to the size of a buffer (pieces are longer where offloading was tried)."""
@@ -212,10 +288,7 @@ class Converter:
 
     async def _copy_through(self, buffer: bytearray, piece: Piece) -> None:
         view = memoryview(buffer)
-        try:
-            await piece.source.read_into(piece.source_offset, view[: piece.length])
-        except QBlockError as error:
-            raise CommandError(f"error while reading at byte {piece.source_offset}: {error}") from error
+        await self._read(piece.source, piece.source_offset, view[: piece.length])
         await self._wait_for_turn(piece.number)
         runs = data_runs(buffer, piece.length, self._unit) if self._unit else iter([(0, piece.length)])
         at = 0
@@ -227,6 +300,75 @@ class Converter:
             await self._fill_gap(piece.offset + at, piece.length - at)
         except QBlockError as error:
             raise CommandError(f"error while writing at byte {piece.offset}: {error}") from error
+
+    async def _read(self, source: BlockBackend, offset: int, view: memoryview) -> None:
+        """Fill ``view``; when salvaging, sectors that cannot be read are zeroes."""
+        try:
+            await source.read_into(offset, view)
+        except QBlockError as error:
+            text = f"error while reading at byte {offset}: {error}"
+            if self.settings.salvage is None:
+                raise CommandError(text) from error
+            if len(view) > SECTOR:
+                half = align_up(len(view) // 2, SECTOR)
+                await self._read(source, offset, view[:half])
+                await self._read(source, offset + half, view[half:])
+                return
+            self.settings.salvage(text)
+            fill_zero(view)
+
+    async def _compress(self) -> None:
+        """One worker that compresses: the next piece may be written as soon as this one's writes have begun, in their order."""
+        buffer = memoryview(bytearray(self._chunk))
+        while True:
+            async with self._planning:
+                piece = await anext(self._plan, None)
+            if piece is None:
+                return
+            if not piece.zero:
+                await self._read_joined(piece.offset, buffer[: piece.length])
+            await self._wait_for_turn(piece.number)
+            writes = [asyncio.ensure_future(write) for write in self._writes_of(piece, buffer)]
+            self._end_turn(piece.number)
+            try:
+                await asyncio.gather(*writes)
+            except QBlockError as error:
+                raise CommandError(f"error while writing at byte {piece.offset}: {error}") from error
+            self._done += piece.length
+            self.progress.show(self._done, self._total)
+            await self._keep_speed(piece)
+
+    def _writes_of(self, piece: Piece, buffer: memoryview) -> Iterator[Coroutine[Any, Any, None]]:
+        """The requests that write a piece which is in ``buffer``."""
+        if piece.zero:
+            yield self._write_zeroes(piece)
+            return
+        data = bytearray(buffer[: piece.length]) if piece.length < len(buffer) else buffer.obj
+        assert isinstance(data, bytearray)
+        at = 0
+        for start, end in data_runs(data, piece.length, self._unit) if self._unit else [(0, piece.length)]:
+            yield self._fill_gap(piece.offset + at, start - at)
+            yield self._write_compressed(piece.offset + start, memoryview(data)[start:end])
+            at = end
+        yield self._fill_gap(piece.offset + at, piece.length - at)
+
+    async def _write_compressed(self, offset: int, view: memoryview) -> None:
+        """Whole clusters; the last one of the sources may be a part of one of the target's, which is written plainly."""
+        end = offset + len(view)
+        rest = end % self.target.node.driver.info().cluster_size if end < self.target.length else 0
+        if rest < len(view):
+            await self.target.write_compressed(offset, view[: len(view) - rest])
+        if rest:
+            await self.target.write_from(end - rest, view[len(view) - rest :])
+
+    async def _read_joined(self, offset: int, view: memoryview) -> None:
+        """Read from the sources as they lie one behind the other."""
+        start = 0
+        for source in self.sources:
+            first, end = max(offset, start), min(offset + len(view), start + source.length)
+            if first < end:
+                await self._read(source, first - start, view[first - offset : end - offset])
+            start += source.length
 
     async def _fill_gap(self, offset: int, length: int) -> None:
         """Zeroes found in a buffer: nothing to do where the target is zero already."""

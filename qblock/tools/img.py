@@ -28,7 +28,7 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "commit": "commit [-f FMT | --image-opts] [-t CACHE] [-b BASE] [-r RATE] [-d] [-p] [-q] FILE",
     "compare": "compare [-f FMT] [-F FMT | --image-opts] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2",
     "convert": "convert [-f FMT | --image-opts] [-O FMT | --target-image-opts] [-B BACKING [-F FMT]] [-o OPTIONS]\n"
-    "          [-t CACHE] [-T CACHE] [-n [--target-is-zero]] [-C] [-m COROUTINES] [-p] [-q] [-S SIZE] [-U] [-W]\n"
+    "          [-t CACHE] [-T CACHE] [-n [--target-is-zero]] [-C | -c] [-m COROUTINES] [-p] [-q] [-S SIZE] [-U] [-W]\n"
     "          [--bitmaps [--skip-broken-bitmaps]]\n"
     "          FILE [FILE2 ...] OUTPUT",
     "create": "create [-q] [-f FMT] [-b BACKING [-F FMT]] [-u] [-o OPTIONS] FILE [SIZE]",

@@ -1,12 +1,13 @@
 """``qblock-img convert``: copy images to a new one of any format that can be created, or into an existing one (-n).
 
 Command line and checks as qemu-img 7.2's. Differs from QEMU: when a run that has made the output file fails, the unfinished
-file is removed; compressed output and salvaging are refused by name.
+file is removed.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -17,8 +18,9 @@ from qblock.errors import CommandError
 from qblock.filenames import combine_filename
 from qblock.formatting import options_of
 from qblock.node import BlockDriverState
-from qblock.tools.arguments import Arguments, UsageError, cache_options, check_objects, is_writethrough
-from qblock.tools.console import Progress
+from qblock.registry import DriverRegistry
+from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
+from qblock.tools.console import Progress, complain
 from qblock.tools.converting import Converter, ConvertSettings
 from qblock.tools.copying_bitmaps import check_options as check_bitmap_options
 from qblock.tools.copying_bitmaps import check_source, check_target, copy_bitmaps
@@ -26,9 +28,11 @@ from qblock.tools.creation import (
     add_backing,
     check_backing,
     create_file,
+    encryption_format,
     parse_options,
     print_help,
     remove_file,
+    unlocking_options,
     wants_help,
 )
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
@@ -36,10 +40,6 @@ from qblock.units import MiB
 
 MAX_WORKERS: Final = 16
 MAX_SPARSE: Final = 16 * MiB
-REFUSED: Final = {
-    "c": "compressed clusters cannot be written yet",
-    "salvage": "unreadable areas are never replaced by zeroes; a read error ends the copy",
-}
 LONG: Final = {
     "object=": "object", "source-image-opts": "image-opts", "image-opts": "image-opts",
     "target-image-opts": "target-image-opts", "force-share": "U", "target-is-zero": "target-is-zero",
@@ -83,7 +83,6 @@ def run(args: list[str], watch: Watch | None = None) -> int:
 
 
 def _checked(arguments: Arguments, fmt: str) -> _Request:
-    arguments.refuse(REFUSED)
     if len(arguments.words) < 2:
         raise UsageError("Must specify image file names: one or more to read, and one to write")
     *sources, output = arguments.words
@@ -101,11 +100,19 @@ def _checked(arguments: Arguments, fmt: str) -> _Request:
     if creates:
         options_of(fmt)
         values = parse_options(fmt, arguments.all("o"))
+        if "c" in arguments and not DriverRegistry().get(fmt).supports_compressed:
+            raise CommandError(f"-c cannot be used: images of the format '{fmt}' have no compressed clusters")
         add_backing(fmt, values, arguments.get("B"), arguments.get("F"))
         check_backing(output, values)
     elif backing := arguments.get("B"):
         values["backing_file"] = backing
     settings = _settings(arguments)
+    if settings.compressed and encryption_format(values) is not None:
+        raise CommandError("-c cannot be used together with encryption: compressed clusters are not encrypted")
+    if settings.compressed and values.get("preallocation", "off") != "off":
+        raise CommandError("-c and preallocation exclude each other: what is compressed takes less space")
+    if settings.compressed and encryption_format(values) is not None:
+        raise CommandError("-c and encryption exclude each other: the format does not encrypt what is compressed")
     if "backing_file" in values and len(sources) > 1:
         raise CommandError("several images joined into one cannot have a backing file")
     return _Request(arguments, sources, output, fmt, values, settings)
@@ -117,6 +124,9 @@ def _settings(arguments: Arguments) -> ConvertSettings:
         raise CommandError(f"-S takes a multiple of 512 up to {MAX_SPARSE}, or 0 to write everything as data")
     if "C" in arguments and sparse is not None:
         raise CommandError("-C lets the storage copy, so nothing is looked at: it cannot be used with -S")
+    for name, option in (("c", "-c"), ("salvage", "--salvage")):
+        if "C" in arguments and name in arguments:
+            raise CommandError(f"-C lets the storage copy, as it is: it cannot be used with {option}")
     workers = arguments.get("m", "8") or ""
     if not workers.isdigit() or not 1 <= int(workers) <= MAX_WORKERS:
         raise CommandError(f"-m takes a number of coroutines from 1 to {MAX_WORKERS}")
@@ -127,7 +137,15 @@ def _settings(arguments: Arguments) -> ConvertSettings:
         offload="C" in arguments,
         target_is_zero="target-is-zero" in arguments,
         speed=arguments.size("r", "rate limit") or 0,
+        compressed="c" in arguments,
+        salvage=partial(_unreadable, quiet="q" in arguments) if "salvage" in arguments else None,
     )
+
+
+def _unreadable(text: str, *, quiet: bool) -> None:
+    """Tell of what cannot be read, and becomes zeroes."""
+    if not quiet:
+        complain("qblock-img", f"warning: {text}")
 
 
 async def _convert(session: ImageSession, request: _Request) -> None:
@@ -151,7 +169,8 @@ async def _convert(session: ImageSession, request: _Request) -> None:
     extra = cache_options(cache) | {"discard": "unmap"}
     total = sum(source.length for source in sources)
     if request.creates:
-        values = {"size": total} | request.values
+        # The size is that of the sources, as in QEMU, whatever -o says.
+        values = request.values | {"size": total}
         await create_file(session, request.output, request.fmt, values)
     target = await session.open(
         ImageArguments(
@@ -159,10 +178,12 @@ async def _convert(session: ImageSession, request: _Request) -> None:
             fmt=None if "target-image-opts" in arguments else request.fmt,
             image_opts="target-image-opts" in arguments,
             writable=True,
-            extra=extra,
+            extra=extra | (unlocking_options(request.values) if request.creates else {}),
         )
     )
     target.writethrough = is_writethrough(cache)
+    if request.settings.compressed and not target.node.driver.supports_compressed:
+        raise CommandError(f"-c cannot be used: '{request.output}' cannot hold compressed clusters")
     if "bitmaps" in arguments:
         check_target(sources[0].node, target.node)
     if target.length < total:

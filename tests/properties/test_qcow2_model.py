@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from qblock.drivers.memory import MemoryDriver, MemoryOptions
 from qblock.drivers.qcow2.driver import Qcow2Driver
+from qblock.errors import BlockIOError
 from qblock.testing.crash import CrashStorage
 from qblock.testing.formats import FormatBench
 from qblock.testing.schedules import Seeded
@@ -37,6 +39,7 @@ class Shape:
     cache: int
     data_file: bool = False
     raw: bool = False
+    compression: str = "zlib"
 
     @property
     def create(self) -> dict[str, object]:
@@ -45,6 +48,7 @@ class Shape:
             "cluster_size": 1 << self.cluster_bits,
             "refcount_bits": 1 << self.refcount_order,
             "version": self.version,
+            "compression_type": self.compression,
         }
         return options | ({"data_file": "data", "data_file_raw": self.raw} if self.data_file else {})
 
@@ -73,6 +77,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         draw(st.sampled_from([1, 4096, 1 << 20])),
         data_file,
         raw,
+        draw(st.sampled_from(["zlib", "zstd"])) if version == "v3" else "zlib",
     )
 
 
@@ -129,7 +134,9 @@ async def _model(shape: Shape, random: Random, rounds: int) -> None:
 async def operate(disk: object, model: bytearray, a: int, b: int, shape: Shape, kind: float, random: Random) -> None:
     """One operation on [a, b), on the disk and in the model."""
     length = b - a
-    if kind < 0.45:
+    if kind < 0.15 and not shape.data_file:
+        await compress(disk, model, a, b, shape, random)
+    elif kind < 0.45:
         data = random.randbytes(length)
         await disk.write(a, data)  # type: ignore[attr-defined]
         model[a:b] = data
@@ -143,13 +150,47 @@ async def operate(disk: object, model: bytearray, a: int, b: int, shape: Shape, 
         assert await disk.read(a, length) == model[a:b]  # type: ignore[attr-defined]
 
 
+def whole_clusters(a: int, b: int, shape: Shape) -> tuple[int, int]:
+    """The part of [a, b) that is whole clusters; empty if there is none."""
+    cluster = 1 << shape.cluster_bits
+    end = b if b == shape.size else b // cluster * cluster
+    return -(-a // cluster) * cluster, end
+
+
+def packable(random: Random, length: int) -> bytes:
+    """Sectors that can be told apart, and most of which become smaller when they are compressed."""
+    return b"".join(
+        random.randbytes(8) * (SECTOR // 8) if random.random() < 0.8 else random.randbytes(SECTOR)
+        for _ in range(length // SECTOR)
+    )
+
+
+async def compress(disk: object, model: bytearray, a: int, b: int, shape: Shape, random: Random) -> None:
+    """A compressed write of the whole clusters of [a, b), which ends where something is stored."""
+    a, b = whole_clusters(a, b, shape)
+    if a >= b:
+        return
+    data = packable(random, b - a)
+    try:
+        await disk.write_compressed(a, memoryview(data))  # type: ignore[attr-defined]
+    except BlockIOError as error:
+        if error.errno != errno.EIO:
+            raise
+        cluster = 1 << shape.cluster_bits
+        for at in range(a, b, cluster):
+            end = min(at + cluster, b)
+            found = await disk.read(at, end - at)  # type: ignore[attr-defined]
+            assert found in (model[at:end], data[at - a : end - a])
+            model[at:end] = found
+    else:
+        model[a:b] = data
+
+
 def forget(model: bytearray, a: int, b: int, shape: Shape) -> None:
     """What a discard does: whole clusters read as zeroes, parts stay; version 2 cannot over a backing file."""
     if shape.version == "v2" and shape.backing:
         return
-    cluster = 1 << shape.cluster_bits
-    first = -(-a // cluster) * cluster
-    end = shape.size if b == shape.size else b // cluster * cluster
+    first, end = whole_clusters(a, b, shape)
     if first < end:
         model[first:end] = bytes(end - first)
 
@@ -228,14 +269,25 @@ async def _crash(shape: Shape, random: Random) -> None:
 
 async def change(disk: object, history: History, a: int, b: int, shape: Shape, random: Random) -> None:
     kind = random.random()
-    if kind < 0.6:
+    if kind < 0.25 and not shape.data_file:
+        a, b = whole_clusters(a, b, shape)
+        if a >= b:
+            return
+        data = packable(random, b - a)
+        history.begin(a, data)
+        try:
+            await disk.write_compressed(a, memoryview(data))  # type: ignore[attr-defined]
+        except BlockIOError as error:
+            if error.errno != errno.EIO:
+                raise
+            return
+    elif kind < 0.6:
         data = b"".join(random.randbytes(8) * (SECTOR // 8) for _ in range((b - a) // SECTOR))
         history.begin(a, data)
         await disk.write(a, data)  # type: ignore[attr-defined]
     else:
         if kind >= 0.8:
-            cluster = 1 << shape.cluster_bits
-            a, b = -(-a // cluster) * cluster, shape.size if b == shape.size else b // cluster * cluster
+            a, b = whole_clusters(a, b, shape)
             if a >= b:
                 return
         history.begin(a, bytes(b - a))

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qblock.drivers.qcow2.cache import CachedTable
     from qblock.drivers.qcow2.clusters import ClusterMap
     from qblock.drivers.qcow2.packing import CompressedWriter
+    from qblock.drivers.qcow2.packing import CompressedWriter
     from qblock.drivers.qcow2.storage import ImageFile
     from qblock.drivers.qcow2.writeback import WriteBack
     from qblock.node import BdrvChild
@@ -107,6 +108,8 @@ class Allocator:
         self.file = clusters.file
         self.pass_discard = pass_discard
         """Clusters freed by the guest's discards are discarded in the file too."""
+        self.packer: CompressedWriter | None = None
+        """Who writes compressed clusters, once there have been any."""
         self.packer: CompressedWriter | None = None
         """Who writes compressed clusters, once there have been any."""
 
@@ -306,6 +309,11 @@ class Allocator:
             await self._rest_is_zero(offset & ~mask, offset) and await self._rest_is_zero(end, end + (-end & mask))
         ):
             raise BlockIOError(errno.ENOTSUP)
+        if self.map.geometry.version < 3:
+            # There is no flag for zeroes, but without a backing node clusters that are not there read as such.
+            if not partial:
+                await self._rewrite(offset, end, _Discarding(self, leave_zeroes=False, full=True))
+            return
         await self.clear(offset, length, unmap=unmap)
         await self._rewrite(offset, end, _Zeroing(self, unmap=unmap, only_unallocated=bool(partial)))
 

@@ -38,6 +38,7 @@ from qblock.drivers.qcow2.options import (
     refuse_lazy_refcounts_of_v2,
     refuse_unsupported,
 )
+from qblock.drivers.qcow2.packing import CompressedWriter
 from qblock.drivers.qcow2.refcounts import Refcounts, block_clusters, read_refcount_table
 from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
@@ -74,6 +75,7 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
     zero_initialised: ClassVar[bool] = True
     supports_write_zeroes: ClassVar[bool] = True
     supports_discard: ClassVar[bool] = True
+    supports_compressed: ClassVar[bool] = True
     supports_copy_range: ClassVar[bool] = True
 
     options: Qcow2Options
@@ -343,13 +345,20 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
-        """See `Driver`; version 2 has no zero clusters."""
+        """See `Driver`; version 2 has no zero clusters, and only without a backing node other means."""
         writer = await self._writing(offset, length)
-        if self._map.geometry.version < 3:
+        if self._map.geometry.version < 3 and self.node.backing is not None:
             raise BlockIOError(errno.ENOTSUP)
         await writer.zero(offset, length, unmap=may_unmap)
         if fua:
             await self.flush()
+
+    async def write_compressed(self, offset: int, buffer: memoryview) -> None:
+        """See `Driver`; data files hold no compressed clusters."""
+        writer = await self._writing(offset, len(buffer))
+        if self._map.geometry.data_file or self._encryption is not None:
+            raise BlockIOError(errno.ENOTSUP, "compressed clusters cannot be kept in a data file, nor encrypted")
+        await (writer.packer or CompressedWriter(writer)).write(offset, buffer)
 
     async def discard(self, offset: int, length: int) -> None:
         """See `Driver`."""

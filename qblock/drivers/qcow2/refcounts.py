@@ -134,6 +134,8 @@ class Refcounts:
         """No cluster below this index is free, as far as known."""
         self.pending: list[Freed] = []
         """Clusters that lost a reference in memory; they are released once that is durable (`writeback.py`)."""
+        self.packed_end = 0
+        """File offset of the room left in a host cluster of compressed data (`packing.py`); 0 when there is none."""
         self.structure = asyncio.Lock()
         slice_bytes = min(SLICE_BYTES, geometry.cluster_size)
         self._slice_bits = (slice_bytes * 8 >> geometry.refcount_order).bit_length() - 1
@@ -169,6 +171,20 @@ class Refcounts:
         return self.codec.decode(await self.file.read(host, self._slice_bytes))
 
     # ---------------------------------------------------------------------------------------------- allocation
+
+    async def add_user(self, packed_end: int) -> bool:
+        """Count one more user of the host cluster with room from ``packed_end`` on; False if it has none any more."""
+        cluster = packed_end >> self.geometry.cluster_bits
+        cached = await self._slice_of(cluster)
+        if self.packed_end != packed_end:
+            return False
+        at = cluster & ((1 << self._slice_bits) - 1)
+        if cached.entries[at] >= self.geometry.max_refcount:
+            self.packed_end = 0
+            return False
+        cached.entries[at] += 1
+        self.cache.mark_dirty(cached, at, at + 1)
+        return True
 
     async def allocate(self, count: int) -> Claim:
         """Claim up to ``count`` adjacent free clusters (at least one). ``BlockIOError(EFBIG)`` when the format has no more."""
@@ -372,6 +388,9 @@ class Refcounts:
 
     async def _release_in_slice(self, key: int, at: int, count: int, *, pass_discard: bool) -> None:
         first, bits = (key << self._slice_bits) + at, self.geometry.cluster_bits
+        if first <= self.packed_end >> bits < first + count:
+            # The cluster may get other content from here on.
+            self.packed_end = 0
         if pass_discard:
             counts = (await self._slice_of(first)).entries
             alone = constant_run(counts, at, count) if counts[at] == 1 else 0
