@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+from array import array
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ _ARRAY_LIMIT: Final = 4096
 _NO_RUNS: Final = 12346
 """The portable format's mark of a bitmap without containers of runs; with one container 16 bytes precede its bits."""
 _CONTAINER_HEAD: Final = 16
+_OFFSETS_FROM: Final = 4
+"""With so many containers their offsets stand in the format even if some are runs."""
 _NOT_ZERO: Final = re.compile(rb"[^\0]")
 _BITS_OF: Final = [[bit for bit in range(8) if byte >> bit & 1] for byte in range(256)]
 _SERIAL_STEP: Final = 1 << 22  # granules per piece when serialising: 512 KiB of bytes at a time
@@ -270,8 +273,13 @@ class DirtyBitmap:
         data = bytearray(-(-max(stop - first, 0) // WORD_BITS) * (WORD_BITS // 8))
         if not self._dirty:
             return bytes(data)
-        for run in self._runs(first, stop):
-            _fill_bits(data, run.start - first, run.stop - first)
+        if first % 8 or self.granules > _ROARING32_LIMIT:
+            for run in self._runs(first, stop):
+                _fill_bits(data, run.start - first, run.stop - first)
+        elif stop > first:
+            part = self._bits & type(self._bits)(range(first, stop))
+            for base, members in _containers(part.serialize()):
+                _place(data, base - first, members)
         return bytes(data)
 
     def load_bytes(self, first: int, data: bytes | bytearray) -> None:
@@ -325,6 +333,46 @@ def _container(piece: bytes, base: int, count: int) -> Any:
 
     head = struct.pack("<IIHHI", _NO_RUNS, 1, base // _CONTAINER, count - 1, _CONTAINER_HEAD)
     return pyroaring.BitMap.deserialize(head + piece.ljust(_CONTAINER // 8, b"\0"))
+
+
+def _containers(raw: bytes) -> Iterator[tuple[int, bytes | array[int] | list[range]]]:
+    """The containers of a roaring bitmap in the portable format: first granule, and its bits, its members or runs of them."""
+    cookie, count = struct.unpack_from("<II", raw)
+    runs_at, at = 0, 8
+    if cookie != _NO_RUNS:
+        count, runs_at = (cookie >> 16) + 1, 4
+        at = 4 + (count + 7) // 8
+    heads = struct.unpack_from(f"<{2 * count}H", raw, at)
+    at += 4 * count
+    if not runs_at or count >= _OFFSETS_FROM:
+        at += 4 * count
+    for index in range(count):
+        base, members = heads[2 * index] * _CONTAINER, heads[2 * index + 1] + 1
+        if runs_at and raw[runs_at + index // 8] >> (index % 8) & 1:
+            length = 2 + 4 * struct.unpack_from("<H", raw, at)[0]
+            ends = struct.unpack_from(f"<{(length - 2) // 2}H", raw, at + 2)
+            yield base, [range(start, start + more + 1) for start, more in zip(ends[::2], ends[1::2], strict=True)]
+        elif members > _ARRAY_LIMIT:
+            length = _CONTAINER // 8
+            yield base, raw[at : at + length]
+        else:
+            length = 2 * members
+            yield base, array("H", struct.unpack_from(f"<{members}H", raw, at))
+        at += length
+
+
+def _place(data: bytearray, at: int, members: bytes | array[int] | list[range]) -> None:
+    """Set the bits of one container in ``data``; its first granule is bit ``at``, a multiple of 8 that may be negative."""
+    if isinstance(members, bytes):
+        start = at // 8
+        piece = members[max(0, -start) : len(data) - start]
+        data[max(0, start) : max(0, start) + len(piece)] = piece
+    elif isinstance(members, list):
+        for run in members:
+            _fill_bits(data, at + run.start, at + run.stop)
+    else:
+        for member in members:
+            data[(at + member) >> 3] |= 1 << (member & 7)
 
 
 def _fill_bits(data: bytearray, start: int, stop: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -186,3 +187,57 @@ def test_sparse_dirt_on_a_huge_disk_takes_little_room() -> None:
     assert len(bitmap._bits.serialize()) < MiB
     assert sum(1 for _ in bitmap.iterate()) > 190_000
     assert DirtyBitmap(8 * GiB, 512).to_bytes(0, 64) == bytes(8)
+
+
+def noise(kind: str, granules: int, random: Random) -> bytes:
+    """Serialised bits of one character: what write patterns make of a bitmap."""
+    length = -(-granules // 64) * 8
+    if kind == "dense":
+        bits = int.from_bytes(random.randbytes(length), "little")
+    elif kind == "full":
+        bits = (1 << granules) - 1
+    elif kind == "runs":
+        bits = 0
+        for _ in range(40):
+            bits |= ((1 << random.randrange(1, 30000)) - 1) << random.randrange(granules)
+    else:
+        bits = 0
+        for _ in range(300):
+            bits |= 1 << random.randrange(granules)
+    return (bits & ((1 << granules) - 1)).to_bytes(length, "little")
+
+
+@pytest.mark.parametrize("kind", ["dense", "full", "runs", "sparse"])
+@pytest.mark.parametrize("granules", [1, 64, 4096, 65536, 65537, 300_001])
+@pytest.mark.parametrize("step", [8, 4096, 65536, 1 << 22])
+def test_serialised_bits_come_back_whatever_the_pieces(kind: str, granules: int, step: int) -> None:
+    """Bitmaps are stored cluster by cluster: every piece must be what the whole says, however the bits are kept in memory."""
+    if granules / step > 5000:
+        step = 4096
+    expected = noise(kind, granules, Random(granules + step))
+    bitmap = DirtyBitmap(granules * 512, 512)
+    for first in range(0, granules, step):
+        bitmap.load_bytes(first, expected[first // 8 : (first + step) // 8])
+    assert bitmap.count // 512 == int.from_bytes(expected, "little").bit_count()
+    assert bitmap.to_bytes() == expected
+    for first in range(0, granules, step):
+        piece = bitmap.to_bytes(first, step)
+        wanted = expected[first // 8 : (first + step) // 8]
+        assert piece[: len(wanted)] == wanted and not any(piece[len(wanted) :])
+
+
+def test_what_lies_behind_the_last_granule_is_ignored_when_bits_are_loaded() -> None:
+    """Images may have anything in the padding of a bitmap."""
+    bitmap = DirtyBitmap(10 * 512, 512)
+    bitmap.load_bytes(0, b"\xff" * 64)
+    assert (bitmap.count, bitmap.to_bytes()) == (10 * 512, b"\xff\x03" + bytes(6))
+
+
+def test_bits_of_a_bitmap_of_more_than_2_to_the_32_granules_are_serialised() -> None:
+    """No image could store it, but its hash can be asked for."""
+    bitmap = DirtyBitmap((1 << 33) * 512, 512)
+    bitmap.mark((1 << 32) * 512 + 512 * 3, 512 * 10)
+    assert bitmap.to_bytes(1 << 32, 64) == (0b1111111111 << 3).to_bytes(8, "little")
+    other = DirtyBitmap((1 << 33) * 512, 512)
+    other.load_bytes(1 << 32, bitmap.to_bytes(1 << 32, 64))
+    assert other.count == bitmap.count
