@@ -41,7 +41,7 @@ class _Entry:
 
 @attrs.frozen(eq=False)
 class Blueprint:
-    """How to open a tree again. ``name`` is what people call it: its file, or else its node."""
+    """How to open a tree again. ``name`` is what people call it: the file of its image, or else its node."""
 
     name: str
     _entries: tuple[_Entry, ...]
@@ -51,7 +51,7 @@ class Blueprint:
         """Of the tree below ``root``, as far as it consists of nodes that are ``closing``; the others stay open."""
         order = _children_first(root, set(closing))
         index = {node: number for number, node in enumerate(order)}
-        return cls(root.driver.filename() or root.node_name, tuple(_entry(node, index) for node in order))
+        return cls(_called(root), tuple(_entry(node, index) for node in order))
 
     async def build(self, opener: Opener) -> BlockDriverState:
         """Open everything again and give the root, to which the caller gives a user before it awaits again.
@@ -94,6 +94,13 @@ def own_nodes(root: BlockDriverState, *, ignoring: type[Any] | None = None) -> l
                 own[below] = None
                 nodes.append(below)
     return nodes
+
+
+def _called(root: BlockDriverState) -> str:
+    node = root
+    while node.driver.filename() is None and node.filtered is not None:
+        node = node.filtered.node
+    return node.driver.filename() or root.node_name
 
 
 def _let_go(nodes: Iterable[BlockDriverState]) -> None:

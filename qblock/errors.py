@@ -35,6 +35,14 @@ class DeviceInUse(CommandError):
         self.name = name
 
 
+class UnknownFd(CommandError):
+    """No file descriptor has that name: what QEMU 7.2 gives no class of its own, and 1.1 did."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no file descriptor named '{name}'")
+        self.name = name
+
+
 class FdNotFound(CommandError):
     """No file descriptor was given that name with ``getfd``."""
 

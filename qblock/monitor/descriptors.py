@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from qblock.errors import CommandError, FdNotFound
+from qblock.errors import CommandError, FdNotFound, UnknownFd
 
 
 @attrs.define(eq=False)
@@ -76,10 +76,10 @@ class ReceivedFds:
         return fd
 
     def close_named(self, name: str) -> None:
-        """Close the descriptor ``name``; raises `CommandError` when there is none."""
+        """Close the descriptor ``name``; raises `UnknownFd` when there is none."""
         fd = self._named.pop(name, None)
         if fd is None:
-            raise CommandError(f"There is no file descriptor named '{name}'")
+            raise UnknownFd(name)
         os.close(fd)
 
     @staticmethod

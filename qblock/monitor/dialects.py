@@ -86,6 +86,7 @@ _ERRORS_OF_1_1: Final[Mapping[type[BaseException], str]] = {
     errors.NodeBusy: "DeviceInUse",
     errors.DuplicateName: "DeviceInUse",
     errors.NodeNotFound: "DeviceNotFound",
+    errors.UnknownFd: "FdNotFound",
     errors.InvalidParameter: "InvalidParameter",
     errors.BlockIOError: "IOError",
 }

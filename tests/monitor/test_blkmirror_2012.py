@@ -165,7 +165,7 @@ def test_leaving_for_an_image_that_is_not_there_keeps_the_mirror(images: Path) -
     with machine(images) as local:
         mirror(local, images / "copy.qcow2")
         local.guest_write("virtio0", MiB, 4096, 7)
-        with pytest.raises(QmpError):
+        with pytest.raises(QmpError, match=r"it keeps '.*top\.qcow2'"):
             reopen(local, images / "absent.qcow2")
         assert driver_shown(local) == "blkmirror"
         local.guest_write("virtio0", MiB + 4096, 4096, 8)

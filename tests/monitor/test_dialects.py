@@ -77,6 +77,8 @@ def test_errors_are_called_as_they_were_called_then() -> None:
     assert Dialect.SYSTEM.error_class(busy) == "GenericError"
     assert Dialect.RFC_2012.error_class(busy) == "DeviceInUse"
     assert Dialect.RFC_2012.error_class(errors.BlockIOError(5)) == "IOError"
+    assert Dialect.SYSTEM.error_class(errors.UnknownFd("fd")) == "GenericError"
+    assert Dialect.RFC_2012.error_class(errors.UnknownFd("fd")) == "FdNotFound"
     assert {dialect.error_class(errors.DeviceNotFound("x")) for dialect in Dialect} == {"DeviceNotFound"}
     assert {dialect.error_class(errors.CommandError("what")) for dialect in Dialect} == {"GenericError"}
 

@@ -7,7 +7,7 @@ from typing import Literal
 import attrs
 
 from qblock.driver import Json
-from qblock.errors import CommandError, CommandNotFound, InvalidParameter
+from qblock.errors import CommandError, CommandNotFound, InvalidParameter, UnknownFd
 from qblock.monitor import schema
 from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.descriptors import ReceivedFds
@@ -88,7 +88,7 @@ async def getfd(ctx: CommandContext, args: FdNameArguments) -> None:
 async def closefd(ctx: CommandContext, args: FdNameArguments) -> None:
     """Close a descriptor that getfd has kept."""
     if ctx.session is None:
-        raise CommandError(f"There is no file descriptor named '{args.fdname}'")
+        raise UnknownFd(args.fdname)
     ctx.session.fds.close_named(args.fdname)
 
 
