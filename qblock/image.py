@@ -28,6 +28,7 @@ from qblock.clock import RealClock
 from qblock.driver import CheckFix, CheckResult, Environment, SupportsBacking, SupportsCheck, SupportsSnapshots
 from qblock.errors import BlockIOError, CommandError
 from qblock.graph import Graph
+from qblock.imagebitmaps import ImageBitmaps, store_bitmaps
 from qblock.opening import Opener
 from qblock.permissions import Perm
 from qblock.policy import OpenPolicy
@@ -253,6 +254,13 @@ class Image:
             raise CommandError(f"images of the format '{driver.name}' have no snapshots")
         return driver
 
+    # --------------------------------------------------------------------------------------------------------- bitmaps
+
+    @property
+    def bitmaps(self) -> ImageBitmaps:
+        """The persistent bitmaps by name. Changes need ``writable=True``, and are stored when the image is closed."""
+        return ImageBitmaps(skip_filters(self._backend.node), self._run)
+
     def as_file(self) -> ImageFile:
         """A raw file object over the image, for whatever wants one; closing it leaves the image open."""
         return ImageFile(self)
@@ -278,6 +286,7 @@ class Image:
         try:
             if self.writable and self._backend.root is not None:
                 await self._backend.flush()
+                await store_bitmaps(skip_filters(self._backend.node))
         finally:
             if self._backend.root is not None:
                 self._backend.remove()

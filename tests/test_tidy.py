@@ -43,6 +43,7 @@ LAYERS = (
     "jobs.txn",
     "jobs.runner",
     "jobs.*",
+    "imagebitmaps",
     "objects image imageinfo offline",
     "resizing rebasing committing",
     "iocmd devices guest",
