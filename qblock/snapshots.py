@@ -35,9 +35,9 @@ class SnapshotInfo:
     icount: int | None = None
     disk_size: int | None = None
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, int | str]:
         """QMP's ``SnapshotInfo``."""
-        result: dict[str, object] = {
+        result: dict[str, int | str] = {
             "vm-clock-nsec": self.vm_clock_ns % _SECOND,
             "name": self.name,
             "date-sec": self.date_sec,

@@ -34,6 +34,7 @@ class CheckedDriver(SnapshottedDriver):
 
     def _check_may_write(self, header: Header) -> None:
         """Raise when the image forbids it."""
+        self._refuse_while_viewing()
         if header.has(head.CORRUPT) and not self.node.to_check:
             raise CorruptImage(
                 self._file.name, "it is marked corrupt, and can be opened for writing only after a repair"
@@ -57,6 +58,7 @@ class CheckedDriver(SnapshottedDriver):
 
     async def check(self, fix: CheckFix) -> CheckResult:
         """See `SupportsCheck`. What is cached is written back first; no request may be in flight when something is fixed."""
+        self._refuse_while_viewing()
         if self._writeback is not None and self._file.writable:
             await self._writeback.finish()
         broken = self._snapshots.broken

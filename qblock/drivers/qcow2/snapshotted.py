@@ -34,6 +34,8 @@ class SnapshottedDriver(Driver):
     _file: ImageFile
     _map: ClusterMap
     _snapshots: SnapshotTable
+    _viewing: SnapshotInfo | None = None
+    """The snapshot that is shown in place of the disk."""
 
     @abc.abstractmethod
     async def _writing(self, offset: int, length: int) -> Allocator:
@@ -100,11 +102,19 @@ class SnapshottedDriver(Driver):
         if (defect := found.defect(file.length(), file.header.cluster_size)) is not None:
             raise BlockIOError(errno.EIO, f"'{file.name}' is damaged: {defect}")
         l1 = decode_u64(await file.read(found.l1_offset, found.l1_bytes))
+        self._viewing = snapshot
         self._map.cache.forget(iter(list(self._map.tables)))
         self._map.l1, self._map.l1_host = l1, found.l1_offset
         if not keep_size and found.disk_size is not None:
             self._adopt_size(found.disk_size)
             requests.refresh_length(self.node)
+
+    def _refuse_while_viewing(self) -> None:
+        """Raise when the tables in memory are those of a snapshot."""
+        if self._viewing is not None:
+            raise CommandError(
+                f"Node '{self.node.node_name}' shows the snapshot '{self._viewing.name}': it can only be read; open it anew"
+            )
 
     def _found(self, wanted: SnapshotInfo) -> Snapshot:
         for snapshot in self._snapshots.snapshots:
