@@ -19,6 +19,7 @@ import attrs
 
 from qblock.errors import BlockIOError, CommandError
 from qblock.extents import Data, Extent
+from qblock.findings import Finding
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
 from qblock.snapshots import SnapshotInfo
@@ -292,7 +293,10 @@ class CheckFix(enum.Flag):
 
 @attrs.frozen
 class CheckResult:
-    """Outcome of an image check; counts are clusters, as in QMP's ``ImageCheck``. ``findings`` are lines for a person."""
+    """Outcome of an image check; counts are clusters, as in QMP's ``ImageCheck``. ``findings`` are lines for a person.
+
+    ``details`` are the same findings as values. ``refused``: why nothing was repaired, although it was asked for.
+    """
 
     corruptions: int = 0
     leaks: int = 0
@@ -305,13 +309,16 @@ class CheckResult:
     fragmented_clusters: int | None = None
     compressed_clusters: int | None = None
     findings: tuple[str, ...] = ()
+    details: tuple[Finding, ...] = ()
+    refused: str | None = None
 
 
 @runtime_checkable
 class SupportsCheck(Protocol):
     """The format can verify its own metadata."""
 
-    async def check(self, fix: CheckFix) -> CheckResult: ...
+    async def check(self, fix: CheckFix, *, explain: bool = False) -> CheckResult:
+        """``explain``: the details are to say who is concerned, whatever that costs."""
 
 
 @attrs.frozen

@@ -19,6 +19,7 @@ LAYERS = (
     # Each room may import those on lines above it; rooms on one line do not import each other.
     "errors units",
     "extents ranges zeroes filenames policy",
+    "findings",
     "clock options transaction formatting snapshots tracing witness",
     "dirty",
     "device_dirty",
@@ -65,7 +66,7 @@ LAZY_PACKAGES = {"zstandard", "zlib", "prompt_toolkit", "pyroaring", "qemu", "im
 """Heavy or optional packages that may be imported inside a function, for the sake of start-up time."""
 
 LAZY_MODULES = {
-    "qblock.monitor.completion", "qblock.drivers.qcow2.bitmaps", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.shadow",
+    "qblock.monitor.completion", "qblock.drivers.qcow2.bitmaps", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.owners", "qblock.drivers.qcow2.shadow",
     "qblock.drivers.qcow2.snapshotting", "qblock.drivers.qcow2.encryption", "qblock.drivers.qcow2.encrypting",
     "qblock.drivers.qcow2.keyslots",
 }  # fmt: skip

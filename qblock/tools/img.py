@@ -24,7 +24,7 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "amend": "amend [-f FMT | --image-opts] [-t CACHE] [--force] [-p] [-q] -o OPTIONS FILE",
     "bitmap": "bitmap (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... [-b FILE [-F FMT]]\n"
     "         [-g GRANULARITY] [-f FMT | --image-opts] FILE BITMAP",
-    "check": "check [-q] [-f FMT | --image-opts] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE",
+    "check": "check [-q] [-f FMT | --image-opts] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] [--explain] FILE",
     "commit": "commit [-f FMT | --image-opts] [-t CACHE] [-b BASE] [-r RATE] [-d] [-p] [-q] FILE",
     "compare": "compare [-f FMT] [-F FMT | --image-opts] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2",
     "convert": "convert [-f FMT | --image-opts] [-O FMT | --target-image-opts] [-B BACKING [-F FMT]] [-o OPTIONS]\n"

@@ -1,13 +1,15 @@
 """``qblock-img check``: verify, and repair where the driver can, the metadata of an image.
 
-Exit codes of qemu-img 7.2: 0 nothing wrong (or repaired), 1 the check itself failed, 2 corruptions, 3 only leaked clusters,
-63 the format has no check.
+Exit codes of qemu-img 7.2: 0 nothing wrong (or repaired), 1 the check or repair itself failed, 2 corruptions, 3 only leaked
+clusters, 63 the format has no check. Of ours is ``--explain``: what each finding is, where it lies, which part of the disk it
+concerns, and what repair does about it; with ``--output=json`` as the member ``findings``.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -15,7 +17,9 @@ import attrs
 
 from qblock.driver import CheckFix, CheckResult, SupportsCheck
 from qblock.errors import CommandError
+from qblock.findings import Finding
 from qblock.imageinfo import in_order
+from qblock.ranges import ByteRange
 from qblock.tools.arguments import Arguments, UsageError, cache_options
 from qblock.tools.console import complain
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
@@ -36,7 +40,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(
         args, "f:qr:T:U", {"output=": "output", "repair=": "r", "image-opts": "image-opts", "force-share": "U",
-                           "object=": "object", "format=": "f"}
+                           "object=": "object", "format=": "f", "explain": "explain"}
     )  # fmt: skip
     output = arguments.output_format()
     repair = arguments.get("r")
@@ -46,6 +50,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Expecting one image file name")
     watch = with_secrets(arguments, watch)
     fix = FIXES[repair] if repair else CheckFix.NONE
+    explain = "explain" in arguments
     wanted = ImageArguments(
         arguments.words[0],
         fmt=arguments.get("f"),
@@ -56,46 +61,59 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         extra=cache_options(arguments.get("T")),
     )
     try:
-        name, result = run_session(lambda session: _check(session, wanted, fix), watch)
+        name, result = run_session(lambda session: _check(session, wanted, fix, explain=explain), watch)
     except _NoCheck as error:
         complain("qblock-img", str(error))
         return EXIT_NO_CHECK
-    for finding in result.findings:
-        print(finding, file=sys.stderr)
+    if not explain:
+        for finding in result.findings:
+            print(finding, file=sys.stderr)
     if output == "json":
-        _print_json(result, wanted.name, name)
+        if not result.refused or explain:
+            _print_json(result, wanted.name, name, explain=explain)
     elif "q" not in arguments:
-        print("\n".join(_human_lines(result)))
+        if explain:
+            print("\n".join(explained(result.details)))
+        if not result.refused:
+            print("\n".join(_human_lines(result)))
+    if result.refused:
+        complain("qblock-img", f"Nothing was repaired: {result.refused}")
+        return EXIT_FAILED
     return _exit_code(result)
 
 
-async def _check(session: ImageSession, wanted: ImageArguments, fix: CheckFix) -> tuple[str, CheckResult]:
+async def _check(
+    session: ImageSession, wanted: ImageArguments, fix: CheckFix, *, explain: bool
+) -> tuple[str, CheckResult]:
     backend = await session.open(wanted)
     node = backend.node
     driver = node.driver
     if not isinstance(driver, SupportsCheck):
         raise _NoCheck(f"images of the format '{driver.name}' cannot be checked")
-    result = await driver.check(fix)
+    result = await driver.check(fix, explain=explain)
+    if result.refused:
+        return driver.name, result
     if result.corruptions_fixed or result.leaks_fixed:
-        verified = await driver.check(CheckFix.NONE)
+        verified = await driver.check(CheckFix.NONE, explain=explain)
         result = attrs.evolve(
             verified,
             corruptions_fixed=result.corruptions_fixed,
             leaks_fixed=result.leaks_fixed,
             findings=(*result.findings, *verified.findings),
+            details=(*(one for one in result.details if one.fixed), *verified.details),
         )
     return driver.name, result
 
 
 def _exit_code(result: CheckResult) -> int:
+    if result.check_errors:
+        return EXIT_FAILED
     if result.corruptions:
         return EXIT_CORRUPT
-    if result.leaks:
-        return EXIT_LEAKS
-    return EXIT_FAILED if result.check_errors else EXIT_OK
+    return EXIT_LEAKS if result.leaks else EXIT_OK
 
 
-def _print_json(result: CheckResult, filename: str, fmt: str) -> None:
+def _print_json(result: CheckResult, filename: str, fmt: str, *, explain: bool) -> None:
     counts = {
         "corruptions": result.corruptions,
         "corruptions-fixed": result.corruptions_fixed,
@@ -109,8 +127,46 @@ def _print_json(result: CheckResult, filename: str, fmt: str) -> None:
     }
     report: dict[str, Any] = {key: count for key, count in counts.items() if count}
     report |= {"filename": filename, "format": fmt, "check-errors": result.check_errors}
+    if explain:
+        report["findings"] = [_finding(one) for one in result.details]
     ranks = {key: rank for rank, key in enumerate(ORDER)}
     print(json.dumps(in_order(report, ranks), indent=4, ensure_ascii=False))
+
+
+def _finding(one: Finding) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "kind": one.kind,
+        "severity": one.severity.value,
+        "what": one.text,
+        "meaning": one.meaning,
+    }
+    if one.place is not None:
+        report["place"] = _range(one.place)
+    report |= {"guest": [_range(part) for part in one.guest], "users": list(one.users)}
+    return report | {"repair": one.repair, "repaired": one.fixed}
+
+
+def _range(part: ByteRange) -> dict[str, int]:
+    return {"start": part.offset, "length": part.length}
+
+
+def explained(findings: Iterable[Finding]) -> Iterable[str]:
+    """What ``--explain`` prints for a person: a paragraph for each finding."""
+    for number, one in enumerate(findings, 1):
+        yield f"{number}. {one.severity.value}: {one.text}"
+        if one.place is not None:
+            yield f"   lies at:   {_shown(one.place)} of the file"
+        if one.users:
+            yield f"   used by:   {', '.join(dict.fromkeys(one.users))}"
+        yield f"   concerns:  {', '.join(map(_shown, one.guest)) + ' of the disk' if one.guest else 'no part of the disk'}"
+        yield from textwrap.wrap(one.meaning, 100, initial_indent="   means:     ", subsequent_indent=" " * 14)
+        done = "This has been repaired." if one.fixed else one.repair
+        yield from textwrap.wrap(done, 100, initial_indent="   repair:    ", subsequent_indent=" " * 14)
+        yield ""
+
+
+def _shown(part: ByteRange) -> str:
+    return f"{part.offset:#x} to {part.end:#x} ({part.length} bytes)"
 
 
 def _human_lines(result: CheckResult) -> Iterable[str]:

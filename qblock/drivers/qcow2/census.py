@@ -19,27 +19,34 @@ class Census:
     def __init__(self) -> None:
         self.planes: list[BitMap64] = []
 
-    def add(self, clusters: BitMap64) -> None:
-        """One more reference to each of a set of clusters."""
-        for level, plane in enumerate(self.planes):
+    def add(self, clusters: BitMap64, level: int = 0) -> None:
+        """2^``level`` more references to each of a set of clusters."""
+        self.planes.extend(BitMap64() for _ in range(level - len(self.planes)))
+        for at in range(level, len(self.planes)):
+            plane = self.planes[at]
             carry = plane & clusters
             plane ^= clusters
-            self.planes[level] = plane
+            self.planes[at] = plane
             if not carry:
                 return
             clusters = carry
         self.planes.append(BitMap64(clusters))
 
-    def add_runs(self, runs: Iterable[tuple[int, int]]) -> None:
-        """References by runs of (first cluster, count), in which a cluster may come several times."""
+    def add_runs(self, runs: Iterable[tuple[int, int]], times: int = 1) -> None:
+        """References by runs of (first cluster, count), in which a cluster may come several times; each counts ``times``."""
         batch = BitMap64()
         for first, count in runs:
             if batch.range_cardinality(first, first + count):
-                self.add(batch)
+                self._add_batch(batch, times)
                 batch = BitMap64()
             batch.add_range(first, first + count)
         if batch:
-            self.add(batch)
+            self._add_batch(batch, times)
+
+    def _add_batch(self, batch: BitMap64, times: int) -> None:
+        for level in range(times.bit_length()):
+            if times >> level & 1:
+                self.add(batch, level)
 
     def count(self, cluster: int) -> int:
         """References to one cluster."""

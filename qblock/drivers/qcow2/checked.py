@@ -7,6 +7,7 @@ refcounts are right; entries that no table can have are dropped before it begins
 from __future__ import annotations
 
 import abc
+import errno
 
 import attrs
 
@@ -32,6 +33,15 @@ class CheckedDriver(SnapshottedDriver):
     async def _build(self, header: Header, sizes: CacheSizes) -> None:
         """Read the tables."""
 
+    @abc.abstractmethod
+    async def _prepare_writing(self) -> None:
+        """Read what writing needs."""
+
+    async def _begin_mending(self) -> None:
+        """Begin to write to an image that was opened to be checked; its refcounts are right by now."""
+        await self._prepare_writing()
+        self._file.writable = True
+
     def _check_may_write(self, header: Header) -> None:
         """Raise when the image forbids it."""
         self._refuse_while_viewing()
@@ -51,13 +61,15 @@ class CheckedDriver(SnapshottedDriver):
         header = await self._read_header()
         await self._build(header, cache_sizes(self.options, header))
 
-    async def _checked(self, fix: CheckFix) -> CheckResult:
+    async def _checked(self, fix: CheckFix, *, explain: bool = False) -> CheckResult:
         from qblock.drivers.qcow2.check import check_image  # noqa: PLC0415 - 10 ms, and images are rarely checked
 
-        return await check_image(self._file, self._map.l1, self._snapshots, fix)
+        return await check_image(self._file, self._map.l1, self._snapshots, fix, explain=explain)
 
-    async def check(self, fix: CheckFix) -> CheckResult:
+    async def check(self, fix: CheckFix, *, explain: bool = False) -> CheckResult:
         """See `SupportsCheck`. What is cached is written back first; no request may be in flight when something is fixed."""
+        if fix and self.node.read_only:
+            raise BlockIOError(errno.EPERM, f"Node '{self.node.node_name}' is read-only: nothing can be repaired")
         self._refuse_while_viewing()
         if self._writeback is not None and self._file.writable:
             await self._writeback.finish()
@@ -66,10 +78,13 @@ class CheckedDriver(SnapshottedDriver):
             if not self._snapshots.mendable or CheckFix.ERRORS not in fix:
                 return CheckResult(check_errors=1, findings=(f"ERROR the snapshot table cannot be read: {broken}",))
             await self._drop_surplus_snapshots()
-        result = await self._checked(fix)
-        if result.corruptions_fixed or result.leaks_fixed or broken is not None:
+        result = await self._checked(fix, explain=explain)
+        mends_snapshots = (
+            not result.refused and CheckFix.ERRORS in fix and (broken is not None or self._snapshots.defects)
+        )
+        if mends_snapshots or (not self.node.to_check and (result.corruptions_fixed or result.leaks_fixed)):
             await self._reload()
-        if CheckFix.ERRORS in fix and (broken is not None or self._snapshots.defects):
+        if mends_snapshots:
             return await self._mend_snapshots(result, broken)
         return result
 

@@ -109,6 +109,8 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         await self._unlock(self._edge, header)
         await self._build(header, sizes)
         self.probes_storage = self._lies_on_holes() and not header.has(head.DATA_FILE)
+        if self.node.to_check:
+            return
         if not self.node.read_only:
             self._check_may_write(header)
             if header.has(head.DIRTY):
@@ -150,7 +152,7 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         raw = bytearray(min(cluster, length))
         await requests.read_into(self._edge, 0, memoryview(raw))
         header = head.parse_header(bytes(raw), self._image)
-        head.validate(header, length, self._image)
+        head.validate(header, length, self._image, to_check=self.node.to_check)
         return header
 
     async def _build(self, header: Header, sizes: CacheSizes) -> None:
@@ -510,7 +512,9 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         """What is known of the tables is void: read them again."""
         header = await self._read_header()
         await self._build(header, cache_sizes(self.options, header))
-        if not self.node.read_only:
+        if self.node.to_check:
+            await self._begin_mending()
+        elif not self.node.read_only:
             await self._prepare_writing()
             await self._activate()
 

@@ -278,21 +278,26 @@ def _parse_backing(raw: bytes, offset: int, size: int, image: str) -> str | None
 # --------------------------------------------------------------------------------------------------------- validating
 
 
-def validate(header: Header, file_length: int, image: str) -> None:
+def validate(header: Header, file_length: int, image: str, *, to_check: bool = False) -> None:
     """Check every field against the limits of the format and the length of the file; raises `ImageError`.
 
-    The snapshot table is looked at by who reads it: an image can be read without it.
+    The snapshot table is looked at by who reads it: an image can be read without it. ``to_check``: tables that are not where
+    they are said to be are for the check to find; the image can be looked at, and perhaps be repaired.
     """
     _check_features(header, image)
     cluster = header.cluster_size
     per_table = cluster // 8
     if header.size > MAX_OFFSET << 6 or -(-header.size // (cluster * per_table)) > header.l1_size:
         raise CorruptImage(image, f"the L1 table is too small for a disk of {header.size} bytes", offset=36)
+    tables = _tables(header)
+    if to_check:
+        for table in tables:
+            _check_table(table, MAX_OFFSET, cluster, image)
+        return
     if header.refcount_table_clusters < 1:
         raise CorruptImage(image, "it has no refcount table", offset=56)
     if header.refcount_table_offset == 0:
         raise CorruptImage(image, "the refcount table lies on the header", offset=48)
-    tables = _tables(header)
     for table in tables:
         _check_table(table, file_length, cluster, image)
     areas = sorted([_Table("header", 0, cluster, cluster), *(table for table in tables if table.length)], key=_place)

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import attrs
 
-from qblock.drivers.qcow2.header import DATA_FILE, MAX_L1_BYTES, Header
+from qblock.drivers.qcow2.header import DATA_FILE, EXTENDED_L2, MAX_L1_BYTES, Header
 
 COPIED: Final = 1 << 63
 """In L1 and L2 entries: the refcount of what the entry points to is exactly 1, so it may be written in place."""
@@ -59,7 +59,8 @@ class Run(NamedTuple):
 class Geometry:
     """The sizes that follow from a header. ``slice_bits``: an L2 table is cached in slices of 2^slice_bits entries.
 
-    ``data_file``: guest clusters lie in a file of their own, each at its guest offset.
+    ``data_file``: guest clusters lie in a file of their own, each at its guest offset. ``extended``: the entries of L2 tables
+    have a second word for the states of 32 subclusters (`subclusters.py`).
     """
 
     cluster_bits: int
@@ -67,14 +68,20 @@ class Geometry:
     version: int
     slice_bits: int
     data_file: bool = False
+    extended: bool = False
 
     @classmethod
     def of(cls, header: Header, slice_bytes: int | None = None) -> Geometry:
         """Geometry of an image; ``slice_bytes`` overrides the cached part of an L2 table (at most a cluster)."""
         slice_bytes = min(slice_bytes or DEFAULT_SLICE_BYTES, header.cluster_size)
-        slice_bits = slice_bytes.bit_length() - 4
+        extended = header.has(EXTENDED_L2)
         return cls(
-            header.cluster_bits, header.refcount_order, header.version, slice_bits, data_file=header.has(DATA_FILE)
+            header.cluster_bits,
+            header.refcount_order,
+            header.version,
+            slice_bytes.bit_length() - (5 if extended else 4),
+            data_file=header.has(DATA_FILE),
+            extended=extended,
         )
 
     @property
@@ -83,9 +90,19 @@ class Geometry:
         return 1 << self.cluster_bits
 
     @property
+    def entry_bits(self) -> int:
+        """log2 of the bytes of an L2 entry."""
+        return 4 if self.extended else 3
+
+    @property
+    def subcluster_bits(self) -> int:
+        """log2 of the bytes of the smallest unit that has a state of its own: of a subcluster, or else of a cluster."""
+        return self.cluster_bits - 5 if self.extended else self.cluster_bits
+
+    @property
     def l2_bits(self) -> int:
         """log2 of the entries of an L2 table."""
-        return self.cluster_bits - 3
+        return self.cluster_bits - self.entry_bits
 
     @property
     def l1_shift(self) -> int:
@@ -147,6 +164,20 @@ def zeroes_u64(count: int) -> array[int]:
     return array(U64, bytes(8 * count))
 
 
+def first_words(entries: array[int], geometry: Geometry) -> array[int]:
+    """Those words of an L2 table that say where clusters lie: of extended entries the first ones."""
+    return entries[::2] if geometry.extended else entries
+
+
+def with_first_words(entries: array[int], words: array[int], geometry: Geometry) -> array[int]:
+    """The L2 table with other first words."""
+    if not geometry.extended:
+        return words
+    changed = entries[:]
+    changed[::2] = words
+    return changed
+
+
 # -------------------------------------------------------------------------------------------------------- single entries
 
 
@@ -157,7 +188,7 @@ def classify(entry: int, geometry: Geometry) -> Kind:
     if entry & L2_RESERVED:
         return Kind.CORRUPT
     offset = entry & OFFSET_MASK
-    if offset & ((1 << geometry.cluster_bits) - 1) or (entry & ZERO and geometry.version < 3):
+    if offset & ((1 << geometry.cluster_bits) - 1) or (entry & ZERO and (geometry.version < 3 or geometry.extended)):
         return Kind.CORRUPT
     if entry & ZERO:
         return Kind.ZERO_ALLOCATED if offset else Kind.ZERO

@@ -1,122 +1,303 @@
 """Which host clusters an image's tables refer to, and which of their entries are damaged.
 
-Models the counting half of image-formats.md section 1.13. Entries that are damaged are reported and not followed, so that a
-hostile table costs no more than reading it. Differs from QEMU: an L2 table behind the end of the file is a corruption.
+Models the counting half of image-formats.md section 1.13. As in QEMU, an entry with damage is reported and its clusters count as
+referenced all the same, as far as they lie in the file: they may be all that is left of somebody's data. Differs from QEMU in
+that a table to which many entries (of snapshots, say) refer is read once more and counted as often: a hostile image cannot
+make a check last longer than reading its file twice.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from pyroaring import BitMap64
 
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.census import Census
+from qblock.drivers.qcow2.damage import Damage, Report
 from qblock.drivers.qcow2.layout import (
+    COMPRESSED,
     COPIED,
     L1_RESERVED,
+    L2_RESERVED,
     OFFSET_MASK,
+    ZERO,
     Geometry,
     Kind,
-    compressed_clusters,
+    compressed_location,
     decode_u64,
+    encode_u64,
     find_run,
+    first_words,
+    with_first_words,
 )
+from qblock.ranges import ByteRange
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.snapshots import SnapshotTable
     from qblock.drivers.qcow2.storage import ImageFile
 
+_BITMAP_ENTRY: Final = 24
+_MAX_BITMAP_DIRECTORY: Final = 65535 * 1024
+_LOW: Final = (1 << 32) - 1
 
 
 class ReferenceCounter:
-    """Counts all references but those to the refcount structure. ``problems`` are texts about damaged entries."""
+    """Counts all references but those to the refcount structure; damage goes to ``report``.
 
-    def __init__(self, file: ImageFile, l1: array[int], snapshots: SnapshotTable) -> None:
+    ``mend``: entries whose repair is known are repaired in the file.
+    """
+
+    def __init__(
+        self, file: ImageFile, l1: array[int], snapshots: SnapshotTable, report: Report, *, mend: bool = False
+    ) -> None:
         self.file = file
         self.geometry = Geometry.of(file.header)
         self.l1 = l1
         self.snapshots = snapshots
+        self.report = report
+        self.mend = mend
+        self.mended = False
         self.census = Census()
-        self.problems: list[str] = []
+        self.file_length = file.length()
+        self.limit = self.geometry.clusters(self.file_length)
+        """Clusters that the file has; the last one need not be complete."""
         self.allocated = 0
         self.fragmented = 0
         self.compressed = 0
+        self._seen = BitMap64()
+        """Sectors at which L2 tables begin that were read."""
+        self._again: dict[int, list[int]] = {}
+        """Offset of L2 tables that were read, how often entries refer to them besides: [active, others, L1 index]."""
 
     async def run(self) -> None:
         """Count header, active and inactive tables with what they refer to, snapshot table and persistent bitmaps."""
         header = self.file.header
         self.add_bytes(0, header.cluster_size)
-        self.add_bytes(header.l1_offset, header.l1_size * 8)
-        await self._add_tables(self.l1, active=True)
+        if self.add_bytes(header.l1_offset, header.l1_size * 8):
+            await self._add_tables(self.l1, active=True)
+        for text in self.snapshots.misplaced(self.file):
+            self.report.add(Damage.SNAPSHOT_L1, text)
         for snapshot in self.snapshots.usable(self.file):
-            self.add_bytes(snapshot.l1_offset, snapshot.l1_size * 8)
-            raw = await self.file.read(snapshot.l1_offset, snapshot.l1_size * 8)
+            self.add_bytes(snapshot.l1_offset, snapshot.l1_bytes)
+            raw = await self.file.read(snapshot.l1_offset, snapshot.l1_bytes)
             await self._add_tables(decode_u64(raw), active=False)
-        self.add_bytes(*self.snapshots.place(self.file))
+        for offset, (active, others, index) in self._again.items():
+            await self._add_table(offset, index, active=active, others=others, again=True)
+        self._again.clear()
+        self.add_bytes(header.snapshots_offset, self.snapshots.length)
         self.add_bytes(*header.encryption_area)
         await self._add_bitmaps()
 
-    def add_bytes(self, offset: int, length: int) -> None:
-        """Count the clusters that a byte range touches."""
+    def add_bytes(self, offset: int, length: int, *, guest: ByteRange | None = None, times: int = 1) -> bool:
+        """Count the clusters that a byte range touches; False when it leads out of the file, which is reported."""
+        if not length:
+            return True
+        if offset + length - self.file_length >= self.geometry.cluster_size:
+            self._beyond(offset, length, guest, times)
+            return False
         bits = self.geometry.cluster_bits
-        if length:
-            first = offset >> bits
-            self.census.add_runs([(first, -(-(offset + length) >> bits) - first)])
+        first = offset >> bits
+        self.census.add_runs([(first, -(-(offset + length) >> bits) - first)], times)
+        return True
+
+    def _beyond(self, offset: int, length: int, guest: ByteRange | None, times: int = 1) -> None:
+        text = f"a reference leads out of the file: offset {offset:#x} size {length:#x}"
+        self.report.add(Damage.BEYOND_END, text, place=ByteRange(offset, length), guest=guest, times=times)
+
+    # ------------------------------------------------------------------------------------------------------------ tables
 
     async def _add_tables(self, l1: array[int], *, active: bool) -> None:
-        runs = []
         for index, entry in enumerate(l1):
-            if entry and (offset := self._l2_offset(index, entry)):
-                runs.append((offset >> self.geometry.cluster_bits, 1))
-                entries = decode_u64(await self.file.read(offset, self.geometry.cluster_size))
-                self.census.add_runs(self._l2_runs(entries, offset, index, active=active))
-        self.census.add_runs(runs)
+            if not entry & ~COPIED:
+                continue
+            offset = entry & OFFSET_MASK
+            guest = self._guest_of_table(index)
+            if entry & L1_RESERVED:
+                text = f"L1 entry {index} has reserved bits set: {entry:x}"
+                self.report.add(Damage.L1_ENTRY, text, place=self._l1_place(index, active=active), guest=guest)
+            if offset & (self.geometry.cluster_size - 1):
+                text = f"L2 table of L1 entry {index} is not cluster aligned: {entry:x}"
+                self.report.add(Damage.L1_ENTRY, text, place=self._l1_place(index, active=active), guest=guest)
+            if not offset or not self.add_bytes(offset, self.geometry.cluster_size, guest=guest):
+                continue
+            if offset >> 9 in self._seen:
+                users = self._again.setdefault(offset, [0, 0, index])
+                users[0 if active else 1] += 1
+                continue
+            self._seen.add(offset >> 9)
+            await self._add_table(offset, index, active=int(active), others=int(not active))
 
-    def _l2_offset(self, index: int, entry: int) -> int:
-        """Where the L2 table lies; 0 when there is none that could be followed."""
-        size, offset = self.geometry.cluster_size, entry & OFFSET_MASK
-        if entry & L1_RESERVED:
-            self.problems.append(f"L1 entry {index} has reserved bits set: {entry:x}")
-        if offset & (size - 1):
-            self.problems.append(f"L2 table of L1 entry {index} is not cluster aligned: {entry:x}")
-            return 0
-        if offset and offset + size > self.file.length():
-            self.problems.append(f"L2 table of L1 entry {index} lies behind the end of the file: {entry:x}")
-            return 0
-        return offset
+    def _guest_of_table(self, index: int) -> ByteRange:
+        size = 1 << self.geometry.l1_shift
+        return ByteRange(index * size, size)
 
-    def _l2_runs(self, entries: array[int], offset: int, index: int, *, active: bool) -> Iterator[tuple[int, int]]:
-        """The host clusters that an L2 table refers to, as (first, count)."""
-        bits, at, expected = self.geometry.cluster_bits, 0, -1
-        while at < len(entries):
-            kind, clusters, entry = find_run(entries, at, len(entries) - at, self.geometry)
-            if kind is Kind.DATA or kind is Kind.ZERO_ALLOCATED:
-                host = (entry & OFFSET_MASK) >> bits
-                if active:
-                    self.allocated += clusters
-                    self.fragmented += expected >= 0 and host != expected
-                expected = host + clusters
-                if not self.geometry.data_file:
-                    yield host, clusters
-                elif host != (guest := (index << self.geometry.l2_bits) + at):
-                    self.problems.append(f"guest cluster {guest} lies elsewhere in the data file: {entry:x}")
-            elif kind is Kind.COMPRESSED:
-                touched = compressed_clusters(entry, bits)
-                if entry & COPIED:
-                    self.problems.append(f"compressed entry {at} of the L2 table at {offset:#x} is marked COPIED: {entry:x}")
-                if active:
-                    self.allocated += 1
-                    self.compressed += 1
-                    self.fragmented += 1
-                yield touched.start, len(touched)
-            elif kind is Kind.CORRUPT:
-                self.problems.append(f"entry {at} of the L2 table at {offset:#x} is damaged: {entry:x}")
-            at += clusters
+    def _l1_place(self, index: int, *, active: bool) -> ByteRange | None:
+        return ByteRange(self.file.header.l1_offset + 8 * index, 8) if active else None
+
+    async def _add_table(self, offset: int, index: int, *, active: int, others: int, again: bool = False) -> None:
+        """Count what an L2 table refers to, to which ``active`` and ``others`` entries of L1 tables refer."""
+        raw = decode_u64(await self.file.read(offset, self.geometry.cluster_size))
+        if again and active and self.geometry.data_file:
+            text = f"the L2 table at {offset:#x} is that of several parts of the disk"
+            self.report.add(
+                Damage.SHARED_TABLE, text, place=ByteRange(offset, self.geometry.cluster_size), times=active
+            )
+        walk = _TableWalk(self, first_words(raw, self.geometry), offset, index, times=active + others, active=active)
+        if self.geometry.extended:
+            walk.check_subclusters(raw[1::2])
+        self.census.add_runs(walk.runs(), active + others)
+        if walk.changed:
+            entries = with_first_words(raw, walk.entries, self.geometry)
+            await self.file.write_metadata(offset, encode_u64(entries))
+            self.mended = True
+
+    # ----------------------------------------------------------------------------------------------------------- bitmaps
 
     async def _add_bitmaps(self) -> None:
-        """Persistent bitmaps keep their clusters, whether or not they are in use; `CorruptImage` when they cannot be read."""
-        if self.file.header.extension(head.EXT_BITMAPS) is not None:
-            from qblock.drivers.qcow2.bitmaps import bitmap_clusters  # noqa: PLC0415 - few images have bitmaps
+        """Persistent bitmaps that are consistent keep their clusters."""
+        header = self.file.header
+        data = header.extension(head.EXT_BITMAPS)
+        if data is None or not header.has(head.BITMAPS) or len(data) < _BITMAP_ENTRY:
+            return
+        size, offset = int.from_bytes(data[8:16], "big"), int.from_bytes(data[16:24], "big")
+        if size > _MAX_BITMAP_DIRECTORY or offset + size > self.file_length:
+            text = "the bitmap directory lies behind the end of the file"
+            self.report.add(Damage.BITMAPS, text, place=ByteRange(offset, size))
+            return
+        self.add_bytes(offset, size)
+        raw, at = await self.file.read(offset, size), 0
+        while at + _BITMAP_ENTRY <= len(raw):
+            table, entries = int.from_bytes(raw[at : at + 8], "big"), int.from_bytes(raw[at + 8 : at + 12], "big")
+            if table + entries * 8 > self.file_length:
+                text = "a bitmap table lies behind the end of the file"
+                self.report.add(Damage.BITMAPS, text, place=ByteRange(table, entries * 8))
+                return
+            self.add_bytes(table, entries * 8)
+            for entry in decode_u64(await self.file.read(table, entries * 8)):
+                if entry & OFFSET_MASK:
+                    self.add_bytes(entry & OFFSET_MASK, self.geometry.cluster_size)
+            name, extra = int.from_bytes(raw[at + 18 : at + 20], "big"), int.from_bytes(raw[at + 20 : at + 24], "big")
+            at += -(-(_BITMAP_ENTRY + name + extra) // 8) * 8
 
-            self.census.add_runs([run async for run in bitmap_clusters(self.file)])
+
+class _TableWalk:
+    """One L2 table, entry by entry. ``times`` tables of L1 refer to it, ``active`` of them from the active one."""
+
+    def __init__(
+        self, counter: ReferenceCounter, entries: array[int], offset: int, index: int, *, times: int, active: int
+    ) -> None:
+        self.counter = counter
+        self.geometry = counter.geometry
+        self.entries = entries
+        self.offset = offset
+        self.first = index << counter.geometry.l2_bits
+        self.times = times
+        self.active = active
+        self.changed = False
+        self._expected = -1
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The host clusters that the table refers to, as (first, count)."""
+        geometry, entries, at = self.geometry, self.entries, 0
+        limit = self.counter.limit
+        while at < len(entries):
+            kind, clusters, entry = find_run(entries, at, len(entries) - at, geometry)
+            if kind is Kind.DATA or kind is Kind.ZERO_ALLOCATED:
+                host = (entry & OFFSET_MASK) >> geometry.cluster_bits
+                self._count(entry & OFFSET_MASK, clusters)
+                if geometry.data_file:
+                    if host != self.first + at:
+                        self._bad(at, f"guest cluster {self.first + at} lies elsewhere in the data file: {entry:x}")
+                else:
+                    if host < limit:
+                        yield host, min(clusters, limit - host)
+                    for i in range(max(0, limit - host), clusters):
+                        self._beyond(at + i, (host + i) << geometry.cluster_bits, geometry.cluster_size)
+            elif kind is Kind.COMPRESSED:
+                yield from self._compressed(at, entry)
+            elif kind is Kind.CORRUPT:
+                yield from self._damaged(at, entry)
+            at += clusters
+
+    def check_subclusters(self, words: array[int]) -> None:
+        """The second words of extended entries must fit to each other and to the first words."""
+        for at, word in enumerate(words):
+            entry = self.entries[at]
+            if not word:
+                continue
+            if entry & COMPRESSED:
+                trouble = "of a compressed cluster"
+            elif word & _LOW & word >> 32:
+                trouble = "allocated and zero at once"
+            elif word & _LOW and not entry & OFFSET_MASK and not (self.geometry.data_file and entry & COPIED):
+                trouble = "allocated without a place"
+            else:
+                continue
+            self._bad(at, f"subclusters {trouble}: {entry:x} {word:x}", Damage.SUBCLUSTERS)
+
+    def _count(self, offset: int, clusters: int) -> None:
+        counter, active = self.counter, self.active
+        counter.allocated += clusters * active
+        counter.fragmented += active * (self._expected >= 0 and offset != self._expected)
+        self._expected = offset + (clusters << self.geometry.cluster_bits)
+
+    def _guest(self, at: int) -> ByteRange:
+        return ByteRange((self.first + at) << self.geometry.cluster_bits, self.geometry.cluster_size)
+
+    def _bad(self, at: int, text: str, damage: Damage = Damage.L2_ENTRY, *, fixed: bool = False) -> None:
+        entry_size = 1 << self.geometry.entry_bits
+        place = ByteRange(self.offset + at * entry_size, entry_size)
+        self.counter.report.add(damage, text, place=place, guest=self._guest(at), fixed=fixed, times=self.times)
+
+    def _beyond(self, at: int, offset: int, length: int) -> None:
+        self.counter._beyond(offset, length, self._guest(at), self.times)
+
+    def _touched(self, at: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """The clusters of a byte range that a damaged or packed entry refers to."""
+        bits = self.geometry.cluster_bits
+        if offset + length - self.counter.file_length >= self.geometry.cluster_size:
+            self._beyond(at, offset, length)
+        else:
+            first = offset >> bits
+            yield first, -(-(offset + length) >> bits) - first
+
+    def _compressed(self, at: int, entry: int) -> Iterator[tuple[int, int]]:
+        if entry & COPIED:
+            self._bad(at, f"compressed entry {at} of the L2 table at {self.offset:#x} is marked COPIED: {entry:x}")
+        self.counter.allocated += self.active
+        self.counter.compressed += self.active
+        self.counter.fragmented += self.active
+        yield from self._touched(at, *compressed_location(entry, self.geometry.cluster_bits))
+
+    def _damaged(self, at: int, entry: int) -> Iterator[tuple[int, int]]:
+        geometry = self.geometry
+        if entry & COMPRESSED:
+            self._bad(
+                at, f"entry {at} of the L2 table at {self.offset:#x} is compressed, which it cannot be here: {entry:x}"
+            )
+            return
+        where = f"entry {at} of the L2 table at {self.offset:#x}"
+        if entry & L2_RESERVED or (entry & ZERO and geometry.extended):
+            self._bad(at, f"{where} has reserved bits set: {entry:x}")
+        offset = entry & OFFSET_MASK
+        unaligned = offset & (geometry.cluster_size - 1)
+        zero = entry & ZERO and geometry.version >= 3 and not geometry.extended
+        if unaligned and zero and not geometry.data_file:
+            self._bad(
+                at, f"{where} keeps space that is not aligned: {entry:x}", Damage.ZERO_ENTRY, fixed=self.counter.mend
+            )
+            if self.counter.mend:
+                self.entries[at] = ZERO
+                self.changed = True
+                return
+        elif unaligned:
+            self._bad(at, f"{where} is not cluster aligned: {entry:x}")
+        elif entry & ZERO and not zero and not geometry.extended:
+            self._bad(at, f"{where} is marked as zero, which version 2 does not have: {entry:x}")
+        if offset:
+            self._count(offset, 1)
+            if not geometry.data_file:
+                yield from self._touched(at, offset, geometry.cluster_size)
