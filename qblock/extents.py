@@ -33,9 +33,13 @@ class Zero:
 
 @attrs.frozen(slots=True)
 class Unallocated:
-    """Not allocated in this node: read from its backing node, or zeroes when there is none."""
+    """Not allocated in this node: read from its backing node, or zeroes when there is none.
+
+    ``offset`` as in `Data` when space is preallocated for it all the same (a part of a cluster of which other parts are data).
+    """
 
     length: int
+    offset: int | None = None
 
 
 @attrs.frozen(slots=True)

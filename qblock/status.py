@@ -89,10 +89,10 @@ async def chain_status(
     depth = 0
     layer = skip_filters(node)
     stop = skip_filters(base) if base is not None else None
+    above = None
     while layer is not stop:
         if offset >= layer.length:
-            cut_off = depth > 0
-            return ChainExtent(length, depth, present=cut_off, zero=True, data=False, node=layer, cut_off=cut_off)
+            return _behind_the_end(length, layer, depth, above)
         # A layer below that is shorter ends the run where it ends.
         extent, stored = await _refined_status(layer, offset, length, want_zero=want_zero)
         length = extent.length
@@ -101,7 +101,8 @@ async def chain_status(
         below = chain_next(layer)
         if below is None:
             assert stop is None, "the base is not in the chain"
-            return ChainExtent(length, depth, present=False, zero=True, data=False, node=layer)
+            return _held_by_nobody(extent, layer, depth)
+        above = layer, extent
         layer = below
         depth += 1
     return ChainExtent(length, depth, present=False, zero=False, data=False)
@@ -143,6 +144,32 @@ async def is_zero(node: BlockDriverState, offset: int, length: int) -> bool:
         offset += extent.length
         length -= extent.length
     return True
+
+
+def _held_by_nobody(extent: Unallocated, layer: BlockDriverState, depth: int) -> ChainExtent:
+    """The chain's answer where its last layer has nothing, though perhaps space for it."""
+    return ChainExtent(
+        extent.length, depth, present=False, zero=True, data=False, offset=extent.offset, node=layer,
+        file=_space_of(layer, extent),
+    )  # fmt: skip
+
+
+def _behind_the_end(
+    length: int, layer: BlockDriverState, depth: int, above: tuple[BlockDriverState, Unallocated] | None
+) -> ChainExtent:
+    """The chain's answer where ``layer`` has ended; the layer ``above`` may have space for what it shows there."""
+    if above is None:
+        return ChainExtent(length, depth, present=False, zero=True, data=False, node=layer)
+    return ChainExtent(
+        length, depth, present=True, zero=True, data=False, offset=above[1].offset, node=layer, file=_space_of(*above),
+        cut_off=True,
+    )  # fmt: skip
+
+
+def _space_of(layer: BlockDriverState, extent: Unallocated) -> BlockDriverState | None:
+    """The node in which a layer has space for what it does not hold."""
+    edge = layer.data_storage if extent.offset is not None else None
+    return None if edge is None else edge.node
 
 
 def _held(extent: Data | Zero | Compressed, layer: BlockDriverState, depth: int, *, stored: bool) -> ChainExtent:
@@ -212,8 +239,8 @@ def clip(extent: Extent, skip: int, length: int) -> Extent:
             return Data(count, None if offset is None else offset + skip)
         case Zero(_, offset):
             return Zero(count, None if offset is None else offset + skip)
-        case Unallocated():
-            return Unallocated(count)
+        case Unallocated(_, offset):
+            return Unallocated(count, None if offset is None else offset + skip)
         case Compressed():
             return Compressed(count)
         case _:

@@ -85,9 +85,7 @@ async def _areas(
 
 
 def _area(at: int, extent: ChainExtent) -> Area:
-    if extent.depth and extent.node is not None and at >= extent.node.length:
-        # Behind the end of a layer: qemu-img calls that unallocated in the layer above.
-        return Area(at, extent.length, extent.depth - 1, False, True, False, None, "")
+    extent = extent.as_mapped()
     filename = (extent.file.driver.filename() or "") if extent.file is not None else ""
     return Area(
         at, extent.length, extent.depth, extent.present, extent.zero, extent.data, extent.offset, filename

@@ -40,6 +40,7 @@ class Shape:
     data_file: bool = False
     raw: bool = False
     compression: str = "zlib"
+    extended: bool = False
 
     @property
     def create(self) -> dict[str, object]:
@@ -49,6 +50,7 @@ class Shape:
             "refcount_bits": 1 << self.refcount_order,
             "version": self.version,
             "compression_type": self.compression,
+            "extended_l2": self.extended,
         }
         return options | ({"data_file": "data", "data_file_raw": self.raw} if self.data_file else {})
 
@@ -63,6 +65,8 @@ class Shape:
 def shapes(draw: st.DrawFn) -> Shape:
     bits = draw(st.sampled_from([9, 9, 10, 12, 14, 16]))
     version = draw(st.sampled_from(["v3", "v3", "v3", "v2"]))
+    extended = version == "v3" and draw(st.sampled_from([False, False, True]))
+    bits = max(bits, 14) if extended else bits
     clusters = draw(st.integers(1, 300 if bits < 12 else 20))
     data_file = version == "v3" and draw(st.sampled_from([False, False, True]))
     raw = data_file and draw(st.booleans())
@@ -78,6 +82,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         data_file,
         raw,
         draw(st.sampled_from(["zlib", "zstd"])) if version == "v3" else "zlib",
+        extended,
     )
 
 

@@ -41,12 +41,11 @@ if TYPE_CHECKING:
     from qblock.drivers.qcow2.cache import CachedTable
     from qblock.drivers.qcow2.clusters import ClusterMap
     from qblock.drivers.qcow2.packing import CompressedWriter
-    from qblock.drivers.qcow2.packing import CompressedWriter
     from qblock.drivers.qcow2.storage import ImageFile
     from qblock.drivers.qcow2.writeback import WriteBack
     from qblock.node import BdrvChild
 
-_JOIN_BELOW: Final = 128 * KiB
+JOIN_BELOW: Final = 128 * KiB
 """Head, data and tail of a new cluster run up to this size are copied into one buffer and written at once."""
 _MANY_PENDING: Final = 4096
 """So many runs of clusters waiting for release start a write-back."""
@@ -108,8 +107,6 @@ class Allocator:
         self.file = clusters.file
         self.pass_discard = pass_discard
         """Clusters freed by the guest's discards are discarded in the file too."""
-        self.packer: CompressedWriter | None = None
-        """Who writes compressed clusters, once there have been any."""
         self.packer: CompressedWriter | None = None
         """Who writes compressed clusters, once there have been any."""
 
@@ -238,7 +235,7 @@ class Allocator:
         write_head = head if head and not (claim.virgin and self._shows_zeroes(first)) else 0
         write_tail = total - end if end < total and not (claim.virgin and self._shows_zeroes(last)) else 0
         from_, to = head - write_head, end + write_tail
-        if payload.view is not None and (write_head or write_tail) and to - from_ <= max(_JOIN_BELOW, size):
+        if payload.view is not None and (write_head or write_tail) and to - from_ <= max(JOIN_BELOW, size):
             buffer = memoryview(bytearray(to - from_))
             self.file.event("cow_read")
             await self._read_old(first, guest - head, 0, buffer[:write_head])
@@ -433,6 +430,6 @@ class _Discarding(_Rule):
         if kind is Kind.ZERO:
             return self.leave * run.clusters if self.full else None
         self.allocator.drop(old, pass_discard=self.pass_discard)
-        if not self.full and (kind is Kind.ZERO_ALLOCATED or self.allocator.map.geometry.data_file):
+        if not self.full and self.allocator.map.geometry.version >= 3:
             return array(U64, [ZERO]) * run.clusters
         return self.leave * run.clusters

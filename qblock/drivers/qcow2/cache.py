@@ -83,8 +83,12 @@ class TableCache:
         """Put a table in, evicting clean ones when there is no room."""
         if len(self.tables) >= self.capacity:
             self._evict()
-        table = self.tables[key] = CachedTable(key, entries, host)
+        table = self.tables[key] = self.make_table(key, entries, host)
         return table
+
+    def make_table(self, key: int, entries: array[int], host: int) -> CachedTable:
+        """A table with the content that its place ``host`` in the file has, or would have."""
+        return CachedTable(key, entries, host)
 
     def _evict(self) -> None:
         for _ in range(2 * len(self.tables)):
@@ -124,11 +128,15 @@ class TableCache:
             end = min(-(-table.end_dirty // per_sector) * per_sector, len(table.entries))
             table.first_dirty = table.end_dirty = 0
             table.writing += 1
-            data = self._encode(table.entries[first:end])
+            data = self.encode_part(table, first, end)
             parts.append(DirtyPart(table, table.host + first // per_sector * self._sector, data))
         self.dirty.clear()
         parts.sort(key=_file_order)
         return parts
+
+    def encode_part(self, table: CachedTable, first: int, end: int) -> memoryview:
+        """Entries ``first`` to ``end`` (exclusive) of a table as the file holds them."""
+        return self._encode(table.entries[first:end])
 
     @staticmethod
     def settle(parts: list[DirtyPart]) -> None:

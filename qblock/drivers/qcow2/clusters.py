@@ -70,8 +70,8 @@ class ClusterMap:
         self.moved_l1 = False
         self.changed_header = False
         """Size or L1 location differ from the header on disk."""
-        slice_bytes = 8 << geometry.slice_bits
-        self.cache = TableCache(cache_bytes // slice_bytes, entries_per_sector=_ENTRIES_PER_SECTOR, encode=encode_u64)
+        slice_bytes = 1 << geometry.slice_bits + geometry.entry_bits
+        self.cache = self._make_cache(cache_bytes // slice_bytes)
         self.tables = self.cache.tables
         self.epochs = Epochs()
         self.allocations: list[Allocation] = []
@@ -83,6 +83,9 @@ class ClusterMap:
         self._slices_shift = geometry.l2_bits - geometry.slice_bits
         self._clean_interval = clean_interval * 1_000_000_000
         self._cleaned_at = file.env.clock.now_ns()
+
+    def _make_cache(self, slices: int) -> TableCache:
+        return TableCache(slices, entries_per_sector=_ENTRIES_PER_SECTOR, encode=encode_u64)
 
     # ------------------------------------------------------------------------------------------------------- slices
 
@@ -175,7 +178,7 @@ class ClusterMap:
             # From here on nothing waits.
             self._link_table(index, host, old)
             if not old:
-                self.cache.insert(key, zeroes_u64(self._slice_mask + 1), self._slice_host(key, host))
+                self.cache.insert(key, zeroes_u64(self._slice_bytes // 8), self._slice_host(key, host))
         finally:
             del self._building[index]
             future.set_result(None)

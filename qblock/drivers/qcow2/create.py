@@ -18,6 +18,7 @@ from qblock.drivers.qcow2.header import Extension, Header, encode_header
 from qblock.drivers.qcow2.layout import COPIED, U64, Geometry, encode_u64
 from qblock.drivers.qcow2.options import Qcow2CreateOptions, refuse_unsupported
 from qblock.drivers.qcow2.refcounts import RefcountCodec
+from qblock.drivers.qcow2.subclusters import ALL_DATA, with_states
 from qblock.errors import BlockIOError, InvalidParameter
 from qblock.options import ABSENT
 from qblock.units import MiB, align_up, is_power_of_two
@@ -43,6 +44,8 @@ class ImagePlan:
     l2_tables: int
     data: int
     mapped: int
+    states: int = ALL_DATA
+    """The second word of the extended L2 entries of preallocated clusters."""
 
     @property
     def first_block(self) -> int:
@@ -112,7 +115,9 @@ def plan_image(options: Qcow2CreateOptions) -> ImagePlan:
     cluster, version = options.cluster_size, int(options.version[1])
     order = options.refcount_bits.bit_length() - 1
     external = options.data_file is not ABSENT
-    geometry = Geometry(cluster.bit_length() - 1, order, version, 0, data_file=external)
+    geometry = Geometry(
+        cluster.bit_length() - 1, order, version, 0, data_file=external, extended=options.extended_l2
+    )
     l1_size = geometry.l1_entries(options.size)
     if l1_size * 8 > head.MAX_L1_BYTES:
         raise InvalidParameter("size", f"must not exceed {geometry.max_size} bytes with clusters of {cluster} bytes")
@@ -141,6 +146,8 @@ def plan_image(options: Qcow2CreateOptions) -> ImagePlan:
         l2_tables=l2_tables,
         data=data,
         mapped=mapped,
+        # Over a backing file the places are there, but what it holds still shows.
+        states=ALL_DATA if options.backing_file is None else 0,
     )
 
 
@@ -160,7 +167,12 @@ def _check(options: Qcow2CreateOptions) -> None:
         if options.compression_type != "zlib":
             raise InvalidParameter("compression-type", "must be zlib with version v2 (compat 0.10)")
     _check_data_file(options)
-    if options.backing_file is not None and options.preallocation != "off":
+    if options.extended_l2:
+        if options.version == "v2":
+            raise InvalidParameter("extended-l2", "needs version v3 (compat 1.1)")
+        if options.cluster_size < 1 << head.MIN_EXTENDED_CLUSTER_BITS:
+            raise InvalidParameter("cluster-size", "must be at least 16 KiB with extended L2 entries")
+    elif options.backing_file is not None and options.preallocation != "off":
         raise InvalidParameter("preallocation", "cannot be used together with a backing file")
     if options.backing_file is None and options.backing_fmt is not None:
         raise InvalidParameter("backing-fmt", "is given without a backing-file")
@@ -180,6 +192,7 @@ def _check_data_file(options: Qcow2CreateOptions) -> None:
 def _header(options: Qcow2CreateOptions, geometry: Geometry, l1_size: int, l1_offset: int, table_clusters: int) -> Header:
     version = geometry.version
     zstd = options.compression_type == "zstd"
+    features = {head.COMPRESSION: zstd, head.DATA_FILE: geometry.data_file, head.EXTENDED_L2: geometry.extended}
     extensions = []
     if version >= 3 and options.cluster_size > head.FEATURE_TABLE_MIN_CLUSTER:
         extensions.append(Extension(head.EXT_FEATURE_TABLE, head.feature_table()))
@@ -191,7 +204,7 @@ def _header(options: Qcow2CreateOptions, geometry: Geometry, l1_size: int, l1_of
         l1_offset=l1_offset if l1_size else 0,
         refcount_table_offset=options.cluster_size,
         refcount_table_clusters=table_clusters,
-        incompatible=(head.COMPRESSION.mask if zstd else 0) | (head.DATA_FILE.mask if geometry.data_file else 0),
+        incompatible=sum(feature.mask for feature, wanted in features.items() if wanted),
         autoclear=head.DATA_FILE_RAW.mask if options.data_file_raw else 0,
         compatible=head.LAZY_REFCOUNTS.mask if options.lazy_refcounts else 0,
         refcount_order=geometry.refcount_order,
@@ -228,6 +241,7 @@ async def _write_refcounts(target: CreateTarget, plan: ImagePlan) -> None:
 
 async def _write_mapping(target: CreateTarget, plan: ImagePlan) -> None:
     bits, per_table = plan.geometry.cluster_bits, 1 << plan.geometry.l2_bits
+    words = 2 if plan.geometry.extended else 1
     l1 = array(U64, bytes(8 * plan.header.l1_size))
     for i in range(plan.l2_tables):
         l1[i] = (plan.first_l2 + i) << bits | COPIED
@@ -238,5 +252,7 @@ async def _write_mapping(target: CreateTarget, plan: ImagePlan) -> None:
     for i in range(plan.l2_tables):
         start = first_data + (i * per_table << bits)
         table = array(U64, range(start, min(start + (per_table << bits), end), 1 << bits))
-        table.extend(array(U64, bytes(8 * (per_table - len(table)))))
+        if plan.geometry.extended:
+            table = with_states(table, plan.states)
+        table.extend(array(U64, bytes(8 * (per_table * words - len(table)))))
         await target.write_from((plan.first_l2 + i) << bits, encode_u64(table))

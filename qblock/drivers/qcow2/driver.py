@@ -1,7 +1,6 @@
 """The ``qcow2`` driver: opening, requests, size and links of an image. The theory is in the modules it puts together.
 
-Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. Refused by feature name: extended L2
-entries and encryption. ``lazy-refcounts`` is accepted and allows to postpone refcount updates; this driver keeps them in
+Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. ``lazy-refcounts`` is accepted and allows to postpone refcount updates; this driver keeps them in
 order all the same, so that it never sets the dirty bit. An image with the dirty bit is repaired when it is opened for writing.
 
 `read_into` and `write_from` contain the fast path: one cluster whose L2 slice is cached. It does not suspend unless the file
@@ -24,7 +23,7 @@ from qblock.drivers.qcow2.bitmapped import BitmappedDriver
 from qblock.drivers.qcow2.checked import CheckedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
-from qblock.drivers.qcow2.datafile import DataFileAllocator, DataFileMap, fit, name_in_header
+from qblock.drivers.qcow2.datafile import fit, name_in_header
 from qblock.drivers.qcow2.encrypted import EncryptedDriver
 from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
@@ -43,6 +42,7 @@ from qblock.drivers.qcow2.refcounts import Refcounts, block_clusters, read_refco
 from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
+from qblock.drivers.qcow2.subwriting import allocator_class, map_class
 from qblock.drivers.qcow2.writeback import WriteBack
 from qblock.errors import (
     BlockIOError,
@@ -162,8 +162,7 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         file.crypto = self._guest_cipher
         geometry = Geometry.of(header, sizes.l2_entry)
         l1 = decode_u64(await file.read(header.l1_offset, header.l1_size * 8))
-        mapping = DataFileMap if geometry.data_file else ClusterMap
-        self._map = mapping(file, geometry, l1, sizes.l2, sizes.clean_interval)
+        self._map = map_class(geometry)(file, geometry, l1, sizes.l2, sizes.clean_interval)
         self._snapshots = await read_snapshot_table(file)
         if self._snapshots.broken is not None:
             self._take_broken_snapshots(self._snapshots.broken)
@@ -171,12 +170,15 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         self._adopt_size(header.size)
         cluster = geometry.cluster_size
         alignment = 1 if file.crypto is None else _SECTOR
-        self.limits = Limits(request_alignment=alignment, zero_alignment=cluster, discard_alignment=cluster)
+        self.limits = Limits(
+            request_alignment=alignment, zero_alignment=1 << geometry.subcluster_bits, discard_alignment=cluster
+        )
         # Hot paths use these; they are the same objects for the life of the image.
         self._storage = self._edge
         # The fast path announces no steps, so that a file that is told of them gets none of it; nor does it check places,
         # nor encrypt.
-        self._tables = {} if traced or geometry.data_file or file.crypto is not None else self._map.tables
+        plain = file.crypto is None and not (geometry.data_file or geometry.extended)
+        self._tables = self._map.tables if plain and not traced else {}
         self._epochs = self._map.epochs
         self._slice_shift, self._cluster_bits = geometry.slice_shift, geometry.cluster_bits
         self._slice_mask, self._cluster_mask = (1 << geometry.slice_bits) - 1, cluster - 1
@@ -202,8 +204,7 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
         self._map.refcounts = refcounts
         self._writeback = WriteBack(file, refcounts, self._map)
         pass_discard = self.options.pass_discard_request
-        allocator = DataFileAllocator if self._map.geometry.data_file else Allocator
-        self._writer = allocator(
+        self._writer = allocator_class(self._map.geometry)(
             self._map,
             refcounts,
             self._writeback,
@@ -389,7 +390,7 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
             case Kind.ZERO | Kind.ZERO_ALLOCATED:
                 return Zero(length, host)
             case Kind.UNALLOCATED:
-                return Unallocated(length)
+                return Unallocated(length, host)
             case Kind.COMPRESSED:
                 return Compressed(length)
             case Kind.CORRUPT:
@@ -482,7 +483,7 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
             data["data-file-raw"] = header.raw_data_file
         if header.version >= 3:
             data["corrupt"] = header.has(head.CORRUPT)
-            data["extended-l2"] = False
+            data["extended-l2"] = header.has(head.EXTENDED_L2)
         return {"type": "qcow2", "data": data}
 
     def allocated_size(self) -> int | None:

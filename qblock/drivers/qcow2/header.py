@@ -24,6 +24,8 @@ V3_LENGTH: Final = 112
 
 MIN_CLUSTER_BITS: Final = 9
 MAX_CLUSTER_BITS: Final = 21
+MIN_EXTENDED_CLUSTER_BITS: Final = 14
+"""With extended L2 entries a 32nd of a cluster must be a sector at least."""
 MAX_L1_BYTES: Final = 32 * MiB
 MAX_REFCOUNT_TABLE_BYTES: Final = 8 * MiB
 MAX_SNAPSHOTS: Final = 65536
@@ -92,7 +94,7 @@ DATA_FILE_RAW: Final = Feature(2, 1, "raw external data")
 FEATURES: Final = (DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2, LAZY_REFCOUNTS, BITMAPS, DATA_FILE_RAW)
 """In the order of the feature table."""
 
-SUPPORTED_INCOMPATIBLE: Final = DIRTY.mask | CORRUPT.mask | DATA_FILE.mask | COMPRESSION.mask
+SUPPORTED_INCOMPATIBLE: Final = DIRTY.mask | CORRUPT.mask | DATA_FILE.mask | COMPRESSION.mask | EXTENDED_L2.mask
 """Incompatible bits that an image may have set for qblock to open it at all."""
 MAINTAINED_AUTOCLEAR: Final = BITMAPS.mask
 """Autoclear bits that a read-write open may leave set, besides that of raw external data."""
@@ -286,7 +288,9 @@ def validate(header: Header, file_length: int, image: str, *, to_check: bool = F
     """
     _check_features(header, image)
     cluster = header.cluster_size
-    per_table = cluster // 8
+    if header.has(EXTENDED_L2) and header.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
+        raise CorruptImage(image, f"clusters of {cluster} bytes are too small for extended L2 entries", offset=20)
+    per_table = cluster // (16 if header.has(EXTENDED_L2) else 8)
     if header.size > MAX_OFFSET << 6 or -(-header.size // (cluster * per_table)) > header.l1_size:
         raise CorruptImage(image, f"the L1 table is too small for a disk of {header.size} bytes", offset=36)
     tables = _tables(header)

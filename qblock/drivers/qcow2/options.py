@@ -11,7 +11,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 import attrs
 
-from qblock.drivers.qcow2.header import FEATURES, Header
+from qblock.drivers.qcow2.header import EXTENDED_L2, Header
 from qblock.drivers.qcow2.storage import TEMPLATES, Area
 from qblock.errors import BlockIOError, InvalidParameter
 from qblock.options import ChildRef, DriverOptions, child, option, required
@@ -108,7 +108,7 @@ class Qcow2CreateOptions(DriverOptions):
     size: int = required(doc="size of the disk, a multiple of 512")
     data_file: ChildRef = child(ChildRole.DATA, doc="the node that is to hold the data", optional=True, since="4.0")
     data_file_raw: bool = option(False, doc="keep the data file usable as a raw image", since="4.0")
-    extended_l2: bool = option(False, doc="subclusters; not offered yet", since="5.2")
+    extended_l2: bool = option(False, doc="entries of L2 tables with 32 subclusters", since="5.2")
     version: Literal["v2", "v3"] = option("v3", doc="v2 is compat 0.10, v3 is compat 1.1")
     backing_file: str | None = option(None, doc="name of the backing file")
     backing_fmt: str | None = option(None, doc="format of the backing file")
@@ -140,7 +140,7 @@ def cache_sizes(options: Qcow2Options, header: Header) -> CacheSizes:
             raise InvalidParameter(name.replace("_", "-"), "must not be negative")
     total, l2, refcount = options.cache_size, options.l2_cache_size, options.refcount_cache_size
     least_refcount = MIN_REFCOUNT_CLUSTERS * cluster
-    whole_image = -(-header.size // cluster) * 8
+    whole_image = -(-header.size // cluster) * (16 if header.has(EXTENDED_L2) else 8)
     if total is not None:
         if l2 is not None and refcount is not None:
             raise InvalidParameter("cache-size", "cannot be given together with both l2-cache-size and refcount-cache-size")
@@ -174,11 +174,8 @@ def protected_areas(checks: OverlapChecks | str | None) -> frozenset[Area]:
 
 def refuse_unsupported(options: Qcow2Options | Qcow2CreateOptions) -> None:
     """Raise for options that stand for features of the format that qblock does not offer."""
-    names = {feature.bit: feature.name for feature in FEATURES if feature.word == 0}
     if isinstance(options, Qcow2CreateOptions) and options.encrypt is not None:
         raise InvalidParameter("encrypt", "is not offered: encrypted qcow2 images cannot be made yet")
-    if isinstance(options, Qcow2CreateOptions) and options.extended_l2:
-        raise InvalidParameter("extended-l2", f"is not offered: the feature '{names[4]}' is not supported")
 
 
 def refuse_lazy_refcounts_of_v2(options: Qcow2Options, header: Header, image: str) -> None:

@@ -105,14 +105,14 @@ async def _grow(writer: Allocator, length: int, preallocation: str) -> None:
 async def _clean_last_cluster(writer: Allocator, *, allocate: bool) -> None:
     """What lies behind the end in the last cluster must read as zeroes when the end moves; ``allocate`` gives it a place."""
     clusters = writer.map
-    rest = -clusters.length % clusters.geometry.cluster_size
-    if not rest:
-        return
-    kind, _, _ = await clusters.status(clusters.length - 1, 1)
     backing = writer.file.node.backing
-    shines_through = kind is Kind.UNALLOCATED and backing is not None and backing.node.length > clusters.length
-    if allocate or shines_through or kind in (Kind.DATA, Kind.COMPRESSED):
-        await writer.write(clusters.length, Payload(zero_view(rest)))
+    at, end = clusters.length, align_up(clusters.length, clusters.geometry.cluster_size)
+    while at < end:
+        kind, length, _ = await clusters.status(at, end - at)
+        shines_through = kind is Kind.UNALLOCATED and backing is not None and backing.node.length > at
+        if allocate or shines_through or kind in (Kind.DATA, Kind.COMPRESSED):
+            await writer.write(at, Payload(zero_view(length)))
+        at += length
 
 
 async def _grow_l1(writer: Allocator, entries: int) -> None:

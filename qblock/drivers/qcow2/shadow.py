@@ -43,6 +43,8 @@ from qblock.drivers.qcow2.layout import (
     decode_u64,
     encode_u64,
     find_run,
+    first_words,
+    with_first_words,
     zeroes_u64,
 )
 from qblock.drivers.qcow2.refcounts import Freed
@@ -156,7 +158,7 @@ class Switch:
             if offset >> bits in seen:
                 raise self._damaged(f"entry {index} of an L1 table refers to the same L2 table as another one")
             seen.add(offset >> bits)
-            census.add_runs(self._references(await self._table(offset), offset))
+            census.add_runs(self._references(first_words(await self._table(offset), self.geometry), offset))
         census.add(seen)
 
     def _table_offset(self, index: int, entry: int) -> int:
@@ -227,9 +229,10 @@ class Switch:
             if not entry:
                 continue
             offset = self._table_offset(index, entry)
-            entries = await self._table(offset)
+            table = await self._table(offset)
+            entries = first_words(table, self.geometry)
             if self._set_flags(entries):
-                content = encode_u64(entries)
+                content = encode_u64(with_first_words(table, entries, self.geometry))
                 self.l1[index] = await self._place(self.geometry.cluster_size, content) | COPIED
                 self.less.add_runs([(offset >> bits, 1)])
             elif offset >> bits in self._affected:
