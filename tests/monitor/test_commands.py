@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from qblock.bitmaps import ALLOWED, BitmapState, BitmapUse, find_bitmap
+from qblock.actions.bitmaps import find_bitmap
+from qblock.bitmaps import ALLOWED, BitmapState, BitmapUse
 from qblock.clock import LoopClock
 from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.hub import MonitorHub
