@@ -308,6 +308,51 @@ def test_storing_fails_at_any_write_without_harm(failing: int) -> None:
     run(main)
 
 
+def test_a_node_that_is_healed_by_reopening_keeps_its_bitmaps() -> None:
+    """A failed metadata write poisons the node; what its bitmaps recorded meanwhile is still right, and stored at the end."""
+
+    async def main() -> None:
+        bench = await made()
+        disk = await written(bench, "a")
+        bench.storage.fail_writes = 1
+        with pytest.raises(BlockIOError):
+            for number in range(20):
+                await disk.write(100 * KiB + number * CLUSTER, b"x")
+                await disk.flush()
+        assert bench.node.poisoned is not None
+        bench.storage.fail_writes = None
+        await reopen(bench, read_only=False)
+        await disk.write(200 * KiB, b"y")
+        bitmap = bench.node.dirty_bitmaps[0]
+        assert bitmap.get(8 * KiB) and bitmap.get(100 * KiB) and bitmap.get(200 * KiB)
+        await bench.close()
+        result = await bench.check()
+        assert (result.corruptions, result.check_errors) == (0, 0), result.findings
+        await bench.open(flags=READ_ONLY)
+        assert bench.node.dirty_bitmaps[0].sha256() == bitmap.sha256()
+
+    run(main)
+
+
+def test_a_guest_cannot_write_over_the_bitmap_directory() -> None:
+    """A damaged L2 entry that points there: the write is stopped, and the image marked corrupt."""
+
+    async def main() -> None:
+        bench = await made()
+        disk = await written(bench, "a")
+        await bench.close()
+        _, at = directory(bench.content)
+        header = parse_header(bench.content, "image")
+        table = struct.unpack_from(">Q", bench.content, header.l1_offset)[0] & ((1 << 56) - 512)
+        image = patched(bench.content, table + 8 * (8 * KiB // CLUSTER), "Q", 1 << 63 | at)
+        disk = await bench.open(content=image)
+        with pytest.raises(BlockIOError, match="bitmap-directory"):
+            await disk.write(8 * KiB, b"x" * CLUSTER)
+        assert parse_header(bytes(bench.storage.live), "image").has(head.CORRUPT)
+
+    run(main)
+
+
 # ------------------------------------------------------------------------------------------------------------ crashes
 
 
@@ -343,6 +388,12 @@ async def _step(bench: FormatBench, disk: BlockBackend, random: Random, name: st
     elif dice < 0.7:
         offset = random.randrange(SIZE // CLUSTER) * CLUSTER
         await disk.discard(offset, min(SIZE - offset, 4 * CLUSTER))
+    elif dice < 0.75:
+        driver = driver_of(bench)
+        if driver.snapshots() and random.random() < 0.5:
+            await driver.delete_snapshot(driver.snapshots()[0])
+        else:
+            await driver.create_snapshot(name)
     elif dice < 0.9 or not bitmaps:
         bases[name] = bytes(await disk.read(0, SIZE))
         add(bench, name, random.choice([512, 4096]))
