@@ -147,9 +147,6 @@ class Driver(abc.ABC):
     supports_compressed: ClassVar[bool] = False
     """True when `write_compressed` is there."""
 
-    supports_compressed: ClassVar[bool] = False
-    """True when `write_compressed` is there."""
-
     prefers_copy_range: bool = False
     """True while `copy_range` into this node costs less than a copy by buffer: storage that shares blocks (reflinks)."""
 
@@ -157,10 +154,6 @@ class Driver(abc.ABC):
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
         """Make the range read as zeroes cheaply. ``BlockIOError(ENOTSUP)``: the border writes buffers of zeroes instead."""
-        raise BlockIOError(errno.ENOTSUP)
-
-    async def write_compressed(self, offset: int, buffer: memoryview) -> None:
-        """Store whole clusters in packed form. EINVAL for parts of one, EIO where something is stored already."""
         raise BlockIOError(errno.ENOTSUP)
 
     async def write_compressed(self, offset: int, buffer: memoryview) -> None:

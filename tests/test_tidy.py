@@ -21,6 +21,7 @@ LAYERS = (
     "extents ranges zeroes filenames policy",
     "findings",
     "clock options transaction formatting snapshots tracing witness",
+    "crypto.*",
     "dirty",
     "device_dirty",
     "permissions",
@@ -62,7 +63,7 @@ LAYERS = (
 LONERS = ("drivers.*",)
 """Rooms whose members do not import each other: a driver never imports a driver (qcow2's own modules are one driver)."""
 
-LAZY_PACKAGES = {"zstandard", "zlib", "prompt_toolkit", "pyroaring", "qemu", "importlib", "pickle", "readline"}
+LAZY_PACKAGES = {"zstandard", "cryptography", "zlib", "prompt_toolkit", "pyroaring", "qemu", "importlib", "pickle", "readline"}
 """Heavy or optional packages that may be imported inside a function, for the sake of start-up time."""
 
 LAZY_MODULES = {

@@ -209,6 +209,8 @@ def new_header(spec: CipherSpec, hash_name: str, iter_time: int) -> tuple[LuksHe
 
 def measure_iterations(hash_name: str, length: int, milliseconds: int) -> int:
     """Rounds of PBKDF2 that this machine does in that time for a key of ``length`` bytes, by the processor's clock."""
+    if milliseconds == 0:
+        return MIN_ITERATIONS
     rounds = _PROBE_ROUNDS
     while True:
         begin = time.thread_time_ns()

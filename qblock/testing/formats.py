@@ -53,6 +53,10 @@ class FormatBench:
         self.data: CrashStorage | None = None
         """The storage of the data file, of an image that was created with ``data_file="data"``."""
         self.node: BlockDriverState
+        self.secrets: dict[str, bytes] = {}
+        """Values of secret objects, for formats that encrypt."""
+        self.always: dict[str, Any] = {}
+        """Options of the driver for every opening, such as those that unlock the image."""
 
     @property
     def env(self) -> Environment:
@@ -71,6 +75,7 @@ class FormatBench:
     async def create(self, **options: Any) -> None:
         """Make a new image with these creation options."""
         create: Any = self.driver
+        self.env.secrets.update(self.secrets)
         await create.create(create.create_options_class(file="storage", **options), self)
         self.content = bytes(self.storage.live)
         self.data_content = bytes(self.data.live) if self.data is not None else None
@@ -89,6 +94,7 @@ class FormatBench:
         ``flags`` are fields of its node, ``options`` the driver's.
         """
         self.bench = NodeBench() if backing is None else self.bench
+        self.env.secrets.update(self.secrets)
         storage = await self._add_storage(self.content if content is None else content)
         assert isinstance(storage.driver, CrashStorage)
         self.storage = storage.driver
@@ -104,7 +110,7 @@ class FormatBench:
             children["backing"] = (backing, ChildRole.BACKING)
         state: dict[str, Any] = {"discard_unmap": True, **(flags or {})}
         made: Any = self.driver.options_class
-        self.node = await self.bench.add(self.driver, made(file="storage", **options), children=children, **state)
+        self.node = await self.bench.add(self.driver, made(file="storage", **(self.always | options)), children=children, **state)
         return self.bench.backend(self.node) if not self.node.read_only else _reader(self.bench, self.node)
 
     async def _add_storage(self, content: bytes) -> BlockDriverState:
@@ -123,7 +129,7 @@ class FormatBench:
     async def check(self, content: bytes | None = None, fix: CheckFix = CheckFix.NONE) -> CheckResult:
         """Open a content (default: what `close` kept) on a bench of its own, and check it."""
         other = FormatBench(self.driver)
-        other.data_content = self.data_content
+        other.data_content, other.secrets, other.always = self.data_content, self.secrets, self.always
         await other.open(
             content=self.content if content is None else content, flags={"read_only": fix is CheckFix.NONE}
         )

@@ -15,16 +15,17 @@ import attrs
 
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.header import Extension, Header, encode_header
-from qblock.drivers.qcow2.layout import COPIED, U64, Geometry, encode_u64
+from qblock.drivers.qcow2.layout import COPIED, U64, ZERO, Geometry, encode_u64
 from qblock.drivers.qcow2.options import Qcow2CreateOptions, refuse_unsupported
 from qblock.drivers.qcow2.refcounts import RefcountCodec
-from qblock.drivers.qcow2.subclusters import ALL_DATA, with_states
+from qblock.drivers.qcow2.subclusters import ALL_DATA, ALL_ZERO, with_states
 from qblock.errors import BlockIOError, InvalidParameter
 from qblock.options import ABSENT
 from qblock.units import MiB, align_up, is_power_of_two
 
 if TYPE_CHECKING:
     from qblock.driver import CreateContext, CreateTarget
+    from qblock.drivers.qcow2.encrypting import NewEncryption
 
 _SECTOR: Final = 512
 
@@ -44,6 +45,8 @@ class ImagePlan:
     l2_tables: int
     data: int
     mapped: int
+    encryption: int = 0
+    """The LUKS header with its key slots."""
     states: int = ALL_DATA
     """The second word of the extended L2 entries of preallocated clusters."""
 
@@ -53,9 +56,14 @@ class ImagePlan:
         return 1 + self.table_clusters
 
     @property
+    def first_encryption(self) -> int:
+        """The LUKS header with its key slots."""
+        return self.first_block + self.blocks + self.l1_clusters
+
+    @property
     def first_l2(self) -> int:
         """The first L2 table."""
-        return self.first_block + self.blocks + self.l1_clusters
+        return self.first_encryption + self.encryption
 
     @property
     def total(self) -> int:
@@ -65,14 +73,20 @@ class ImagePlan:
     @property
     def file_length(self) -> int:
         """Bytes of the new file."""
-        if self.l2_tables or not self.l1_clusters:
+        if self.l2_tables or self.encryption or not self.l1_clusters:
             return self.total << self.geometry.cluster_bits
         return self.header.l1_offset + self.header.l1_size * 8
 
 
 async def create_image(options: Qcow2CreateOptions, context: CreateContext) -> None:
     """Make an image as the options say. Raises `CommandError` for options that cannot be, `BlockIOError` when writing fails."""
-    plan = plan_image(options)
+    encryption = None
+    if options.encrypt is not None:
+        _check_encrypted(options)
+        from qblock.drivers.qcow2.encrypting import new_encryption  # noqa: PLC0415 - few images need it
+
+        encryption = await new_encryption(options.encrypt, context.env)
+    plan = plan_image(options, encryption)
     target = await context.open_reference(options.file)
     try:
         if options.data_file is not ABSENT:
@@ -82,6 +96,9 @@ async def create_image(options: Qcow2CreateOptions, context: CreateContext) -> N
             await _make_room(target, plan, options.preallocation)
         await _write_refcounts(target, plan)
         await _write_mapping(target, plan)
+        if encryption is not None and plan.encryption:
+            area = encryption.area.ljust(plan.encryption << plan.geometry.cluster_bits, b"\0")
+            await target.write_from(plan.first_encryption << plan.geometry.cluster_bits, memoryview(area))
         await target.flush()
         encoded = encode_header(plan.header)
         await target.write_from(0, memoryview(encoded + bytes(plan.header.cluster_size - len(encoded))))
@@ -109,7 +126,7 @@ async def _prepare_data_file(options: Qcow2CreateOptions, context: CreateContext
     return attrs.evolve(plan, header=attrs.evolve(header, extensions=(*header.extensions, extension)))
 
 
-def plan_image(options: Qcow2CreateOptions) -> ImagePlan:
+def plan_image(options: Qcow2CreateOptions, encryption: NewEncryption | None = None) -> ImagePlan:
     """Check the options and lay the image out."""
     _check(options)
     cluster, version = options.cluster_size, int(options.version[1])
@@ -127,9 +144,10 @@ def plan_image(options: Qcow2CreateOptions) -> ImagePlan:
     mapped = geometry.clusters(options.size) if preallocated else 0
     data = 0 if external else mapped
     l1_clusters = geometry.clusters(l1_size * 8)
+    area = geometry.clusters(len(encryption.area)) if encryption is not None else 0
     blocks = table_clusters = 1
     while True:
-        total = 1 + table_clusters + blocks + l1_clusters + l2_tables + data
+        total = 1 + table_clusters + blocks + l1_clusters + area + l2_tables + data
         wanted = max(-(-total >> geometry.block_bits), 1), max(geometry.clusters(blocks * 8), 1)
         if wanted <= (blocks, table_clusters) and wanted[1] <= table_clusters:
             break
@@ -137,6 +155,8 @@ def plan_image(options: Qcow2CreateOptions) -> ImagePlan:
     if table_clusters * cluster > head.MAX_REFCOUNT_TABLE_BYTES:
         raise InvalidParameter("size", "needs a larger refcount table than the format allows; choose larger clusters")
     header = _header(options, geometry, l1_size, (1 + table_clusters + blocks) * cluster, table_clusters)
+    if encryption is not None:
+        header = _encrypted(header, encryption, (1 + table_clusters + blocks + l1_clusters) * cluster)
     return ImagePlan(
         header=header,
         geometry=geometry,
@@ -147,8 +167,14 @@ def plan_image(options: Qcow2CreateOptions) -> ImagePlan:
         data=data,
         mapped=mapped,
         # Over a backing file the places are there, but what it holds still shows.
-        states=ALL_DATA if options.backing_file is None else 0,
+        states=0 if options.backing_file is not None else ALL_DATA if encryption is None else ALL_ZERO,
+        encryption=area,
     )
+
+
+def _encrypted(header: Header, encryption: NewEncryption, offset: int) -> Header:
+    pointer = (encryption.extension(offset),) if encryption.area else ()
+    return attrs.evolve(header, crypt_method=encryption.method, extensions=(*header.extensions, *pointer))
 
 
 def _check(options: Qcow2CreateOptions) -> None:
@@ -187,6 +213,13 @@ def _check_data_file(options: Qcow2CreateOptions) -> None:
         raise InvalidParameter("data-file", "needs version v3 (compat 1.1)")
     if options.data_file_raw and options.backing_file is not None:
         raise InvalidParameter("data-file-raw", "cannot be used together with a backing file")
+
+
+def _check_encrypted(options: Qcow2CreateOptions) -> None:
+    if options.data_file_raw:
+        raise InvalidParameter("data-file-raw", "cannot be used together with encryption")
+    if options.version == "v2" and options.preallocation != "off":
+        raise InvalidParameter("preallocation", "needs version v3 (compat 1.1) in an encrypted image")
 
 
 def _header(options: Qcow2CreateOptions, geometry: Geometry, l1_size: int, l1_offset: int, table_clusters: int) -> Header:
@@ -247,7 +280,9 @@ async def _write_mapping(target: CreateTarget, plan: ImagePlan) -> None:
         l1[i] = (plan.first_l2 + i) << bits | COPIED
     if l1:
         await target.write_from(plan.header.l1_offset, encode_u64(l1))
-    first_data = COPIED if plan.geometry.data_file else (plan.first_l2 + plan.l2_tables) << bits | COPIED
+    # What an encrypted image shows of space that was never written is noise, so the entries say that it reads as zeroes.
+    flags = COPIED | (ZERO if plan.header.crypt_method and not plan.geometry.extended else 0)
+    first_data = flags if plan.geometry.data_file else (plan.first_l2 + plan.l2_tables) << bits | flags
     end = first_data + (plan.mapped << bits)
     for i in range(plan.l2_tables):
         start = first_data + (i * per_table << bits)

@@ -1,7 +1,8 @@
 """The ``qcow2`` driver: opening, requests, size and links of an image. The theory is in the modules it puts together.
 
-Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. ``lazy-refcounts`` is accepted and allows to postpone refcount updates; this driver keeps them in
-order all the same, so that it never sets the dirty bit. An image with the dirty bit is repaired when it is opened for writing.
+Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. ``lazy-refcounts`` is accepted and allows to postpone
+refcount updates; this driver keeps them in order all the same, so that it never sets the dirty bit. An image with the dirty bit
+is repaired when it is opened for writing.
 
 `read_into` and `write_from` contain the fast path: one cluster whose L2 slice is cached. It does not suspend unless the file
 does; everything else goes to `clusters.py` and `allocation.py`.
@@ -24,6 +25,7 @@ from qblock.drivers.qcow2.checked import CheckedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
 from qblock.drivers.qcow2.datafile import fit, name_in_header
+from qblock.drivers.qcow2.emptying import make_empty
 from qblock.drivers.qcow2.encrypted import EncryptedDriver
 from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
@@ -459,6 +461,10 @@ class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
             await fit(self._file, length)
         else:
             self.probes_storage = self._lies_on_holes()
+
+    async def make_empty(self) -> None:
+        """See `SupportsEmptying`."""
+        await make_empty(await self._writing(0, 0), has_snapshots=bool(self._snapshots.snapshots))
 
     # ------------------------------------------------------------------------------------------------------ questions
 

@@ -174,8 +174,6 @@ def protected_areas(checks: OverlapChecks | str | None) -> frozenset[Area]:
 
 def refuse_unsupported(options: Qcow2Options | Qcow2CreateOptions) -> None:
     """Raise for options that stand for features of the format that qblock does not offer."""
-    if isinstance(options, Qcow2CreateOptions) and options.encrypt is not None:
-        raise InvalidParameter("encrypt", "is not offered: encrypted qcow2 images cannot be made yet")
 
 
 def refuse_lazy_refcounts_of_v2(options: Qcow2Options, header: Header, image: str) -> None:

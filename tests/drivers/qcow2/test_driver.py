@@ -19,7 +19,7 @@ from qblock.driver import BackingLink, CheckFix
 from qblock.drivers.file.driver import FileDriver, FileOptions
 from qblock.drivers.qcow2.driver import Qcow2Driver
 from qblock.drivers.qcow2.header import parse_header
-from qblock.drivers.qcow2.options import OverlapChecks, Qcow2Options
+from qblock.drivers.qcow2.options import Encryption, EncryptionCreate, OverlapChecks, Qcow2Options
 from qblock.errors import BlockIOError, CorruptImage, ImagePoisoned, InvalidParameter, QBlockError
 from qblock.extents import Data, Unallocated, Zero
 from qblock.permissions import ChildRole
@@ -499,7 +499,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "all three sizes": {"cache_size": MiB, "l2_cache_size": 1, "refcount_cache_size": 1},
     "parts larger than the whole": {"cache_size": 1, "l2_cache_size": MiB},
     "negative": {"cache_clean_interval": -1},
-    "encryption": {"encrypt": {"format": "luks"}},
+    "encryption": {"encrypt": Encryption(format="luks")},
 }
 
 
@@ -527,11 +527,12 @@ def test_options_that_cannot_be_honoured_are_refused(name: str) -> None:
         {"version": "v2", "lazy_refcounts": True},
         {"version": "v2", "compression_type": "zstd"},
         {"preallocation": "full", "backing_file": "x"},
-        {"extended_l2": True},
+        {"extended_l2": True, "version": "v2"},
+        {"extended_l2": True, "cluster_size": 8192},
         {"data_file": "data", "version": "v2"},
         {"data_file": "data", "data_file_raw": True, "backing_file": "x"},
         {"data_file_raw": True},
-        {"encrypt": {"format": "luks"}},
+        {"encrypt": EncryptionCreate(format="luks")},
         {"cluster_size": 512, "size": 1 << 40},
     ],
     ids=str,
