@@ -365,15 +365,15 @@ def test_resized_disks_are_clean_and_grow_zeroes(tmp_path: Path, cluster: int) -
 
 
 def test_images_with_features_of_others_are_refused_by_name(tmp_path: Path) -> None:
-    """What qblock cannot do is said in the words of the feature table."""
-    cases = {"extended_l2=on": "extended L2 entries"}
-    for options, name in cases.items():
-        path = tmp_path / "image"
-        path.unlink(missing_ok=True)
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "image", "1M"]
-        subprocess.run(command, cwd=tmp_path, check=True)
-        with pytest.raises(Exception, match=name):
-            read_by_us(path)
+    """What nobody knows is said by the number of its bit, as the real one does."""
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    raw = bytearray(path.read_bytes())
+    raw[72:80] = (1 << 40).to_bytes(8, "big")
+    path.write_bytes(raw)
+    with pytest.raises(Exception, match="10000000000"):
+        read_by_us(path)
+    qemu_img("info", path, status=1)
 
 
 def test_a_corrupt_image_opens_read_only(tmp_path: Path) -> None:
