@@ -54,6 +54,8 @@ class BitmappedDriver(Driver):
         """See `SupportsBitmaps`."""
         if self.node.read_only or self._writeback is None or self.node.poisoned is not None:
             return
+        if self._file.header.version < 3:
+            return  # they were lost when the version was lowered
         if not any(bitmap.persistent for bitmap in self.node.dirty_bitmaps) and self._store is None:
             return
         store = self._bitmap_store()

@@ -257,7 +257,7 @@ class BitmapStore:
         """Make the header refer to what was written, then release what only the old directory referred to."""
         old_directory, old_entries = self.directory, self.entries
         gone = [entry for entry in old_entries if entry not in entries]
-        freed = [run for entry in gone async for run in _clusters_of(file, entry)]
+        freed = [run for entry in gone for run in await _released(file, entry)]
         await writeback.finish()
         await writeback.rewrite_header(lambda header: with_bitmaps(header, directory))
         self.directory, self.entries = directory, entries
@@ -334,33 +334,23 @@ async def _load_step(file: ImageFile, bitmap: DirtyBitmap, words: array[int], at
         bitmap.load_bytes(at * 8, raw)
 
 
-async def bitmap_clusters(file: ImageFile) -> AsyncIterator[tuple[int, int]]:
-    """All clusters that the header's bitmaps refer to, as runs of (first, count); raises `CorruptImage`."""
-    directory, entries = await read_directory(file)
-    bits, budget = file.header.cluster_bits, file.length()
-    if directory is None:
-        return
-    yield directory.offset >> bits, -(-directory.size >> bits)
-    for entry in entries:
-        if (budget := budget - entry.table_entries * 8) < 0:
-            raise _too_much(file)
-        table = await _read_table(file, entry)
-        yield entry.table_offset >> bits, -(-entry.table_entries * 8 >> bits)
-        for run in _runs((word & OFFSET_MASK) >> bits for word in table if word & OFFSET_MASK):
-            yield run
+async def bitmap_clusters(file: ImageFile, entry: BitmapEntry) -> AsyncIterator[tuple[int, int]]:
+    """The clusters of a stored bitmap, table and data, as runs of (first, count); raises `CorruptImage`."""
+    bits = file.header.cluster_bits
+    table = await _read_table(file, entry)
+    yield entry.table_offset >> bits, -(-entry.table_entries * 8 >> bits)
+    for run in _runs((word & OFFSET_MASK) >> bits for word in table if word & OFFSET_MASK):
+        yield run
 
 
-async def _clusters_of(file: ImageFile, entry: BitmapEntry) -> AsyncIterator[tuple[int, int]]:
-    """Runs of clusters (first, count) of a stored bitmap: table and data. Nothing when it is damaged: they stay leaked."""
-    bits, length = file.header.cluster_bits, file.length()
+async def _released(file: ImageFile, entry: BitmapEntry) -> list[tuple[int, int]]:
+    """The clusters that become free with a stored bitmap. None when it is damaged: they stay leaked."""
+    end = -(-file.length() >> file.header.cluster_bits)
     try:
-        table = await _read_table(file, entry)
+        return [(first, count) async for first, count in bitmap_clusters(file, entry) if first + count <= end]
     except CorruptImage as error:
         file.env.warn(f"{error}; its clusters are not released")
-        return
-    yield entry.table_offset >> bits, -(-entry.table_entries * 8 >> bits)
-    for run in _runs((word & OFFSET_MASK) >> bits for word in table if OFFSET_MASK & word and OFFSET_MASK & word < length):
-        yield run
+        return []
 
 
 def _runs(clusters: Iterable[int]) -> Iterator[tuple[int, int]]:

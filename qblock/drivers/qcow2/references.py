@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from qblock.drivers.qcow2.snapshots import SnapshotTable
     from qblock.drivers.qcow2.storage import ImageFile
 
-_BITMAP_ENTRY: Final = 24
-_MAX_BITMAP_DIRECTORY: Final = 65535 * 1024
 _LOW: Final = (1 << 32) - 1
 
 
@@ -157,30 +155,23 @@ class ReferenceCounter:
     # ----------------------------------------------------------------------------------------------------------- bitmaps
 
     async def _add_bitmaps(self) -> None:
-        """Persistent bitmaps that are consistent keep their clusters."""
-        header = self.file.header
-        data = header.extension(head.EXT_BITMAPS)
-        if data is None or not header.has(head.BITMAPS) or len(data) < _BITMAP_ENTRY:
+        """Persistent bitmaps keep their clusters, whether or not they are in use; `CorruptImage` when a table cannot be read."""
+        if self.file.header.extension(head.EXT_BITMAPS) is None:
             return
-        size, offset = int.from_bytes(data[8:16], "big"), int.from_bytes(data[16:24], "big")
-        if size > _MAX_BITMAP_DIRECTORY or offset + size > self.file_length:
-            text = "the bitmap directory lies behind the end of the file"
-            self.report.add(Damage.BITMAPS, text, place=ByteRange(offset, size))
-            return
-        self.add_bytes(offset, size)
-        raw, at = await self.file.read(offset, size), 0
-        while at + _BITMAP_ENTRY <= len(raw):
-            table, entries = int.from_bytes(raw[at : at + 8], "big"), int.from_bytes(raw[at + 8 : at + 12], "big")
-            if table + entries * 8 > self.file_length:
-                text = "a bitmap table lies behind the end of the file"
-                self.report.add(Damage.BITMAPS, text, place=ByteRange(table, entries * 8))
-                return
-            self.add_bytes(table, entries * 8)
-            for entry in decode_u64(await self.file.read(table, entries * 8)):
-                if entry & OFFSET_MASK:
-                    self.add_bytes(entry & OFFSET_MASK, self.geometry.cluster_size)
-            name, extra = int.from_bytes(raw[at + 18 : at + 20], "big"), int.from_bytes(raw[at + 20 : at + 24], "big")
-            at += -(-(_BITMAP_ENTRY + name + extra) // 8) * 8
+        from qblock.drivers.qcow2.bitmaps import bitmap_clusters, read_directory  # noqa: PLC0415 - few images have them
+
+        bits = self.geometry.cluster_bits
+        directory, entries = await read_directory(self.file)
+        if directory is not None:
+            self.add_bytes(directory.offset, directory.size)
+        for entry in entries:
+            place = ByteRange(entry.table_offset, entry.table_entries * 8)
+            if place.end > self.file_length:
+                text = f"the table of bitmap '{entry.name}' lies behind the end of the file"
+                self.report.add(Damage.BITMAPS, text, place=place)
+                continue
+            async for first, count in bitmap_clusters(self.file, entry):
+                self.add_bytes(first << bits, count << bits)
 
 
 class _TableWalk:
