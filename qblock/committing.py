@@ -10,6 +10,7 @@ afterwards: they go on top of a base that has changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import attrs
@@ -17,7 +18,7 @@ import attrs
 from qblock.chain import chain_next, find_backing_image, skip_filters
 from qblock.copying_down import Buffers, Piece, copy_piece, pieces_above, spread
 from qblock.driver import SupportsEmptying
-from qblock.errors import CommandError
+from qblock.errors import CommandError, QBlockError
 from qblock.node import BdrvChild, BlockDriverState
 from qblock.nodespec import NodeFlags
 from qblock.offline import WRITING, Progress, no_progress, run_offline, using
@@ -87,9 +88,11 @@ async def commit_image(
             assert target.root is not None
             copied, zeroed = await _copy(opener, top, target.root, order, progress)
             await target.flush()
-    finally:
-        if was_read_only and base.poisoned is None:
-            await opener.reopen(base, read_only=True)
+    except BaseException:
+        with contextlib.suppress(QBlockError):  # the cause matters more
+            await _restore(opener, base, read_only=was_read_only)
+        raise
+    await _restore(opener, base, read_only=was_read_only)
     if order.empty:
         assert isinstance(node.driver, SupportsEmptying)
         await node.driver.make_empty()
@@ -104,6 +107,12 @@ async def _make_writable(opener: Opener, base: BlockDriverState) -> None:
         storage = storage.storage.node if storage.storage is not None else None
     if base.read_only:
         await opener.reopen(base, read_only=False)
+
+
+async def _restore(opener: Opener, base: BlockDriverState, *, read_only: bool) -> None:
+    """Let the base be as it was opened."""
+    if read_only and base.poisoned is None:
+        await opener.reopen(base, read_only=True)
 
 
 async def _copy(

@@ -106,19 +106,30 @@ class _Spreading:
     clock: Clock
     limit: RateLimit
     planning: asyncio.Lock = attrs.field(factory=asyncio.Lock)
+    failure: Exception | None = None
 
     async def work(self) -> None:
-        """One worker: pieces until there are none."""
-        while True:
-            async with self.planning:
-                piece = await anext(self.pieces, None)
-            if piece is None:
-                return
-            if piece.work:
-                await self.perform(piece)
-            self.ended(piece)
-            if piece.work and (delay := self.limit.delay_ns(piece.length)):
-                await self.clock.sleep_ns(delay)
+        """One worker: pieces until there are none, or one has failed. The others are not cancelled: a driver is never stopped
+        in the middle of a write.
+        """
+        try:
+            while self.failure is None and await self.step():
+                pass
+        except Exception as error:  # raised again by `spread`
+            self.failure = self.failure or error
+
+    async def step(self) -> bool:
+        """One piece; False when there are no more."""
+        async with self.planning:
+            piece = await anext(self.pieces, None)
+        if piece is None:
+            return False
+        if piece.work:
+            await self.perform(piece)
+        self.ended(piece)
+        if piece.work and (delay := self.limit.delay_ns(piece.length)):
+            await self.clock.sleep_ns(delay)
+        return True
 
 
 async def spread(
@@ -137,12 +148,11 @@ async def spread(
     limit = RateLimit(clock)
     limit.set_speed(speed)
     run = _Spreading(pieces, perform, ended, clock, limit)
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(workers):
-                tasks.create_task(run.work())
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(workers):
+            tasks.create_task(run.work())
+    if run.failure is not None:
+        raise run.failure
 
 
 class Buffers:

@@ -31,7 +31,7 @@ from qblock.offline import WRITING, Progress, no_progress, run_offline, using
 from qblock.opening import Opener
 from qblock.permissions import Perm
 from qblock.status import FIRST_QUESTION, ChainExtent, block_status, chain_status, next_question
-from qblock.zeroes import all_zero
+from qblock.zeroes import ZERO_PIECE, all_zero, zero_view
 
 
 @attrs.frozen
@@ -225,10 +225,24 @@ class _Comparing:
         fua, length = self.order.writethrough, len(data)
         if piece.zero or all_zero(data):
             await requests.write_zeroes(self.overlay, piece.offset + start, length, fua=fua)
+            if not await self._holds(piece.offset + start, length):
+                # Without a backing node a format may express zeroes by holding nothing (qcow2 of version 2).
+                for at in range(0, length, ZERO_PIECE):
+                    zeroes = zero_view(min(ZERO_PIECE, length - at))
+                    await requests.write_from(self.overlay, piece.offset + start + at, zeroes, fua=fua)
             self._zeroed += length
         else:
             await requests.write_from(self.overlay, piece.offset + start, data, fua=fua)
             self._copied += length
+
+    async def _holds(self, offset: int, length: int) -> bool:
+        """Whether the overlay itself holds all of a range, so that no backing file shows through."""
+        while length:
+            extent = await block_status(self.node, offset, length, want_zero=False)
+            if isinstance(extent, Unallocated):
+                return False
+            offset, length = offset + extent.length, length - extent.length
+        return True
 
 
 @contextmanager

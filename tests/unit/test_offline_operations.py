@@ -263,3 +263,13 @@ def test_options_of_the_new_backing_file_are_json_names_too(chain: Path) -> None
     qblock.rebase(chain / "top", name, "qcow2")
     assert content(chain / "top") == before
     assert backing_of(chain / "top") == name
+
+
+def test_zeroes_of_an_image_without_backing_file_stay_zeroes_over_a_new_one(tmp_path: Path) -> None:
+    """Version 2 has no zero clusters: what is unallocated there has to become data before another file may show through."""
+    make_image(tmp_path / "below", MiB, {0: b"b" * MiB})
+    for version in ("v2", "v3"):
+        image = make_image(tmp_path / version, MiB, {"64k": b"x" * 64 * KiB}, version=version)
+        before = content(image)
+        assert qblock.rebase(image, "below", "qcow2") == Rebased("below", 0, MiB - 64 * KiB)
+        assert content(image) == before
