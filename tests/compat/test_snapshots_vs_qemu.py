@@ -126,15 +126,23 @@ class Pair:
         self.mine, self.theirs = self.theirs, self.mine
 
 
-OPTIONS = ["compat=1.1", "compat=1.1,refcount_bits=1", "compat=1.1,refcount_bits=2", "compat=1.1,refcount_bits=64", "compat=0.10"]
+OPTIONS = [
+    "compat=1.1",
+    "compat=1.1,refcount_bits=1",
+    "compat=1.1,refcount_bits=2",
+    "compat=1.1,refcount_bits=64",
+    "compat=0.10",
+    "extended_l2=on",
+]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(12))
 def test_the_same_commands_leave_the_same_snapshots(seed: int, tmp_path: Path) -> None:
     """Writes, zeroes, discards, snapshots made, applied and deleted, sizes changed: with both, and with each on the other's."""
     random = Random(seed)
-    cluster = random.choice([512, 4096, 65536])
-    pair = Pair(tmp_path, random, f"{OPTIONS[seed % len(OPTIONS)]},cluster_size={cluster}", cluster)
+    options = OPTIONS[seed % len(OPTIONS)]
+    cluster = random.choice([16384, 65536] if "extended" in options else [512, 4096, 65536])
+    pair = Pair(tmp_path, random, f"{options},cluster_size={cluster}", cluster)
     for number in range(14):
         pair.step()
         if number % 3 == 2:

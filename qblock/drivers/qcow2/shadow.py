@@ -107,7 +107,6 @@ class Switch:
             l1_offset = await self._place_l1()
             table = encode_snapshot_table(self.change.snapshots, self.change.size)
             table_offset = await self._place(len(table), memoryview(table)) if table else 0
-            self._lose_bytes(*self.old.place(self.file))
             blocks, counts_offset = await self._claim_structure()
             await self._write_counts(blocks, counts_offset)
             self._check_freed(blocks)
@@ -126,7 +125,8 @@ class Switch:
             await self._walk(l1, self.more)
         for l1 in self.change.lost:
             await self._walk(l1, self.less)
-        for offset, length in self.change.freed:
+        # The old table is looked up before the file grows: one that led out of it was never counted.
+        for offset, length in (*self.change.freed, self.old.place(self.file)):
             self._lose_bytes(offset, length)
         for census in (self.more, self.less):
             for plane in census.planes:
@@ -341,6 +341,8 @@ class Switch:
             if offset and block not in blocks:
                 needed.add(offset >> bits)
         needed |= BitMap64((entry & OFFSET_MASK) >> bits for entry in self.l1 if entry)
+        for claim in self.claimed:
+            needed.add_range(claim.first, claim.first + claim.clusters)
         for snapshot in self.change.snapshots:
             if snapshot.defect(self.file.length(), self.geometry.cluster_size) is None:
                 first = snapshot.l1_offset >> bits

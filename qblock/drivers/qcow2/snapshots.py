@@ -82,9 +82,9 @@ class SnapshotTable:
     mendable: bool = True
 
     def place(self, file: ImageFile) -> tuple[int, int]:
-        """Byte offset and length of what the table takes in the file; a table behind its end takes nothing."""
-        offset = file.header.snapshots_offset
-        return (offset, self.length) if offset < align_up(file.length(), file.header.cluster_size) else (0, 0)
+        """Byte offset and length of what the table takes in the file; one that leads out of it takes nothing."""
+        offset, length = file.header.snapshots_offset, self.length
+        return (offset, length) if offset + length - file.length() < file.header.cluster_size else (0, 0)
 
     def usable(self, file: ImageFile) -> Iterable[Snapshot]:
         """Those whose L1 tables can be ones, and do not overlap those of earlier ones."""
@@ -123,8 +123,6 @@ async def read_snapshot_table(file: ImageFile) -> SnapshotTable:
     if misplaced is not None:
         return SnapshotTable((), 0, broken=misplaced, mendable=False)
     broken = None
-    if file.header.snapshot_count and file.header.snapshots_offset >= align_up(file.length(), file.header.cluster_size):
-        reader.defects.append("the snapshot table lies behind the end of the file")
     if file.header.snapshot_count > MAX_SNAPSHOTS:
         broken = f"it has {file.header.snapshot_count} snapshots, of which the format allows {MAX_SNAPSHOTS}"
     try:
