@@ -12,8 +12,8 @@ it was when the image was opened. The order of effects makes a bitmap of the fil
 
 Bitmaps that were inconsistent when they were loaded are never used: they stay as they are until somebody removes them.
 Differs from QEMU: marking does not take the autoclear bit away for a moment, so a crash loses no bitmap; a bitmap that a job
-or an export is still using is stored with what was recorded since; bitmaps that refer to more clusters than the file has are
-refused, so that reading them takes no longer than reading the file.
+or an export is still using is stored with what was recorded since; bitmaps that refer to more clusters than the file has, or
+than it can have in so little space, are refused, so that reading them takes no longer than reading the file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from qblock.drivers.qcow2.layout import OFFSET_MASK, decode_u64, encode_u64, zer
 from qblock.drivers.qcow2.refcounts import Freed
 from qblock.drivers.qcow2.storage import Area
 from qblock.errors import BlockIOError, CommandError, CorruptImage
-from qblock.units import MiB, align_up
+from qblock.units import GiB, MiB, align_up
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.refcounts import Refcounts
@@ -60,6 +60,10 @@ if TYPE_CHECKING:
 _READ_STEP: Final = MiB
 """Bytes of a bitmap that are read and decoded at a time; a multiple of every cluster size but the largest."""
 _WRITE_STEP: Final = MiB
+_HOLES: Final = GiB
+"""Bytes of bitmaps that may lie in holes of the file."""
+_PACKED: Final = 64
+"""A file system that compresses may show so many times what it takes."""
 
 
 def has_bitmaps(header: Header) -> bool:
@@ -164,7 +168,7 @@ class BitmapStore:
     async def load(self, file: ImageFile, size: int) -> None:
         """Read everything, and put the bitmaps on the node; ``size`` is the disk's. Raises `CorruptImage`, `BlockIOError`."""
         await self.reread(file)
-        budget = file.length()
+        budget = _reading_budget(file)
         loaded = []
         for entry in self.entries:
             bitmap = DirtyBitmap(
@@ -274,6 +278,12 @@ class BitmapStore:
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def _reading_budget(file: ImageFile) -> int:
+    """Bytes that all bitmaps together may take in the file: no more than it has. Holes of a file count little."""
+    allocated = file.edge.node.driver.allocated_size()
+    return file.length() if allocated is None else min(file.length(), _HOLES + _PACKED * allocated)
 
 
 async def _read_table(file: ImageFile, entry: BitmapEntry) -> array[int]:
