@@ -126,3 +126,113 @@ def test_the_same_commands_leave_the_same_images(pair: Pair, seed: int) -> None:
             size = random.choice([size + cluster, size + 1536, size // 2 // 512 * 512])
             pair.both("qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", "image", str(size))
             pair.agree("image")
+
+
+def damaged(image: bytes, entry: int | None, states: int | None, index: int = 1) -> bytes:
+    """The image with other words in an L2 entry."""
+    raw = bytearray(image)
+    (l1,) = struct.unpack_from(">Q", raw, 40)
+    table = struct.unpack_from(">Q", raw, l1)[0] & 0x00FFFFFFFFFFFE00
+    for at, word in ((table + 16 * index, entry), (table + 16 * index + 8, states)):
+        if word is not None:
+            struct.pack_into(">Q", raw, at, word)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "states"),
+    [
+        ("data and zero at once", None, 1 << 32 | 0xFFFFFFFF),
+        ("data without a host cluster", 0, 1),
+        ("data without a host cluster, further on", 0, 1 << 5),
+        ("a compressed cluster with states", 1 << 62 | 0x60000, 1 << 40),
+        ("zero without a host cluster", 0, 1 << 40),
+        ("nothing, but space", None, 0),
+    ],
+)
+def test_entries_that_contradict_themselves_are_met_as_the_real_one_meets_them(
+    pair: Pair, name: str, entry: int | None, states: int | None
+) -> None:
+    """What can be read is read, what cannot fails, and the check counts as much."""
+    pair.both("qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "image", "1M")
+    pair.both("qemu-io", "-c", "write -P 3 0 192k", "image")
+    image = damaged((pair.real / "image").read_bytes(), entry, states)
+    for where in (pair.real, pair.ours):
+        (where / "image").write_bytes(image)
+    for at in (0, 64 * KiB, 66 * KiB, 74 * KiB, 80 * KiB, 126 * KiB, 128 * KiB):
+        code, _ = pair.theirs(pair.real, "qemu-io", "-r", "-c", f"read {at} 2k", "image")
+        own, _ = pair.own(pair.ours, "qemu-io", "-r", "-c", f"read {at} 2k", "image")
+        assert (at, own) == (at, code)
+    code, text = pair.theirs(pair.real, "qemu-img", "check", "--output=json", "image")
+    own, ours = pair.own(pair.ours, "qemu-img", "check", "--output=json", "image")
+    assert own == code
+    keys = ("corruptions", "check-errors")
+    assert [json.loads(ours).get(key) for key in keys] == [json.loads(text).get(key) for key in keys]
+    pair.both("qemu-io", "-c", "write 64k 64k", "image")
+
+
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
+@pytest.mark.parametrize("backing", ["", "base"])
+def test_preallocated_subclusters_show_the_backing_file(pair: Pair, mode: str, backing: str) -> None:
+    """Space is there, data are not; without a backing file all of it is data."""
+    if backing:
+        pair.both("qemu-img", "create", "-q", "-f", "qcow2", "base", "1M")
+        pair.both("qemu-io", "-c", "write -P 5 100k 500k", "base")
+    words = ("-b", "base", "-F", "qcow2") if backing else ()
+    options = f"extended_l2=on,preallocation={mode}"
+    pair.both("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *words, "image", "1000k")
+    pair.agree("image")
+    pair.both("qemu-io", "-c", "write -P 6 90k 30k", "-c", "write -P 7 999k 1k", "image")
+    pair.agree("image")
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_compressed_clusters_lie_beside_subclusters(pair: Pair, kind: str) -> None:
+    """Written by either side, overwritten in parts, which makes all of the cluster data."""
+    options = f"extended_l2=on,compression_type={kind}"
+    pair.both("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "image", "1M")
+    pair.both("qemu-io", "-c", "write -c -P 1 0 192k", "-c", "write -P 2 70k 3k", "-c", "write -z 130k 10k", "image")
+    pair.agree("image")
+    pair.both("qemu-io", "-c", "write -z 0 64k", "-c", "write -c -P 3 256k 64k", "-c", "discard 256k 64k", "image")
+    pair.agree("image")
+    source = Random(4).randbytes(300 * KiB) + bytes(MiB)
+    for where in (pair.real, pair.ours):
+        (where / "source").write_bytes(source)
+    pair.both("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, "source", "packed")
+    assert pair.agree("packed") == source
+
+
+def test_internal_snapshots_keep_subclusters(pair: Pair) -> None:
+    """A snapshot shares clusters: what is written after it moves only the subclusters that hold data."""
+    pair.both("qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "image", "1M")
+    pair.both("qemu-io", "-c", "write -P 1 10k 10k", "-c", "write -z 40k 10k", "-c", "write -P 2 192k 64k", "image")
+    before = pair.agree("image")
+    pair.both("qemu-img", "snapshot", "-c", "s", "image")
+    pair.agree("image")
+    pair.both("qemu-io", "-c", "write -P 3 15k 2k", "-c", "write -P 4 55k 1k", "-c", "write -z 200k 6k", "image")
+    after = pair.agree("image")
+    assert after != before
+    pair.both("qemu-img", "snapshot", "-a", "s", "image")
+    assert pair.agree("image") == before
+    pair.both("qemu-io", "-c", "discard 192k 64k", "image")
+    pair.both("qemu-img", "snapshot", "-d", "s", "image")
+    pair.agree("image")
+
+
+@pytest.mark.parametrize("options", ["extended_l2=on,cluster_size=8k", "extended_l2=on,compat=0.10"])
+def test_what_cannot_have_subclusters_is_refused_alike(pair: Pair, options: str) -> None:
+    """Nothing is left of it."""
+    pair.both("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "image", "1M")
+    assert not (pair.ours / "image").exists()
+
+
+def test_images_say_that_they_have_subclusters(pair: Pair) -> None:
+    """In info and in the size that is measured."""
+    pair.both("qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=128k", "image", "100M")
+    texts = pair.both("qemu-img", "info", "--output=json", "image")
+    answers = [json.loads(text) for text in texts]
+    assert answers[0]["format-specific"] == answers[1]["format-specific"]
+    assert answers[1]["format-specific"]["data"]["extended-l2"] is True
+    for text in ("extended_l2=on", "extended_l2=on,cluster_size=16k"):
+        measured = pair.both("qemu-img", "measure", "--output=json", "-O", "qcow2", "-o", text, "--size", "10G")
+        assert json.loads(measured[0]) == json.loads(measured[1])

@@ -214,6 +214,10 @@ class ClusterMap:
             if old:
                 self.file.metadata.remove(Area.ACTIVE_L2, [old >> bits])
 
+    def reserve(self, table: CachedTable, index: int, entries: array[int]) -> None:
+        """As `change`, for clusters that get a place in which there is nothing but zeroes yet."""
+        self.change(table, index, entries)
+
     def run_at(self, table: CachedTable, index: int, limit: int) -> Run:
         """The run of clusters of one kind that begins at ``index`` of a slice, at most ``limit`` entries."""
         return find_run(table.entries, index, limit, self.geometry)

@@ -18,7 +18,7 @@ from qblock.drivers.qcow2.header import Extension, Header, encode_header
 from qblock.drivers.qcow2.layout import COPIED, U64, ZERO, Geometry, encode_u64
 from qblock.drivers.qcow2.options import Qcow2CreateOptions, refuse_unsupported
 from qblock.drivers.qcow2.refcounts import RefcountCodec
-from qblock.drivers.qcow2.subclusters import ALL_DATA, ALL_ZERO, with_states
+from qblock.drivers.qcow2.subclusters import with_states
 from qblock.errors import BlockIOError, InvalidParameter
 from qblock.options import ABSENT
 from qblock.units import MiB, align_up, is_power_of_two
@@ -47,8 +47,6 @@ class ImagePlan:
     mapped: int
     encryption: int = 0
     """The LUKS header with its key slots."""
-    states: int = ALL_DATA
-    """The second word of the extended L2 entries of preallocated clusters."""
 
     @property
     def first_block(self) -> int:
@@ -166,8 +164,6 @@ def plan_image(options: Qcow2CreateOptions, encryption: NewEncryption | None = N
         l2_tables=l2_tables,
         data=data,
         mapped=mapped,
-        # Over a backing file the places are there, but what it holds still shows.
-        states=0 if options.backing_file is not None else ALL_DATA if encryption is None else ALL_ZERO,
         encryption=area,
     )
 
@@ -288,6 +284,7 @@ async def _write_mapping(target: CreateTarget, plan: ImagePlan) -> None:
         start = first_data + (i * per_table << bits)
         table = array(U64, range(start, min(start + (per_table << bits), end), 1 << bits))
         if plan.geometry.extended:
-            table = with_states(table, plan.states)
+            # The places are there, but no subcluster counts as written: a backing file shows.
+            table = with_states(table, 0)
         table.extend(array(U64, bytes(8 * (per_table * words - len(table)))))
         await target.write_from((plan.first_l2 + i) << bits, encode_u64(table))

@@ -42,7 +42,7 @@ async def preallocate(writer: Allocator, start: int, end: int, mode: str) -> Non
         # In an encrypted image, what reads as zeroes is not what the file holds: the entry has to say it.
         zero = ZERO if writer.file.crypto is not None else 0
         entry, step = claim.host | COPIED | zero, geometry.cluster_size
-        clusters.change(table, index, array(U64, range(entry, entry + claim.clusters * step, step)))
+        clusters.reserve(table, index, array(U64, range(entry, entry + claim.clusters * step, step)))
         guest += claim.clusters * step
         await writer.write_back_if_crowded()
 

@@ -60,14 +60,16 @@ def is_damaged(states: int, *, hosted: bool) -> bool:
 
 
 def subcluster_kind(entry: int, states: int, number: int, geometry: Geometry) -> Kind:
-    """What subcluster ``number`` of a cluster with these two words is."""
+    """What subcluster ``number`` of a cluster with these two words is; damage concerns all of the cluster."""
     whole = classify(entry, geometry)
     if whole is Kind.COMPRESSED or whole is Kind.CORRUPT:
         return whole
     hosted = whole is Kind.DATA
+    if is_damaged(states, hosted=hosted):
+        return Kind.CORRUPT
     bit = 1 << number
     if states & bit:
-        return Kind.DATA if hosted and not states >> SUBCLUSTERS & bit else Kind.CORRUPT
+        return Kind.DATA
     if states >> SUBCLUSTERS & bit:
         return Kind.ZERO_ALLOCATED if hosted else Kind.ZERO
     return Kind.UNALLOCATED
@@ -137,10 +139,8 @@ def find_sub_run(table: CachedTable, index: int, start: int, length: int, geomet
     entries, states, bits = table.entries, states_of(table), geometry.subcluster_bits
     entry, number = entries[index], start >> bits
     kind = subcluster_kind(entry, states[index], number, geometry)
-    if kind is Kind.COMPRESSED:
+    if kind is Kind.COMPRESSED or kind is Kind.CORRUPT:
         return SubRun(kind, min(length, geometry.cluster_size - start), entry)
-    if kind is Kind.CORRUPT:
-        return SubRun(kind, min(length, (number + 1 << bits) - start), entry)
     end = number + alike(states[index], number, kind)
     got = (end << bits) - start
     if end == SUBCLUSTERS and got < length:
@@ -218,6 +218,10 @@ class ExtendedMap(ClusterMap):
         states = array(U64, [_whole_state(entry, self.geometry) for entry in entries])
         words = array(U64, [entry if entry & COMPRESSED else entry & ~ZERO for entry in entries])
         self.change_both(table, index, words, states)
+
+    def reserve(self, table: CachedTable, index: int, entries: array[int]) -> None:
+        """See `ClusterMap`: the places are there, but no subcluster counts as written."""
+        self.change_both(table, index, array(U64, [entry & ~ZERO for entry in entries]), zeroes_u64(len(entries)))
 
     def change_both(self, table: CachedTable, index: int, entries: array[int], states: array[int]) -> None:
         """Replace both words of entries of a slice that `writable_slice` has just returned."""

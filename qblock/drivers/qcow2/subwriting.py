@@ -1,10 +1,10 @@
 """Writes, zero writes and discards in images with extended L2 entries.
 
 Models image-formats.md sections 1.5 and 1.7 for subclusters. Host clusters are claimed and given up whole, as in plain images,
-and all that `allocation.py` says of who may change what holds here, too. What differs is how much of a cluster counts: a write fills
-up the subclusters that it begins and ends in, no more, and leaves the others to the backing node; when a cluster moves (it was
-shared, or compressed) the subclusters that hold data move with it. Zeroes are written subcluster by subcluster; discards are for
-whole clusters.
+and all that `allocation.py` says of who may change what holds here, too. What differs is how much of a cluster counts: a write
+fills up the subclusters that it begins and ends in, no more, and leaves the others to the backing node; when a cluster moves
+(it was shared, or compressed) the subclusters that hold data move with it. Zeroes are written subcluster by subcluster;
+discards are for whole clusters, as in QEMU.
 """
 
 from __future__ import annotations
