@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 _READ_STEP: Final = MiB
 """Bytes of a bitmap that are read and decoded at a time; a multiple of every cluster size but the largest."""
 _WRITE_STEP: Final = MiB
+_EMPTY: Final = zeroes_u64(512)
 _HOLES: Final = GiB
 """Bytes of bitmaps that may lie in holes of the file."""
 _PACKED: Final = 64
@@ -299,8 +300,11 @@ async def _read_table(file: ImageFile, entry: BitmapEntry) -> array[int]:
 
 
 def _present(table: array[int]) -> Iterator[tuple[int, int]]:
-    """Index and value of the entries that are not 0."""
-    return ((place, word) for place, word in enumerate(table) if word)
+    """Index and value of the entries that are not 0; most tables are nearly empty."""
+    for start in range(0, len(table), len(_EMPTY)):
+        part = table[start : start + len(_EMPTY)]
+        if part != _EMPTY:
+            yield from ((place, word) for place, word in enumerate(part, start) if word)
 
 
 async def _load_bits(file: ImageFile, entry: BitmapEntry, bitmap: DirtyBitmap, budget: int) -> int:
