@@ -49,7 +49,7 @@ from qblock.drivers.qcow2.layout import OFFSET_MASK, decode_u64, encode_u64, zer
 from qblock.drivers.qcow2.refcounts import Freed
 from qblock.drivers.qcow2.storage import Area
 from qblock.errors import BlockIOError, CommandError, CorruptImage
-from qblock.units import GiB, MiB, align_up
+from qblock.units import MiB, align_up
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.refcounts import Refcounts
@@ -61,7 +61,7 @@ _READ_STEP: Final = MiB
 """Bytes of a bitmap that are read and decoded at a time; a multiple of every cluster size but the largest."""
 _WRITE_STEP: Final = MiB
 _EMPTY: Final = zeroes_u64(512)
-_HOLES: Final = GiB
+_HOLES: Final = 256 * MiB
 """Bytes of bitmaps that may lie in holes of the file."""
 _PACKED: Final = 64
 """A file system that compresses may show so many times what it takes."""
