@@ -89,7 +89,10 @@ async def read_directory(file: ImageFile) -> tuple[Directory | None, tuple[Bitma
     size = file.header.cluster_size
     directory = parse_extension(data, size, file.length(), file.name)
     raw = await file.read(directory.offset, directory.size)
-    return directory, parse_directory(raw, directory.count, size, file.name)
+    entries = parse_directory(raw, directory.count, size, file.name)
+    if sum(entry.table_entries for entry in entries) * 8 > _reading_budget(file):
+        raise _too_much(file)
+    return directory, entries
 
 
 def bad_table_entry(entry: int, cluster_size: int) -> bool:
