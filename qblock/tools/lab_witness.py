@@ -96,8 +96,8 @@ def _recompute(line: CommandLine) -> int:
     with _progress() as progress:
         outcome, different = recompute(Path(line.last("recompute", "")), progress, _checker(line))
     _show(outcome, output)
-    for case in different:
-        complain(PROGRAM, f"{case}: the files say something else than the verdict that was kept with them")
+    for text in different:
+        complain(PROGRAM, text)
     if not different:
         print(f"the verdicts are those that were kept ({len(outcome.verdicts)} in all)", file=sys.stderr)
     return SHOWN if outcome.shown and not different else NOT_SHOWN

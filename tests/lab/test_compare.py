@@ -16,7 +16,7 @@ from qblock.lab.compare.history import Answered, Issued, read_history
 from qblock.lab.compare.judging import State
 from qblock.lab.compare.load import BLOCK, FIRST_TAG, WRITE, initial_tags, marked
 from qblock.lab.compare.picture import draw
-from qblock.lab.compare.report import OPERATION, Report, RunReport, as_json, examine, save_verdicts
+from qblock.lab.compare.report import OPERATION, Report, RunReport, as_json, differences, examine, save_verdicts
 from qblock.lab.compare.running import AFTER, COPYING, GAVE_UP, IN_STEP, SWITCHING, Settings
 from qblock.lab.compare.storage import SOURCE, TARGET
 from qblock.lab.compare.strategies import STRATEGIES, TARGET_NAME
@@ -110,6 +110,26 @@ def test_a_changed_history_changes_the_verdict(kept: Path, tmp_path: Path) -> No
             data[place] ^= 0xFF
     writes.write_bytes(data)
     assert examine(copy).runs[0].crashes[-1].kill.target.state is State.INCOMPLETE
+
+
+def test_every_kept_file_is_noticed_when_it_is_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one of which the report would be the same, as of an image below the one that is moved."""
+    keep = tmp_path / "keep"
+    assert lab_compare.main(["--only", "mirror", "--size", "8M", "--keep", str(keep)]) == 0
+    files = [path for path in keep.rglob("*") if path.is_file() and path.name != "verdicts.json"]
+    assert len(files) == 13
+    assert lab_compare.main(["--recompute", str(keep), "--crash", "mirror:10"]) == 0  # leaves files that are nobody's word
+    report = examine(keep)
+    for path in files:
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"[", b"[ ", 1) if path.suffix == ".jsonl" else data + b" ")
+        assert f"{path.relative_to(keep)}: this is not the file that was kept" in differences(keep, report)
+        path.write_bytes(data)
+    assert differences(keep, report) == []
+    (keep / "mirror/source/more.qcow2").touch()
+    assert differences(keep, report) == ["mirror/source/more.qcow2: this is not the file that was kept"]
 
 
 @pytest.mark.parametrize(

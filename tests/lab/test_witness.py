@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -225,6 +226,93 @@ def test_kept_files_lead_to_the_same_verdicts_until_somebody_changes_them(kept: 
     assert changed.returncode == 1
     assert "reply-received/both: the files say something else" in changed.stderr
     assert "reply-received/both: the source was chosen: writes" in changed.stdout
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a run with two cases."""
+    directory = tmp_path_factory.mktemp("small") / "kept"
+    steps = ("--step", "intent-noted", "--step", "reply-received")
+    done = lab("--part", "with-witness", "--kill", "both", *steps, "--keep", directory)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+CASE = "with-witness/reply-received/both"
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("management.journal", b"target (byte)", b"source (byte)"),
+        ("management.journal", b"the machine is gone", b"the machine says: source"),
+        ("management.journal", b"restarted", b"redirected"),
+        ("guest.journal", b'{"flushed": 1}', b'{"flushed": 2}'),
+        ("guest.journal", b"write 000000001", b"wrote 000000001"),
+        ("witness", b"\x01", b"\x02"),
+        ("source.qcow2", b"layer 000000001", b"LAYER 000000001"),
+        ("target.qcow2", b"write 000000013", b"write 000000012"),
+        ("base.qcow2", b"base  000000000", b"BASE  000000000"),
+        ("verdict.json", b'"sound": true', b'"sound": false'),
+        ("verdict.json", b'"delay": 2', b'"delay": 1'),
+        ("verdict.json", b'"ground": "byte"', b'"ground": "journal"'),
+    ],
+)
+def test_every_kept_file_is_noticed_that_contradicts(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, before: bytes, after: bytes
+) -> None:
+    """Also where the verdict would be the same; the other case is not suspected, and the file is named."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    assert lab_witness.main(["--recompute", str(copy)]) == 0, capsys.readouterr()
+    capsys.readouterr()
+    content = (copy / CASE / name).read_bytes()
+    assert before in content
+    (copy / CASE / name).write_bytes(content.replace(before, after))
+    assert lab_witness.main(["--recompute", str(copy)]) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "the files say something else" in line]
+    assert len(told) == 1 and f"{CASE}: " in told[0]
+    assert name == "verdict.json" or f"({name} changed)" in told[0]
+
+
+def test_management_that_decides_otherwise_is_wrong(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last word is part of the protocol: the same as follows from what it had noted and from the byte."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    journal = copy / CASE / "management.journal"
+    journal.write_text(journal.read_text().replace("go on with: target", "go on with: source"))
+    assert lab_witness.main(["--recompute", str(copy)]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{CASE}: the last word of management is 'go on with: source (byte)', and the target is to be chosen" in told
+    assert "1 of 2 kills went WRONG" in told
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (f'"{CASE}"', '"with-witness/intent-noted/both"', f"{CASE}: run.json does not list this case"),
+        (
+            '"victims": [\n    "both"',
+            '"victims": [\n    "host"',
+            f"{CASE}: run.json lists this case and does not ask for it",
+        ),
+        ('"seed": 1', '"seed": 2', f"{CASE}: the files say something else"),
+        (f'"{CASE}"', '"with-witness/coffee/everybody"', "no case has the place 'with-witness/coffee/everybody'"),
+    ],
+)
+def test_a_changed_list_of_cases_is_noticed(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, said: str
+) -> None:
+    """run.json cannot leave out a case, nor give it to another run."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    run = (copy / "run.json").read_text()
+    assert before in run
+    (copy / "run.json").write_text(run.replace(before, after))
+    assert lab_witness.main(["--recompute", str(copy)]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_the_seed_decides_every_line() -> None:
@@ -449,7 +537,8 @@ def test_twins_need_the_same_view_and_no_common_right_image() -> None:
     def verdict(step: str, view: str, source: Mapping[str, Any], target: Mapping[str, Any]) -> Verdict:
         plan = Plan(step, Victim.BOTH, Part.WITHOUT)
         members = {"plan": plan.dump(), "decision": {"image": None, "ground": "nothing"}, "flushed": 1, "byte": None}
-        return Verdict.load(members | {"journal": [], "view": view, "source": source, "target": target})
+        members |= {"journal": [], "view": view, "said": "go on with: what? (nothing)", "files": {}}
+        return Verdict.load(members | {"source": source, "target": target})
 
     fine: Json = {}
     lossy = {"lost": [1]}

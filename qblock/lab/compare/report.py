@@ -19,8 +19,10 @@ from qblock.lab.compare.history import Record, Told, phases, read_history
 from qblock.lab.compare.load import OPERATIONS
 from qblock.lab.compare.measuring import Latency, Traffic, distribution, longest_pause, traffic, waits
 from qblock.lab.compare.probing import Probe
-from qblock.lab.compare.running import AFTER, BEFORE, CONTROL, COPYING, GAVE_UP, SWITCHING, Settings
+from qblock.lab.compare.running import AFTER, BEFORE, CONTROL, COPYING, GAVE_UP, START, SWITCHING, Settings
+from qblock.lab.compare.storage import SOURCE, TARGET
 from qblock.lab.compare.strategies import STRATEGIES, Strategy
+from qblock.lab.digests import changed, digests
 
 SETTINGS: Final = "settings.json"
 PROBES: Final = "probes.json"
@@ -84,7 +86,16 @@ def load_settings(directory: Path) -> tuple[Settings, list[Strategy]]:
 
 def save_verdicts(directory: Path, report: Report) -> None:
     """Leave what was told of the files in ``directory``, for whoever computes it again."""
-    (directory / VERDICTS).write_text(json.dumps(as_json(report), indent=1) + "\n")
+    files = digests(directory, _kept_files(directory, report))
+    (directory / VERDICTS).write_text(json.dumps({**as_json(report), "files": files}, indent=1) + "\n")
+
+
+def _kept_files(directory: Path, report: Report) -> list[str]:
+    """All that a report on ``directory`` rests on, by their names in it."""
+    places = [START, CONTROL, *(f"{run.name}/{disk}" for run in report.runs for disk in (SOURCE, TARGET))]
+    found = [path for place in places for path in (directory / place).rglob("*") if path.is_file()]
+    found += [path for run in report.runs for path in (directory / run.name).iterdir() if path.is_file()]
+    return [SETTINGS, *sorted(str(path.relative_to(directory)) for path in found)]
 
 
 def differences(directory: Path, report: Report) -> list[str]:
@@ -99,6 +110,9 @@ def differences(directory: Path, report: Report) -> list[str]:
     now = {run["name"]: run for run in found["runs"]}
     names += [name for name in {**before, **now} if before.get(name) != now.get(name)]
     told = [f"{name}: the files say something else than the verdicts that were kept with them" for name in names]
+    files = dict.fromkeys([*kept["files"], *_kept_files(directory, report)])
+    names = changed(kept["files"], digests(directory, files))
+    told += [f"{name}: this is not the file that was kept" for name in names]
     for run in report.runs:
         told += [
             f"{run.name}/{image}: this is not the image that the history leads to"

@@ -25,16 +25,11 @@ from qblock.lab.witness.case import StepNotTaken, run_case
 from qblock.lab.witness.disk import GuestKind, make_disk
 from qblock.lab.witness.machine import ROLLBACK
 from qblock.lab.witness.management import Decision, Ground, Image
-from qblock.lab.witness.plan import Part, Plan, Victim
+from qblock.lab.witness.plan import DELAYS, Part, Plan, Victim
 from qblock.lab.witness.processes import Child, Ended, LabError, Wire
-from qblock.lab.witness.verdict import Verdict, checked_by, judge, keep, read_kept
+from qblock.lab.witness.verdict import VERDICT, Verdict, checked_by, disagreement, judge, keep
 from qblock.monitor.commands import table
 from qblock.monitor.dialects import Dialect
-
-DELAYS: Final = (1, 2)
-"""How long the guest with the door is let alone before the switch: in one of the two cases the number of its writes which the
-mirror has not copied is odd, so that the door of the target is not as that of the source.
-"""
 
 MAX_WORKERS: Final = 8
 """Cases that are performed at the same time; each has some 6 MiB of files."""
@@ -260,24 +255,44 @@ def write_run(outcome: Outcome, directory: Path) -> None:
 
 def recompute(
     directory: Path, progress: Progress = lambda done, total: None, checker: str | None = None
-) -> tuple[Outcome, list[Path]]:
-    """Find all verdicts of a kept run again, from the files of its cases; also gives the cases in which they differ from those
-    that were kept. Raises `LabError` when ``directory`` does not hold a run.
+) -> tuple[Outcome, list[str]]:
+    """Find all verdicts of a kept run again, from the files of its cases; also gives a text for each disagreement of the files
+    with what was kept with them, or among themselves. Raises `LabError` when ``directory`` does not hold a run.
     """
     try:
         run = json.loads((directory / RUN).read_text())
         scope = Scope(
             run["seed"], run["steps"], [Victim(name) for name in run["victims"]], [Part(name) for name in run["parts"]]
         )
-        verdicts, different = [], []
-        for number, case in enumerate(run["cases"]):
-            progress(number, len(run["cases"]))
-            kept = read_kept(directory / case)
-            verdict = judge(kept.plan, directory / case)
-            verdicts.append(verdict if checker is None else checked_by(checker, verdict, directory / case))
-            if verdicts[-1] != kept:
-                different.append(Path(case))
+        plans = [Plan.at(Path(case), scope.seed) for case in run["cases"]]
+        controls = [Plan(part=part, seed=scope.seed) for part in scope.parts]
+        if strange := _strange_cases(directory, scope, plans):
+            raise LabError("\n".join(strange))
+        told: list[str] = []
+        verdicts = []
+        for number, plan in enumerate((*controls, *plans)):
+            progress(number, len(controls) + len(plans))
+            verdict = judge(plan, directory / plan.place)
+            verdicts.append(verdict if checker is None else checked_by(checker, verdict, directory / plan.place))
+            if text := disagreement(verdicts[-1], directory / plan.place):
+                told.append(f"{plan.place}: {text}")
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise LabError(f"{directory} does not hold a run of this experiment, or not all of it: {error!r}") from None
     progress(len(verdicts), len(verdicts))
-    return Outcome(scope, verdicts), different
+    return Outcome(scope, verdicts[len(controls) :]), told
+
+
+def _strange_cases(directory: Path, scope: Scope, plans: Sequence[Plan]) -> list[str]:
+    """Where the list of a run's cases contradicts what is there, or what was asked for."""
+    there = {path.parent.relative_to(directory) for path in directory.rglob(VERDICT)}
+    listed = {plan.place for plan in plans} | {Plan(part=part).place for part in scope.parts}
+    told = [f"{place}: {RUN} does not list this case" for place in sorted(there - listed)]
+    for plan in plans:
+        wanted = not scope.steps or plan.step in scope.steps
+        victims = (Victim.BOTH,) if plan.part is Part.WITHOUT else scope.victims
+        if not wanted or plan.victim not in victims or plan.part not in scope.parts or plans.count(plan) > 1:
+            told.append(f"{plan.place}: {RUN} lists this case and does not ask for it")
+    for plan in (plan for plan in plans if plan.part in WITH):
+        beside = [attrs.evolve(plan, victim=victim).place for victim in scope.victims]
+        told += [f"{place}: {RUN} asks for this case and does not list it" for place in beside if place not in listed]
+    return list(dict.fromkeys(told))

@@ -31,6 +31,7 @@ MIRRORING, IN_SYNC, ABOUT = "mirror asked for", "in sync", "about to reopen"
 SWITCHED, REFUSED = "switched", "not switched"
 RESTARTED: Final = "restarted"
 _MACHINE_SAYS: Final = "the machine says: "
+_GO_ON: Final = "go on with: "
 
 
 class Image(enum.Enum):
@@ -73,6 +74,12 @@ def decide(lines: Sequence[str], witness: bytes | None) -> Decision:
     if witness is None:
         return Decision(None, Ground.NOTHING)
     return Decision(Image.TARGET if witness else Image.SOURCE, Ground.BYTE)
+
+
+def conclusion(decision: Decision) -> str:
+    """How management notes its decision, as the last line of its journal."""
+    image = decision.image.value if decision.image is not None else "what?"
+    return f"{_GO_ON}{image} ({decision.ground.value})"
 
 
 def read_witness(directory: Path) -> bytes | None:
@@ -137,8 +144,7 @@ class Management:
             if ABOUT in self.journal.lines():
                 self.journal.note("the machine is gone")
         decision = decide(self.journal.lines(), read_witness(self.directory))
-        image = decision.image.value if decision.image is not None else "what?"
-        self.journal.note(f"go on with: {image} ({decision.ground.value})")
+        self.journal.note(conclusion(decision))
 
     # -------------------------------------------------------------------------------------------------------- protocol
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,10 @@ LONGEST_TICK_NS: Final = 25 * MILLISECOND_NS
 """The guest's longest pause; in so much time it writes at least once."""
 POLL_NS: Final = 100 * MILLISECOND_NS
 """Management's pause between two looks at the job."""
+DELAYS: Final = (1, 2)
+"""How long the guest with the door is let alone before the switch: in one of the two cases the number of its writes which the
+mirror has not copied is odd, so that the door of the target is not as that of the source.
+"""
 
 
 class Part(enum.Enum):
@@ -77,6 +82,14 @@ class Plan:
         who = self.victim.value if self.guest is GuestKind.COUNTER else f"{self.victim.value}-door-{self.delay}"
         return part / self.step / who
 
+    @classmethod
+    def at(cls, place: Path, seed: int) -> Plan:
+        """The plan that has this place in a run with this seed; raises `ValueError` if there is none."""
+        for plan in _kinds(cls(seed=seed), place.parts):
+            if plan.place == place:
+                return plan
+        raise ValueError(f"no case has the place '{place}'")
+
     def dump(self) -> dict[str, Any]:
         """As JSON."""
         return attrs.asdict(
@@ -89,3 +102,13 @@ class Plan:
         victim = Victim(members["victim"]) if members["victim"] is not None else None
         kinds = {"part": Part(members["part"]), "victim": victim, "guest": GuestKind(members["guest"])}
         return cls(**members | kinds)
+
+
+def _kinds(plan: Plan, parts: Sequence[str]) -> Iterator[Plan]:
+    """All plans that differ from ``plan`` as the parts of a place can tell."""
+    part = Part(parts[0] if parts else "")
+    yield attrs.evolve(plan, part=part)
+    for victim in Victim:
+        told = attrs.evolve(plan, part=part, step="".join(parts[1:2]), victim=victim)
+        yield told
+        yield from (attrs.evolve(told, guest=GuestKind.DOOR, delay=delay) for delay in DELAYS)

@@ -208,6 +208,8 @@ def _what_is_wrong(found: Verdict) -> str:
     if found.chosen is None:
         return "no image was chosen"
     assert found.decision.image is not None
+    if found.chosen.sound:
+        return f"the last word of management is '{found.said}', and the {found.decision.image.value} is to be chosen"
     name, held = found.decision.image.value, found.chosen
     if held.error:
         return f"the {name} was chosen, which cannot be opened: {held.error}"

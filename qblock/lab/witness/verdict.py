@@ -14,9 +14,10 @@ from typing import Any, Final
 
 import attrs
 
+from qblock.lab.digests import Digests, changed, digests
 from qblock.lab.witness.disk import BASE, GUEST_JOURNAL, SOURCE, Findings, History, examine
-from qblock.lab.witness.management import RESTARTED, Decision, Ground, Image, Journal, decide, read_witness
-from qblock.lab.witness.plan import MANAGEMENT_JOURNAL, Plan
+from qblock.lab.witness.management import RESTARTED, Decision, Ground, Image, Journal, conclusion, decide, read_witness
+from qblock.lab.witness.plan import MANAGEMENT_JOURNAL, WITNESS, Plan
 
 VERDICT: Final = "verdict.json"
 _ONLY_LEAKS: Final = 3
@@ -27,7 +28,8 @@ _ONLY_LEAKS: Final = 3
 class Verdict:
     """The outcome of a case. ``flushed`` is how many writes the guest was promised; ``byte`` whether the witness has its byte
     (None: there is no witness); ``journal`` what management had noted before it was started again; ``view`` stands for all
-    that a management without memory can see: its journal, the witness, and every byte of the images.
+    that a management without memory can see: its journal, the witness, and every byte of the images. ``said`` is the last line
+    of management's journal, which must tell the decision that follows from the rest; ``files`` is what the verdict rests on.
     """
 
     plan: Plan
@@ -38,6 +40,13 @@ class Verdict:
     view: str
     source: Findings
     target: Findings
+    said: str
+    files: Digests
+
+    @property
+    def agreed(self) -> bool:
+        """Whether management has decided as it must."""
+        return self.said == conclusion(self.decision)
 
     @property
     def chosen(self) -> Findings | None:
@@ -60,8 +69,8 @@ class Verdict:
 
     @property
     def sound(self) -> bool:
-        """Whether an image was chosen in which nothing is missing."""
-        return self.chosen is not None and self.chosen.sound
+        """Whether an image was chosen in which nothing is missing, by management too."""
+        return self.agreed and self.chosen is not None and self.chosen.sound
 
     def dump(self) -> dict[str, Any]:
         """As JSON."""
@@ -69,7 +78,7 @@ class Verdict:
         decision = {"image": None if image is None else image.value, "ground": self.decision.ground.value}
         members: dict[str, Any] = {"plan": self.plan.dump(), "decision": decision, "sound": self.sound}
         members |= {"right": sorted(image.value for image in self.right), "flushed": self.flushed, "byte": self.byte}
-        members |= {"journal": list(self.journal), "view": self.view}
+        members |= {"journal": list(self.journal), "said": self.said, "view": self.view, "files": dict(self.files)}
         return members | {image.value: _findings(self.found(image)) for image in Image}
 
     @classmethod
@@ -85,6 +94,8 @@ class Verdict:
             members["view"],
             Findings(**members["source"]),
             Findings(**members["target"]),
+            members["said"],
+            members["files"],
         )
 
 
@@ -96,6 +107,8 @@ def judge(plan: Plan, directory: Path) -> Verdict:
     """Find the verdict on the files in ``directory``, in which ``plan`` was performed."""
     lines, witness = Journal(directory / MANAGEMENT_JOURNAL).lines(), read_witness(directory)
     history = History.read(directory / GUEST_JOURNAL)
+    images = (BASE, SOURCE, plan.target)
+    files = digests(directory, (*images, WITNESS, GUEST_JOURNAL, MANAGEMENT_JOURNAL))
     before = tuple(lines[: lines.index(RESTARTED)] if RESTARTED in lines else lines)
     return Verdict(
         plan,
@@ -103,20 +116,17 @@ def judge(plan: Plan, directory: Path) -> Verdict:
         history.flushed,
         None if witness is None else bool(witness),
         before,
-        _view(before, directory, witness, (BASE, SOURCE, plan.target)),
+        _view(before, witness, [files[name] for name in images]),
         examine(directory / SOURCE, history),
         examine(directory / plan.target, history),
+        lines[-1] if lines else "",
+        files,
     )
 
 
-def _view(journal: Sequence[str], directory: Path, witness: bytes | None, images: Sequence[str]) -> str:
-    digest = hashlib.sha256(json.dumps([journal, None if witness is None else witness.hex()]).encode())
-    for name in images:
-        path = directory / name
-        content = path.read_bytes() if path.exists() else b""
-        digest.update(f"{name} {path.exists()} {len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
+def _view(journal: Sequence[str], witness: bytes | None, images: Sequence[str]) -> str:
+    seen = [journal, None if witness is None else witness.hex(), images]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
 def checked_by(program: str, verdict: Verdict, directory: Path) -> Verdict:
@@ -139,6 +149,14 @@ def keep(verdict: Verdict, directory: Path) -> None:
     (directory / VERDICT).write_text(json.dumps(verdict.dump(), indent=2) + "\n")
 
 
-def read_kept(directory: Path) -> Verdict:
-    """The verdict that was kept in the directory of a case; raises `OSError`, `KeyError` and `ValueError`."""
-    return Verdict.load(json.loads((directory / VERDICT).read_text()))
+def disagreement(verdict: Verdict, directory: Path) -> str:
+    """In what the verdict on the files in ``directory`` differs from the one that was kept there; empty if in nothing.
+
+    Raises `OSError`, `KeyError`, `TypeError` and `ValueError` when none was kept.
+    """
+    kept: dict[str, Any] = json.loads((directory / VERDICT).read_text())
+    if kept == verdict.dump():
+        return ""
+    names = changed(kept["files"], verdict.files)
+    which = f" ({', '.join(names)} changed)" if names else ""
+    return f"the files say something else than the verdict that was kept with them{which}"
