@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qblock.tools.img import NOT_YET, SUBCOMMANDS, main
+from qblock.tools.img import SUBCOMMANDS, main
 from qblock.tools.io import main as io_main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -54,14 +54,6 @@ def test_create_info_check_map_and_compare_tell_one_story(img: Run) -> None:
     assert img("convert", "-O", "raw", "top", "flat")[0] == 0
     assert img("compare", "top", "flat")[:2] == (0, "Images are identical.\n")
     assert img("compare", "top", "base")[:2] == (1, "Content mismatch at offset 524288!\n")
-
-
-@pytest.mark.parametrize("command", sorted(NOT_YET))
-def test_commands_that_are_not_there_yet_are_refused_by_name(command: str, img: Run) -> None:
-    """Nobody should have to guess whether it is a typing mistake."""
-    code, _, err = img(command)
-    assert code == 1
-    assert f"'{command}' is not supported yet" in err
 
 
 @pytest.mark.parametrize(
