@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import errno
 import struct
+from pathlib import Path
 from random import Random
 from typing import Any
 
+import attrs
 import pytest
 
 from qblock import requests
 from qblock.backend import BlockBackend
 from qblock.dirty import DirtyBitmap
+from qblock.drivers.file.driver import FileDriver, FileOptions
 from qblock.drivers.qcow2 import header as head
-from qblock.drivers.qcow2.bitmap_directory import parse_directory, parse_extension
+from qblock.drivers.qcow2.bitmap_directory import (
+    BitmapEntry,
+    Directory,
+    encode_directory,
+    parse_directory,
+    parse_extension,
+)
 from qblock.drivers.qcow2.driver import Qcow2Driver
-from qblock.drivers.qcow2.header import parse_header
+from qblock.drivers.qcow2.header import Extension, encode_header, parse_header
+from qblock.drivers.qcow2.options import Qcow2Options
 from qblock.errors import BlockIOError, CommandError, CorruptImage, ImageError
+from qblock.permissions import ChildRole
 from qblock.testing.formats import FormatBench
+from qblock.testing.nodes import NodeBench
 from qblock.testing.simloop import run
 from qblock.units import KiB, MiB
 
@@ -316,9 +328,7 @@ def test_a_node_that_is_healed_by_reopening_keeps_its_bitmaps() -> None:
         disk = await written(bench, "a")
         bench.storage.fail_writes = 1
         with pytest.raises(BlockIOError):
-            for number in range(20):
-                await disk.write(100 * KiB + number * CLUSTER, b"x")
-                await disk.flush()
+            await _write_and_flush(disk)
         assert bench.node.poisoned is not None
         bench.storage.fail_writes = None
         await reopen(bench, read_only=False)
@@ -332,6 +342,12 @@ def test_a_node_that_is_healed_by_reopening_keeps_its_bitmaps() -> None:
         assert bench.node.dirty_bitmaps[0].sha256() == bitmap.sha256()
 
     run(main)
+
+
+async def _write_and_flush(disk: BlockBackend) -> None:
+    for number in range(20):
+        await disk.write(100 * KiB + number * CLUSTER, b"x")
+        await disk.flush()
 
 
 def test_a_guest_cannot_write_over_the_bitmap_directory() -> None:
@@ -611,5 +627,33 @@ def test_a_flush_of_the_node_does_not_store_bitmaps() -> None:
         await requests.flush(bench.node)
         await bench.open(content=bytes(bench.storage.live), flags=READ_ONLY)
         assert bench.node.dirty_bitmaps[0].inconsistent
+
+    run(main)
+
+
+def test_a_small_file_with_a_terabyte_of_holes_is_not_read_through(tmp_path: Path) -> None:
+    """Tables of ten thousand bitmaps that lie in holes cost nothing to make, and would take long to read."""
+
+    async def main() -> None:
+        bench = await made(size=1 << 36)
+        count, length = 11000, 1 << 15
+        entries = tuple(BitmapEntry(f"b{number}", (1 << 30) + number * length, length // 8, 9, 2) for number in range(count))
+        raw, place = encode_directory(entries), 1 << 29
+        extension = Extension(head.EXT_BITMAPS, Directory(count, len(raw), place).encode())
+        header = attrs.evolve(parse_header(bench.content, "image"), autoclear=1, extensions=(extension,))
+        path = tmp_path / "image"
+        with path.open("wb") as file:
+            file.write(bench.content)
+            file.seek(0)
+            file.write(encode_header(header))
+            file.seek(place)
+            file.write(raw)
+            file.truncate(1 << 40)
+        nodes = NodeBench()
+        storage = await nodes.add(FileDriver, FileOptions(filename=str(path)), read_only=True)
+        with pytest.raises(ImageError, match="more clusters"):
+            await nodes.add(
+                Qcow2Driver, Qcow2Options(file="x"), children={"file": (storage, ChildRole.STORAGE)}, read_only=True
+            )
 
     run(main)
