@@ -7,6 +7,7 @@ may be in flight then: the caller holds the node drained, or is alone.
 from __future__ import annotations
 
 import abc
+import contextlib
 import errno
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from qblock import requests
 from qblock.driver import Driver
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.layout import decode_u64
+from qblock.drivers.qcow2.shrinking import give_back_end
 from qblock.errors import BlockIOError, CommandError, CorruptImage, NodeBusy
 from qblock.snapshots import SnapshotInfo
 
@@ -136,10 +138,11 @@ class SnapshottedDriver(Driver):
             await switch.discard_freed()
         await self._reload()
         requests.refresh_length(self.node)
-        if switch.spare:
+        # The change has taken effect: what fails from here on costs space, and poisons the node where it must.
+        with contextlib.suppress(BlockIOError):
             writer = await self._writing(0, 0)
             await writer.refcounts.release(switch.spare)
-            await writer.writeback.finish()
+            await give_back_end(writer.refcounts, writer.writeback)
 
 
 def _told(snapshot: Snapshot) -> SnapshotInfo:
