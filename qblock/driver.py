@@ -355,6 +355,18 @@ class SupportsBacking(Protocol):
 
 
 @runtime_checkable
+class SupportsAmend(Protocol):
+    """What is otherwise chosen when an image is made can be changed later."""
+
+    async def amend(self, options: Mapping[str, Json], progress: Callable[[int, int], None]) -> None:
+        """Do what ``options`` say, by their names on command lines; durable on return. The image must be open for writing.
+
+        ``progress`` gets what is done of what there is to do. Raises `CommandError` with nothing changed, and `BlockIOError`
+        with some of it done. Nobody else may be using the image.
+        """
+
+
+@runtime_checkable
 class SupportsKeySlots(Protocol):
     """The format can be encrypted in a way that lets passphrases be added and erased while the image is open."""
 

@@ -67,7 +67,8 @@ LAZY_PACKAGES = {"zstandard", "cryptography", "zlib", "prompt_toolkit", "pyroari
 """Heavy or optional packages that may be imported inside a function, for the sake of start-up time."""
 
 LAZY_MODULES = {
-    "qblock.monitor.completion", "qblock.drivers.qcow2.bitmaps", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.owners", "qblock.drivers.qcow2.shadow",
+    "qblock.monitor.completion", "qblock.drivers.qcow2.bitmaps", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.owners",
+    "qblock.drivers.qcow2.amending", "qblock.drivers.qcow2.shadow",
     "qblock.drivers.qcow2.snapshotting", "qblock.drivers.qcow2.encryption", "qblock.drivers.qcow2.encrypting",
     "qblock.drivers.qcow2.keyslots",
 }  # fmt: skip

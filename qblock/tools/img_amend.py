@@ -1,7 +1,7 @@
 """``qblock-img amend``: change what is otherwise chosen when an image is made.
 
-Command line and exit codes of qemu-img 7.2. What can be changed is in a table: the passphrases of an encrypted image.
-Other options that QEMU amends are refused by name.
+Command line and exit codes of qemu-img 7.2. What can be changed is in a table: version, refcount width, lazy refcounts, size,
+the name of the data file, and the passphrases of an encrypted image.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from qblock.driver import Json, SupportsKeySlots
+from qblock.driver import Json, SupportsAmend, SupportsKeySlots
 from qblock.errors import CommandError
 from qblock.formatting import CreateOption
 from qblock.options import split_keyval
@@ -26,7 +26,17 @@ KEY_OPTIONS: Final = (
     CreateOption("encrypt.old-secret", "str", "Id of the secret object with the passphrase to erase"),
     CreateOption("encrypt.state", "str", "What the key slot is to be: active, inactive"),
 )
-AMENDABLE: Final[Mapping[str, tuple[CreateOption, ...]]] = {"qcow2": KEY_OPTIONS}
+IMAGE_OPTIONS: Final = (
+    CreateOption("backing_file", "str", "File name of the backing file (only the present one: see rebase)"),
+    CreateOption("backing_fmt", "str", "Format of the backing file (only the present one: see rebase)"),
+    CreateOption("compat", "str", "Version of the format: 0.10 (v2) or 1.1 (v3)"),
+    CreateOption("data_file", "str", "Name of the external data file"),
+    CreateOption("data_file_raw", "bool (on/off)", "Keep the external data file usable as a raw image"),
+    CreateOption("lazy_refcounts", "bool (on/off)", "Allow to postpone refcount updates"),
+    CreateOption("refcount_bits", "num", "Width of a refcount in bits"),
+    CreateOption("size", "size", "Size of the disk"),
+)
+AMENDABLE: Final[Mapping[str, tuple[CreateOption, ...]]] = {"qcow2": (*IMAGE_OPTIONS, *KEY_OPTIONS)}
 """The options of each format that can be changed."""
 
 
@@ -97,6 +107,10 @@ async def _amend(session: ImageSession, arguments: Arguments, texts: list[str]) 
         if not isinstance(driver, SupportsKeySlots):
             raise CommandError(f"images of the format '{driver.name}' have no key slots")
         await driver.change_key_slots(keys, force="force" in arguments)
+    if others := {name: value for name, value in values.items() if not name.startswith("encrypt.")}:
+        if not isinstance(driver, SupportsAmend):
+            raise CommandError(f"images of the format '{driver.name}' cannot be amended")
+        await driver.amend(others, progress.show)
     await disk.flush()
     progress.show(1, 1)
     progress.end()

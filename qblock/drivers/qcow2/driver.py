@@ -20,6 +20,7 @@ from qblock import requests
 from qblock.driver import BackingLink, Json, Limits, Measurement, NodeInfo
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
+from qblock.drivers.qcow2.amended import AmendedDriver
 from qblock.drivers.qcow2.bitmapped import BitmappedDriver
 from qblock.drivers.qcow2.checked import CheckedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
@@ -67,7 +68,7 @@ _HOLES_IGNORED: Final = 1 << 20
 """Bytes of holes that the file of any image may have, in its tables and last clusters."""
 
 
-class Qcow2Driver(CheckedDriver, BitmappedDriver, EncryptedDriver):
+class Qcow2Driver(CheckedDriver, AmendedDriver, BitmappedDriver, EncryptedDriver):
     """One open image."""
 
     name: ClassVar[str] = "qcow2"
