@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Final, NoReturn
 
@@ -37,15 +39,28 @@ def leave(code: int) -> NoReturn:
 
 
 class Progress:
-    """The percentage of -p: printed at the start, whenever it has grown by a hundredth, and with a newline at the end."""
+    """The percentage of -p: printed at the start, whenever it has grown by a hundredth, and with a newline at the end.
+
+    Without -p it is told on stderr to whoever sends SIGUSR1 (or SIGINFO, where there is one); -q does not silence that.
+    """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self._printed = -1.0
+        self._percent = 0.0
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGUSR1", "SIGINFO"):
+                if (number := getattr(signal, name, None)) is not None:
+                    signal.signal(number, self._tell)
+
+    def _tell(self, number: int, frame: object) -> None:
+        # Not by print: the signal may have come in the middle of one.
+        if not self.enabled:
+            os.write(2, f"    ({self._percent:.2f}/100%)\n".encode())
 
     def show(self, done: int, total: int) -> None:
         """``done`` of ``total`` bytes."""
-        percent = 100 * done / total if total else 100.0
+        percent = self._percent = 100 * done / total if total else 100.0
         if self.enabled and (percent - self._printed >= 1 or (percent >= 100 > self._printed)):
             self._printed = percent
             print(f"    ({percent:.2f}/100%)", end="\r", flush=True)
