@@ -6,9 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -23,6 +21,7 @@ from qblock.lab.compare.report import Report, as_json, differences, examine, loa
 from qblock.lab.compare.running import Settings
 from qblock.lab.compare.strategies import STRATEGIES, Strategy
 from qblock.lab.compare.table import Painter, render
+from qblock.lab.ending import ending_at_once, scratch_directory
 from qblock.tools.arguments import UsageError
 from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
 from qblock.tools.console import complain, ending_quietly
@@ -76,7 +75,8 @@ def _run(argv: Sequence[str]) -> int:
         if line.has("crash"):
             return _make_crash_files(line)
         as_json_text, picture = line.choice("output", ("human", "json")) == "json", _picture(line)
-        report, complaints = _report(line)
+        with ending_at_once():
+            report, complaints = _report(line)
         code = _tell(report, as_json_text=as_json_text, picture=picture)
         for text in complaints:
             complain(PROGRAM, text)
@@ -100,8 +100,7 @@ def _report(line: CommandLine) -> tuple[Report, list[str]]:
         return _examined(Path(line.last("recompute", "")).resolve())
     settings, strategies = _settings(line), _strategies(line)
     with _directory(line) as directory:
-        with _ending_at_once(None if line.has("keep") else directory):
-            compare(settings, strategies, directory, progress=_progress())
+        compare(settings, strategies, directory, progress=_progress())
         report = examine(directory)
         if line.has("keep"):
             save_verdicts(directory, report)
@@ -147,25 +146,8 @@ def _directory(line: CommandLine) -> Iterator[Path]:
             raise UsageError(f"--keep: {directory} is not empty")
         yield directory.resolve()
         return
-    with tempfile.TemporaryDirectory(prefix="qblock-lab-") as temporary:
-        yield Path(temporary).resolve()
-
-
-@contextlib.contextmanager
-def _ending_at_once(scratch: Path | None) -> Iterator[None]:
-    """Let the signals that end a program end it in the midst of a run, which nobody will look at; ``scratch`` is removed."""
-
-    def end(number: int, _: object) -> None:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        os._exit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with scratch_directory() as directory:
+        yield directory
 
 
 def _progress() -> Callable[[str], None]:

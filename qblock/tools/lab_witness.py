@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 from qblock.errors import QBlockError
+from qblock.lab.ending import ending_at_once, scratch_directory
 from qblock.lab.witness.experiment import Experiment, Outcome, Progress, Scope, UnknownStep, recompute
 from qblock.lab.witness.plan import Part, Victim
 from qblock.lab.witness.report import as_json, as_text, plain, step_lines
@@ -37,7 +37,7 @@ same without the witness: how much each image would lose, and pairs of crashes t
   --keep DIRECTORY      leave the files of all cases there: images, journals, witness, verdict.json (some 300 MiB)
   --recompute DIRECTORY find the verdicts on such files again, and compare them with those that were kept
   --qemu-img            have the real qemu-img check each image that is chosen
-  --output text|json    a table, or all of it for programs
+  --output human|json   tables, or all of it for programs (default: human)
   --list                show the steps
   -h, --help            show this
 
@@ -75,8 +75,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def _perform(line: CommandLine) -> int:
     scope = _scope(line)
-    output = line.choice("output", ("text", "json"))
-    with _directory(line) as directory, _progress() as progress:
+    output = line.choice("output", ("human", "json"))
+    with ending_at_once(), _directory(line) as directory, _progress() as progress:
         experiment = Experiment(scope, directory, keep=line.has("keep"), progress=progress, checker=_checker(line))
         if line.has("list"):
             print("\n".join(step_lines(experiment.steps())))
@@ -92,7 +92,7 @@ def _recompute(line: CommandLine) -> int:
     for name in ("step", "kill", "part", "seed", "keep", "list"):
         if line.has(name):
             raise UsageError(f"--{name} is for a new run, and --recompute looks at an old one")
-    output = line.choice("output", ("text", "json"))
+    output = line.choice("output", ("human", "json"))
     with _progress() as progress:
         outcome, different = recompute(Path(line.last("recompute", "")), progress, _checker(line))
     _show(outcome, output)
@@ -141,11 +141,8 @@ def _directory(line: CommandLine) -> Iterator[Path]:
         return
     memory = Path("/dev/shm")
     place = memory if "TMPDIR" not in os.environ and os.access(memory, os.W_OK) else None
-    directory = Path(tempfile.mkdtemp(prefix="qblock-lab-", dir=place))
-    try:
+    with scratch_directory(where=place) as directory:
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -434,7 +434,7 @@ def test_the_steps_are_found_and_described() -> None:
         (["--part", "no"], "--part takes with-witness, refused-witness, without-witness"),
         (["here"], "there is nothing to be said about 'here'"),
         (["--recompute", "x", "--seed", "1"], "--seed is for a new run"),
-        (["--output", "yaml"], "--output takes text or json"),
+        (["--output", "yaml"], "--output takes human or json"),
         (["--keeep", "x"], "did you mean --keep?"),
     ],
 )

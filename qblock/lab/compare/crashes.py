@@ -8,7 +8,6 @@ switches by itself leaves it in the dark from the start. Where it does not know,
 from __future__ import annotations
 
 import filecmp
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -33,6 +32,7 @@ from qblock.lab.compare.running import (
 )
 from qblock.lab.compare.storage import SOURCE, TARGET
 from qblock.lab.compare.strategies import TARGET_NAME
+from qblock.lab.ending import scratch_directory
 
 UNKNOWN: Final = "unknown"
 _SAMPLES: Final[Mapping[str, int]] = {COPYING: 4, IN_STEP: 8, SWITCHING: 8, AFTER: 3, GAVE_UP: 1}
@@ -113,10 +113,10 @@ def make_left_files(run: Path, records: Sequence[Record], scratch: Path, moment:
 
 def images_unlike_history(run: Path) -> list[str]:
     """The images at the end of ``run``, by their names in it, that are not what its history makes of those at the beginning."""
-    with tempfile.TemporaryDirectory(prefix="qblock-crash-") as scratch:
+    with scratch_directory("qblock-crash-") as scratch:
         records = read_history(run)
-        make_left_files(run, records, Path(scratch), len(records))
-        made = Path(scratch) / KILL
+        make_left_files(run, records, scratch, len(records))
+        made = scratch / KILL
         names = [str(path.relative_to(made)) for path in sorted(made.rglob("*")) if path.is_file()]
         same, _, _ = filecmp.cmpfiles(made, run, names, shallow=False)
         return [name for name in names if name not in same]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +22,7 @@ from qblock.lab.compare.running import AFTER, BEFORE, CONTROL, COPYING, GAVE_UP,
 from qblock.lab.compare.storage import SOURCE, TARGET
 from qblock.lab.compare.strategies import STRATEGIES, Strategy
 from qblock.lab.digests import changed, digests
+from qblock.lab.ending import scratch_directory
 
 SETTINGS: Final = "settings.json"
 PROBES: Final = "probes.json"
@@ -140,8 +140,8 @@ def _examine_run(strategy: Strategy, settings: Settings, run: Path, control: Seq
     }
     waited = waits(records)
     spent, anyway = traffic(records, over_ns), traffic(control, over_ns)
-    with tempfile.TemporaryDirectory(prefix="qblock-crash-") as scratch:
-        crashes = look_at_crashes(settings, run, records, Path(scratch), by_itself=strategy.switch is None)
+    with scratch_directory("qblock-crash-") as scratch:
+        crashes = look_at_crashes(settings, run, records, scratch, by_itself=strategy.switch is None)
     return RunReport(
         name=strategy.name,
         title=strategy.title,

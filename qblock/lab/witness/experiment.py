@@ -13,7 +13,6 @@ import json
 import os
 import select
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Final
 
 import attrs
 
+from qblock.lab.ending import ending_at_once, scratch_directory
 from qblock.lab.witness.case import StepNotTaken, run_case
 from qblock.lab.witness.disk import GuestKind, make_disk
 from qblock.lab.witness.machine import ROLLBACK
@@ -139,13 +139,10 @@ class Experiment:
     def _prepared(self) -> Iterator[None]:
         self._disk = self.directory / "disk"
         self._disk.mkdir(parents=True)
-        self._own = Path(tempfile.mkdtemp(prefix="qblock-lab-"))  # the name of a socket must be short
-        try:
+        with ending_at_once(), scratch_directory() as self._own:  # elsewhere: the name of a socket must be short
             make_disk(self._disk)
             table(Dialect.RFC_2012)  # loaded once, for all children
             yield
-        finally:
-            shutil.rmtree(self._own, ignore_errors=True)  # a child may just be ending
 
     def _find_steps(self, part: Part) -> list[str]:
         """The steps that are taken when nobody is killed; raises `LabError` when that leads to a wrong end."""
@@ -209,23 +206,24 @@ class Experiment:
             raise LabError("a worker of the experiment has ended before its time") from None
         finally:
             for worker in workers:
-                worker.kill()
+                worker.end()
         return [verdict for _, verdict in sorted(found.items()) if verdict is not None]
 
     def _start_worker(self, number: int, plans: Sequence[Plan], strangers: Sequence[Wire]) -> Child:
         share = range(number, len(plans), max(1, min(self.workers, len(plans))))
 
         def work(wire: Wire) -> None:
-            for index in share:
-                try:
-                    _, verdict = self._perform(plans[index], f"s{number}")
-                except StepNotTaken:
-                    if plans[index].guest is not GuestKind.DOOR:
-                        raise
-                    wire.send(index=index)  # when the guest writes at other times, the mirror may have less left to do
-                else:
-                    wire.send(index=index, verdict=verdict.dump())
-            wire.receive()  # until we are no longer needed
+            with ending_at_once():
+                for index in share:
+                    try:
+                        _, verdict = self._perform(plans[index], f"s{number}")
+                    except StepNotTaken:
+                        if plans[index].guest is not GuestKind.DOOR:
+                            raise
+                        wire.send(index=index)  # the guest writes at other times: the mirror may have less left to do
+                    else:
+                        wire.send(index=index, verdict=verdict.dump())
+                wire.receive()  # until we are no longer needed
 
         return Child.fork(work, log=self._own / f"worker{number}.log", strangers=strangers)
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 import attrs
 
 from qblock.errors import QBlockError
+from qblock.lab.ending import begin_anew, forget_duty, held_up, note_duty
 
 PATIENCE_S: Final = 60.0
 """Real seconds after which a child that says nothing is considered to hang."""
@@ -113,14 +114,16 @@ class Child:
         ours.sock.settimeout(PATIENCE_S)
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if pid:
-            its.close()
-            return cls(pid, ours)
+        with held_up():
+            pid = os.fork()
+            if pid:
+                its.close()
+                child = cls(pid, ours)
+                note_duty(child.end)
+                return child
+            begin_anew()
         code = 1
         try:
-            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
             for wire in (ours, *strangers):
                 wire.close()
             _print_to(log)
@@ -134,11 +137,18 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
+    def end(self) -> None:
+        """Ask it to end, together with its own children, and wait until all of them have."""
+        if self.alive:
+            os.kill(self.pid, signal.SIGTERM)
+            self.wait()
+
     def wait(self) -> None:
         """Wait until it has ended."""
         if self.alive:
             os.waitpid(self.pid, 0)
             self.alive = False
+            forget_duty(self.end)
             self.wire.close()
 
 
