@@ -405,7 +405,7 @@ class _Zeroing(_Rule):
         if kind is Kind.ZERO or (kind is Kind.ZERO_ALLOCATED and not self.unmap):
             return None
         if kind is not Kind.UNALLOCATED:
-            if self.only_unallocated:
+            if self.only_unallocated and kind is not Kind.ZERO_ALLOCATED:
                 # Written since it was looked at: that write and this one are concurrent, the data may stay.
                 return None
             if kind is Kind.DATA and not self.unmap:

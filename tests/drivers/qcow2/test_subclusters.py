@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 
 from hypothesis import given
@@ -44,7 +45,7 @@ def entries(draw: st.DrawFn) -> tuple[int, int]:
 
 @given(st.lists(entries(), min_size=1, max_size=12), st.data())
 def test_a_run_is_as_long_as_what_it_is_made_of(rows: list[tuple[int, int]], data: st.DataObject) -> None:
-    """Every byte of a run is of its kind and lies behind the one before it; the cluster that ends it early does not continue it."""
+    """Every byte of a run is of its kind, and lies behind the one before it where there is a place for it."""
     table = ExtendedTable(0, array("Q", [row[0] for row in rows]), 0, states=array("Q", [row[1] for row in rows]))
     at = data.draw(st.integers(0, len(rows) * SUBCLUSTERS - 1)) * SUB + data.draw(st.sampled_from([0, 100]))
     length = data.draw(st.integers(1, len(rows) * SIZE - at))
@@ -63,7 +64,7 @@ def test_runs_of_bits_are_the_bits(bits: int) -> None:
     """Apart from each other, in order, and nothing left out."""
     runs = list(runs_of_bits(bits))
     assert sum((1 << end) - (1 << first) for first, end in runs) == bits
-    assert all(a[1] < b[0] for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(runs))
 
 
 @given(masks, masks, st.integers(0, SIZE - 1), st.data(), st.booleans())
