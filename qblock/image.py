@@ -89,6 +89,14 @@ def _environment() -> Environment:
     )
 
 
+def _unlocking(env: Environment, passphrase: str | None) -> dict[str, Any]:
+    """Options of a node that unlock it; the passphrase becomes a secret of the environment."""
+    if passphrase is None:
+        return {}
+    env.secrets["passphrase"] = passphrase.encode()
+    return {"encrypt": {"key-secret": "passphrase"}}
+
+
 class Image:
     """An open image. A context manager: leaving it flushes and closes. Not for use by two threads at once."""
 
@@ -100,6 +108,7 @@ class Image:
         fmt: str | None = None,
         backing: bool = False,
         snapshot: str | None = None,
+        passphrase: str | None = None,
     ) -> None:
         if writable and snapshot is not None:
             raise CommandError("a snapshot can only be read: apply it, or open it without writable=True")
@@ -117,7 +126,8 @@ class Image:
         )  # fmt: skip
         self._closed = False
         try:
-            node = self._run(self._opener.open_image(self.path, fmt=fmt, read_only=not writable))
+            unlocking = _unlocking(self._env, passphrase)
+            node = self._run(self._opener.open_image(self.path, fmt=fmt, read_only=not writable, options=unlocking))
             self._backend.insert(node)
             if snapshot is not None:
                 driver = self._snapshotted()
@@ -393,15 +403,17 @@ def open_image(
     fmt: str | None = None,
     backing: bool = False,
     snapshot: str | None = None,
+    passphrase: str | None = None,
 ) -> Image:
     """Open the image at ``path`` for a ``with`` block.
 
     ``fmt`` names the format (None: look at the content; raw images that strangers wrote should be named as such).
     ``backing=True`` also opens the backing files that the image names; without it an overlay is refused with
-    `OpenDenied`. ``snapshot`` shows an internal snapshot (its id or name) in place of the disk, for reading. Raises
-    `ImageError`, `CommandError` or `BlockIOError` (an `OSError`).
+    `OpenDenied`. ``snapshot`` shows an internal snapshot (its id or name) in place of the disk, for reading.
+    ``passphrase`` unlocks an encrypted image (the package ``cryptography`` is needed then). Raises `ImageError`, `CommandError`
+    or `BlockIOError` (an `OSError`).
     """
-    return Image(path, writable=writable, fmt=fmt, backing=backing, snapshot=snapshot)
+    return Image(path, writable=writable, fmt=fmt, backing=backing, snapshot=snapshot, passphrase=passphrase)
 
 
 def create(
@@ -411,12 +423,14 @@ def create(
     fmt: str = "qcow2",
     backing: str | os.PathLike[str] | None = None,
     backing_fmt: str | None = None,
+    passphrase: str | None = None,
     **options: Any,
 ) -> None:
     """Make a new image of ``size`` bytes (or text such as ``"64M"``), in place of whatever is at ``path``.
 
     ``options`` are the format's creation options as QMP names them, with ``_`` for ``-`` (``cluster_size=65536``). An
     overlay over ``backing`` needs ``backing_fmt`` too; a relative name is meant from the directory of ``path``.
+    With a ``passphrase`` the image is encrypted with LUKS; ``encrypt`` may say more (``encrypt={"cipher-alg": "aes-128"}``).
     Raises `CommandError` for options that make no sense, `BlockIOError` when the file cannot be written.
     """
     wire = {name.replace("_", "-"): value for name, value in options.items()}
@@ -424,6 +438,8 @@ def create(
         wire |= {"backing-file": os.fspath(backing), "backing-fmt": backing_fmt}
     length = parse_size(size) if isinstance(size, str) else size
     env = _environment()
+    if passphrase is not None:
+        wire["encrypt"] = {"format": "luks", **_unlocking(env, passphrase)["encrypt"], **wire.get("encrypt", {})}
     opener = Opener(Graph(random=env.random), DriverRegistry(), env, OpenPolicy.deny())
     try:
         asyncio.run(_create(opener, os.fspath(path), fmt, {**wire, "size": align_up(length, 512)}))

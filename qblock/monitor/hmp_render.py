@@ -78,7 +78,7 @@ def _head(info: Mapping[str, Json] | None, inserted: Mapping[str, Json] | None) 
         name = node_name or (info or {}).get("qdev") or "<anonymous>"
     if inserted is None:
         return f"{name}: [not inserted]"
-    mode = ", read-only" if inserted["ro"] else ""
+    mode = (", read-only" if inserted["ro"] else "") + (", encrypted" if inserted["encrypted"] else "")
     return f"{name}: {inserted['file']} ({inserted['drv']}{mode})"
 
 

@@ -170,7 +170,7 @@ def block_device_info(node: BlockDriverState, *, backend: BlockBackend | None, f
         drv=node.driver.name,
         backing_file=None if node.backing is None else filename_of(node.backing.node),
         backing_file_depth=depth,
-        encrypted=False,
+        encrypted=node.driver.encrypted,
         detect_zeroes=cast(Literal["off", "on", "unmap"], node.detect_zeroes),
         bps=0,
         bps_rd=0,

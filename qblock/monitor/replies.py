@@ -190,7 +190,7 @@ class BlockDeviceInfo:
     drv: str = required(doc="its driver")
     backing_file: str | None = snake_optional("backing_file", "name of the backing image, filters skipped")
     backing_file_depth: int = snake("backing_file_depth", "backing images below")
-    encrypted: bool = required(doc="always false")
+    encrypted: bool = required(doc="whether the image is encrypted")
     detect_zeroes: Literal["off", "on", "unmap"] = snake("detect_zeroes", "what becomes of written zeroes")
     bps: int = required(doc="limit in bytes per second")
     bps_rd: int = snake("bps_rd", "the same for reads")

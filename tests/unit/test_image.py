@@ -193,3 +193,17 @@ def test_every_public_name_exists() -> None:
         assert getattr(qblock, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = qblock.nothing
+
+
+def test_an_encrypted_image_opens_with_its_passphrase_only(tmp_path: Path) -> None:
+    """Neither without one nor with another; its content is not to be seen in the file."""
+    path = tmp_path / "locked.qcow2"
+    qblock.create(path, "1M", passphrase="correct", encrypt={"iter-time": 0})
+    with qblock.open(path, writable=True, passphrase="correct") as image:
+        image.write(1000, b"nobody else reads this")
+    assert b"nobody else" not in path.read_bytes()
+    with qblock.open(path, passphrase="correct") as image:
+        assert image.read(1000, 22) == b"nobody else reads this"
+    for wrong in (None, "Correct"):
+        with pytest.raises(qblock.CommandError):
+            qblock.open(path, passphrase=wrong)
