@@ -20,7 +20,7 @@ from qblock.lab.compare.picture import draw
 from qblock.lab.compare.report import Report, as_json, differences, examine, load_settings, save_verdicts
 from qblock.lab.compare.running import Settings
 from qblock.lab.compare.strategies import STRATEGIES, Strategy
-from qblock.lab.compare.table import Painter, render
+from qblock.lab.compare.table import WIDTH, Painter, render
 from qblock.lab.ending import ending_at_once, scratch_directory
 from qblock.tools.arguments import UsageError
 from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
@@ -174,7 +174,8 @@ def _tell(report: Report, *, as_json_text: bool, picture: Path | None) -> int:
         print(json.dumps(as_json(report), indent=1))
     else:
         colours = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-        sys.stdout.write(render(report, Painter(colours)))
+        width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+        sys.stdout.write(render(report, Painter(colours, width)))
     if picture is not None:
         picture.write_text(draw(report), encoding="utf-8")
     return 0 if all(run.switched and run.crashes[-1].kill.target.good for run in report.runs) else 1

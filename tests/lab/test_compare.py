@@ -20,7 +20,7 @@ from qblock.lab.compare.report import OPERATION, Report, RunReport, as_json, dif
 from qblock.lab.compare.running import AFTER, COPYING, GAVE_UP, IN_STEP, SWITCHING, Settings
 from qblock.lab.compare.storage import SOURCE, TARGET
 from qblock.lab.compare.strategies import STRATEGIES, TARGET_NAME
-from qblock.lab.compare.table import Painter, knowledge, render
+from qblock.lab.compare.table import WIDTH, Painter, aligned, knowledge, render
 from qblock.tools import lab_compare
 from qblock.units import MiB
 
@@ -326,6 +326,27 @@ def test_the_table_has_a_row_for_every_strategy_and_no_colours_in_a_file(report:
         assert sum(line.startswith(f"{name} ") for line in text.splitlines()) == 7, name
     assert text.count("guest alone") == 3
     assert "\x1b[1mTIME AND COST" in render(report, Painter(colours=True))
+
+
+@pytest.mark.parametrize("width", [52, 60, 70, 80, 85])
+def test_on_a_narrow_terminal_nothing_is_cut_and_nothing_is_missing(report: Report, width: int) -> None:
+    """No line is longer than the terminal, so none is broken in a word; every cell is there, beside its strategy's name."""
+    wide, narrow = (render(report, Painter(False, columns)) for columns in (WIDTH, width))
+    assert max(map(len, narrow.splitlines())) <= width
+    assert set(wide.split()) <= set(narrow.split())
+    for run in report.runs:
+        written = f"{run.cost[TARGET].written / MiB:.1f} MiB"
+        assert any(line.startswith(run.name) and written in line for line in narrow.splitlines()), run.name
+        told = knowledge(run, "power cut")
+        assert any("power cut" in line and told in line for line in narrow.splitlines()), run.name
+
+
+def test_a_table_is_parted_between_columns_and_evenly() -> None:
+    """As few parts as fit, each with the names of the rows; a column that does not fit anywhere has a part of its own."""
+    rows = [("", "one", "two", "three", "four"), ("name", "1", "2", "3", "4")]
+    assert aligned(rows, width=27) == [["      one  two  three  four", "name    1    2      3     4"]]
+    assert aligned(rows, width=26) == [["      one  two", "name    1    2"], ["      three  four", "name      3     4"]]
+    assert [lines[1].split() for lines in aligned(rows, width=5)] == [["name", str(n)] for n in (1, 2, 3, 4)]
 
 
 def test_the_picture_is_valid_svg_that_names_every_strategy(report: Report) -> None:

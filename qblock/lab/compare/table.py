@@ -19,8 +19,11 @@ from qblock.lab.compare.storage import SOURCE, TARGET
 from qblock.units import MILLISECOND_NS, SECOND_NS, MiB, format_size
 
 GUEST_ALONE: Final = "guest alone"
-_WIDTH: Final = 100
-"""How long lines of text get; the widest table is a little wider."""
+WIDTH: Final = 100
+"""How long lines get, except on a narrower terminal."""
+NARROWEST: Final = 30
+"""Nothing is made narrower than so many columns."""
+_GAP: Final = 2
 _BOLD: Final = "1"
 _DIM: Final = "2"
 _RED: Final = "31"
@@ -32,50 +35,103 @@ Row = Sequence[str]
 
 @attrs.frozen
 class Painter:
-    """Colours, where there is somebody to see them."""
+    """Colours, where there is somebody to see them, and the columns that there are."""
 
     colours: bool
+    width: int = WIDTH
 
     def paint(self, text: str, code: str) -> str:
         """``text`` in a colour or weight (an SGR code)."""
         return f"\x1b[{code}m{text}\x1b[0m" if self.colours and text.strip() else text
 
+    def wrap(self, text: str, code: str = "", *, first: str = "", rest: str = "") -> list[str]:
+        """The lines of a text, broken between words; ``first`` and ``rest`` are what they begin with."""
+        lines = textwrap.wrap(
+            text,
+            max(self.width, NARROWEST),
+            initial_indent=first,
+            subsequent_indent=rest,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        return [self.paint(line, code) for line in lines] if code else lines
+
 
 def render(report: Report, painter: Painter) -> str:
     """All tables."""
     settings = report.settings
-    head = (
+    head = painter.wrap(
         f"A disk of {format_size(settings.size)} is moved while the same guest uses it (seed {settings.seed}, virtual time"
-        f"{', no pauses in its writing' if settings.steady else ''}).\n"
-        f"Disks ({settings.disk}): {settings.model.summary}."
+        f"{', no pauses in its writing' if settings.steady else ''})."
     )
-    parts = [head, _legend(report, painter), _costs(report, painter)]
+    head += painter.wrap(f"Disks ({settings.disk}): {settings.model.summary}.")
+    parts = ["\n".join(head), _legend(report, painter), _costs(report, painter)]
     parts += [_latencies(report, op, painter) for op in OPERATIONS]
     parts += [_allowed(report, painter), _crashes(report, painter)]
     return "\n\n".join(parts) + "\n"
 
 
-def aligned(rows: Sequence[Row], *, left: int = 1) -> list[str]:
-    """Lines of columns: the first ``left`` begin at the left, the others end at the right."""
+def aligned(rows: Sequence[Row], *, width: int = WIDTH, left: int = 1, keys: int = 1) -> list[list[str]]:
+    """Lines of columns: the first ``left`` begin at the left, the others end at the right.
+
+    A table that is wider than ``width`` comes in several parts, of much the same width, each a list of lines; each part begins
+    with the first ``keys`` columns.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [_lines(rows, widths, [*range(keys), *columns], left) for columns in _parts(widths, width, keys)]
+
+
+def _lines(rows: Sequence[Row], widths: Sequence[int], columns: Sequence[int], left: int) -> list[str]:
+    gap = " " * _GAP
     return [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        gap.join(
+            row[column].ljust(widths[column]) if column < left else row[column].rjust(widths[column])
+            for column in columns
         ).rstrip()
         for row in rows
     ]
 
 
-def _titled(title: str, lines: Sequence[str], painter: Painter, *, heads: int = 1) -> str:
-    dimmed = [painter.paint(line, _DIM) for line in lines[:heads]]
-    return "\n".join([painter.paint(title, _BOLD), *dimmed, *lines[heads:]])
+def _parts(widths: Sequence[int], width: int, keys: int) -> list[list[int]]:
+    """Which columns besides the keys come together: in as few parts as possible, the widest as narrow as possible."""
+    least = best = _filled(widths, width, keys)
+    while len(best) == len(least) > 1 and width > 0:
+        least, width = best, width - 1
+        best = _filled(widths, width, keys)
+    return least
+
+
+def _filled(widths: Sequence[int], width: int, keys: int) -> list[list[int]]:
+    head = sum(width + _GAP for width in widths[:keys]) - _GAP
+    parts: list[list[int]] = [[]]
+    used = head
+    for column in range(keys, len(widths)):
+        needed = widths[column] + _GAP
+        if parts[-1] and used + needed > width:
+            parts.append([])
+            used = head
+        parts[-1].append(column)
+        used += needed
+    return parts
+
+
+def _titled(title: str, parts: Sequence[Sequence[str]], painter: Painter) -> str:
+    """A table, in all its parts, below its title; the first line of each part has the heads of the columns."""
+    bodies = ["\n".join([painter.paint(lines[0], _DIM), *lines[1:]]) for lines in parts]
+    return "\n".join([*painter.wrap(title, _BOLD), "\n\n".join(bodies)])
 
 
 def _legend(report: Report, painter: Painter) -> str:
-    lines = aligned([(run.name, run.title) for run in report.runs], left=2)
-    troubles = [f"{run.name}: {run.outcome}" for run in report.runs if not run.switched]
-    return "\n".join(lines + [painter.paint(trouble, _RED) for trouble in troubles])
+    width = max(len(run.name) for run in report.runs) + _GAP
+    lines = [
+        line
+        for run in report.runs
+        for line in painter.wrap(run.title, first=f"{run.name:{width}}", rest=" " * width)
+    ]
+    for run in report.runs:
+        if not run.switched:
+            lines += painter.wrap(f"{run.name}: {run.outcome}", _RED, rest="  ")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------- time and cost
@@ -100,7 +156,7 @@ def _costs(report: Report, painter: Painter) -> str:
             )
         )
     title = "TIME AND COST (S source, T target: what the operation asks of the disks, beyond what the guest does)"
-    return _titled(title, aligned(rows), painter)
+    return _titled(title, aligned(rows, width=painter.width), painter)
 
 
 def seconds(ns: int | None) -> str:
@@ -129,7 +185,8 @@ def _latencies(report: Report, op: str, painter: Painter) -> str:
     rows.append((GUEST_ALONE, *_latency_cells(report.control[op])))
     rows += [(run.name, *_latency_cells(run.latency[OPERATION][op])) for run in report.runs]
     plural = {"flush": "flushes"}.get(op, f"{op}s")
-    return _titled(f"WHAT THE GUEST'S {plural.upper()} TAKE, from the command to the switch", aligned(rows), painter)
+    title = f"WHAT THE GUEST'S {plural.upper()} TAKE, from the command to the switch"
+    return _titled(title, aligned(rows, width=painter.width), painter)
 
 
 def _latency_cells(latency: Latency) -> Row:
@@ -145,7 +202,7 @@ def _allowed(report: Report, painter: Painter) -> str:
     rows: list[Row] = [("", *QUESTIONS)]
     for run in report.runs:
         rows.append((run.name, *(_allowed_cell([p for p in run.probes if p.name == name]) for name in QUESTIONS)))
-    lines = aligned(rows, left=len(rows[0]))
+    parts = aligned(rows, width=painter.width, left=len(rows[0]))
     texts: dict[str, list[str]] = {}
     for run in report.runs:
         for probe in run.probes:
@@ -153,10 +210,9 @@ def _allowed(report: Report, painter: Painter) -> str:
             if said and run.name not in texts.setdefault(said, []):
                 texts[said].append(run.name)
     said_by = [f"{', '.join(names)}: {text}" for text, names in texts.items()]
-    wrapped = [textwrap.fill(note, _WIDTH, initial_indent="  ", subsequent_indent="    ") for note in said_by]
-    notes = [painter.paint(note, _DIM) for note in wrapped]
+    notes = [line for note in said_by for line in painter.wrap(note, _DIM, first="  ", rest="    ")]
     title = "WHAT IS ALLOWED MEANWHILE (while copying / in step; one word: the same in both)"
-    return _titled(title, lines + notes, painter)
+    return "\n".join([_titled(title, parts, painter), *notes])
 
 
 def _allowed_cell(probes: Sequence[Probe]) -> str:
@@ -180,11 +236,11 @@ def _crashes(report: Report, painter: Painter) -> str:
         for number, crash in enumerate(CRASHES):
             cells = [_crash_cell([p for p in run.crashes if p.phase == phase], crash) for phase in _CRASH_PHASES]
             rows.append((run.name if not number else "", _CRASH_WORDS[crash], *cells, knowledge(run, crash)))
-    lines = aligned(rows, left=len(heads))
-    coloured = [painter.paint(line, _RED) if "LOSES" in line else line for line in lines]
+    parts = aligned(rows, width=painter.width, left=len(heads), keys=2)
+    coloured = [[painter.paint(line, _RED) if "LOSES" in line else line for line in lines] for lines in parts]
     title = (
-        "WHAT SURVIVES A CRASH (at how many of the moments looked at the source and the target are good: the\n"
-        "image opens, checks clean, and holds every write that was flushed; killed: the process dies; power\n"
+        "WHAT SURVIVES A CRASH (at how many of the moments looked at the source and the target are good: the "
+        "image opens, checks clean, and holds every write that was flushed; killed: the process dies; power "
         "cut: nothing unflushed is left; risky: management cannot know which is the disk, and one is not good)"
     )
     return _titled(title, coloured, painter)
