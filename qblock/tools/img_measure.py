@@ -79,6 +79,7 @@ def _checked(arguments: Arguments) -> _Request:
             fmt=arguments.get("f"),
             image_opts="image-opts" in arguments,
             force_share="U" in arguments,
+            snapshot=arguments.get("l"),
         )
     return _Request(driver, values, size, source)
 

@@ -28,14 +28,16 @@ def qemu(*args: str | Path) -> str:
 def facts(image: str) -> dict[str, object]:
     """What the real check counts, which must find nothing wrong; places apart."""
     found: dict[str, object] = json.loads(qemu("qemu-img", "check", "--output=json", image))
-    return {key: found.get(key) for key in ("allocated-clusters", "compressed-clusters", "total-clusters", "leaks", "corruptions")}
+    keys = ("allocated-clusters", "compressed-clusters", "total-clusters", "leaks", "corruptions")
+    return {key: found.get(key) for key in keys}
 
 
 def random_source(rng: random.Random, name: str, base: str | None = None) -> None:
     """A qcow2 image with data, zeroes and holes of all lengths, half of it incompressible."""
     size = rng.choice([512, 70_144, MiB, 3 * MiB + 1536])
     backing = ["-b", base, "-F", "qcow2"] if base else []
-    cluster = f"cluster_size={1 << rng.randrange(9, 18)}"
+    bits = rng.randrange(9, 18)
+    cluster = f"cluster_size={1 << bits}" + (",extended_l2=on" if bits > 13 and rng.random() < 0.5 else "")
     qemu("qemu-img", "create", "-q", "-f", "qcow2", *backing, "-o", cluster, name, str(size))
     Path("noise").write_bytes(rng.randbytes(70_000))
     commands = []
@@ -60,7 +62,9 @@ def test_convert_c_makes_what_qemu_makes(seed: int, tmp_path: Path, monkeypatch:
         random_source(rng, "top", "s0")
         sources = ["top"]
     kind = rng.choice(["zlib", "zstd"])
-    shape = f"cluster_size={1 << rng.randrange(9, 22)},refcount_bits={1 << rng.randrange(7)},compression_type={kind}"
+    bits = rng.randrange(9, 22)
+    extended = "on" if bits > 13 and rng.random() < 0.3 else "off"
+    shape = f"cluster_size={1 << bits},extended_l2={extended},refcount_bits={1 << rng.randrange(7)},compression_type={kind}"
     words = ["convert", "-c", "-O", "qcow2", "-o", shape, *words, *sources]
     qemu("qemu-img", *words, "real")
     assert main([*words, "ours"]) == 0
@@ -105,7 +109,9 @@ IO_COMMANDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("options", ["", "compression_type=zstd", "cluster_size=512", "compat=0.10", "refcount_bits=1"])
+@pytest.mark.parametrize(
+    "options", ["", "compression_type=zstd", "cluster_size=512", "compat=0.10", "refcount_bits=1", "extended_l2=on"]
+)
 def test_write_c_answers_as_qemu_io_does(
     options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,7 @@ def random_image(rng: random.Random, path: Path, base: Path | None) -> None:
             file.truncate(size + rng.choice([0, 5]))
         return
     bits = rng.randrange(9, 18)
-    options = f"cluster_size={1 << bits}"
+    options = f"cluster_size={1 << bits}" + (",extended_l2=on" if bits > 13 and rng.random() < 0.3 else "")
     if base is None and rng.random() < 0.3:
         options += ",preallocation=metadata"
     backing = ["-b", base.name, "-F", "qcow2" if base.suffix == ".q" else "raw"] if base else []
@@ -114,6 +114,19 @@ def test_measure_reckons_with_persistent_bitmaps(
         assert ours(*words) == qemu(*words)
     assert json.loads(ours("measure", "--output=json", "-O", "qcow2", "a.q")[1])["bitmaps"] > 0
     assert ours("measure", "-O", "raw", "a.q") == qemu("measure", "-O", "raw", "a.q")
+
+
+def test_measure_of_a_snapshot(ours: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there then counts, in a disk of the present size."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "a.q", "10M"], check=True)
+    for commands in (["write 0 2M"], ["write 0 8M", "write -z 1M 64k"]):
+        words = [word for command in commands for word in ("-c", command)]
+        subprocess.run(["qemu-io", *words, "a.q"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["qemu-img", "snapshot", "-c", f"s{len(commands)}", "a.q"], check=True)
+    for option in ("s1", "s2", "snapshot.name=s1", "2", "gone"):
+        words = ["measure", "-O", "qcow2", "-l", option, "a.q"]
+        assert ours(*words) == qemu(*words), option
 
 
 @pytest.mark.parametrize(

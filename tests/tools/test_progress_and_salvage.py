@@ -40,7 +40,8 @@ def test_a_signal_asks_how_far_the_copy_is(options: list[str], tmp_path: Path) -
 def bad_sectors(tmp_path: Path, sectors: list[int]) -> list[str]:
     """Options of an image of 1 MiB, each byte 7, in which reading these sectors fails."""
     (tmp_path / "disk").write_bytes(b"\7" * MiB)
-    rules = "".join(f'[inject-error]\nevent = "none"\nsector = "{sector}"\niotype = "read"\nerrno = "5"\nonce = "off"\n' for sector in sectors)
+    rule = '[inject-error]\nevent = "none"\nsector = "{}"\niotype = "read"\nerrno = "5"\nonce = "off"\n'
+    rules = "".join(rule.format(sector) for sector in sectors)
     (tmp_path / "rules").write_text(rules)
     return ["--image-opts", f"driver=raw,file.driver=blkdebug,file.config={tmp_path / 'rules'},file.image.driver=file,"
             f"file.image.filename={tmp_path / 'disk'}"]  # fmt: skip
