@@ -1,6 +1,7 @@
 """``qblock-img snapshot``: list, create, apply and delete internal snapshots.
 
-Command line, exit codes and the layout of the list as qemu-img 7.2's: -a takes an id or a name, -d a name only.
+Command line, exit codes and the layout of the list as qemu-img 7.2's: -a takes an id or a name, -d a name only;
+without any of them the image is opened, and that is all.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
     watch = with_secrets(arguments, watch)
-    action, name = actions[0] if actions else ("l", "")
+    action, name = actions[0] if actions else (None, "")
     wanted = ImageArguments(
         arguments.words[0],
         image_opts="image-opts" in arguments,
-        writable=action != "l",
+        writable=action not in (None, "l"),
         force_share="U" in arguments,
     )
     run_session(lambda session: _perform(session, wanted, action, name), watch)
     return 0
 
 
-async def _perform(session: ImageSession, wanted: ImageArguments, action: str, name: str) -> None:
+async def _perform(session: ImageSession, wanted: ImageArguments, action: str | None, name: str) -> None:
     driver = (await session.open(wanted)).node.driver
+    if action is None:
+        return
     if action == "l":
         if isinstance(driver, SupportsSnapshots) and (lines := list_lines(driver.snapshots())):
             print("\n".join(lines))
