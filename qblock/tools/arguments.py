@@ -95,11 +95,3 @@ def cache_options(mode: str | None, what: str = "cache option") -> dict[str, str
 def is_writethrough(mode: str | None) -> bool:
     """True for the modes in which every write is durable when it completes."""
     return mode in ("writethrough", "directsync")
-
-
-def check_objects(arguments: Arguments) -> None:
-    """--object: secrets are accepted (no supported format asks for one); anything else is refused by name."""
-    for text in arguments.all("object"):
-        kind = text.split(",")[0].removeprefix("qom-type=")
-        if kind != "secret" or ",id=" not in text:
-            raise CommandError(f"--object {text}: only 'secret,id=NAME,...' objects exist here")

@@ -134,6 +134,7 @@ def _both_read(img: Run, model: bytearray) -> None:
     assert code == 0 and "No errors were found" in out, out
 
 
+@pytest.mark.timeout(400)  # the real one measures its speed anew for each change, for seconds
 @pytest.mark.parametrize("seed", range(2))
 def test_passphrases_come_and_go_alike(seed: int, img: Run) -> None:
     """The same changes on an image of each side's: the same are refused, the same slots are active, the same keys open."""
@@ -142,7 +143,7 @@ def test_passphrases_come_and_go_alike(seed: int, img: Run) -> None:
     fine("qemu-img", "create", "-q", *SECRETS, "-f", "qcow2", "-o", options + "1", "theirs", "1M")
     assert img("create", "-q", *SECRETS, "-f", "qcow2", "-o", options + "0", "mine", "1M")[0] == 0
     key = "s"
-    for _ in range(10):
+    for _ in range(8):
         change = _change(random)
         force = ["--force"] if random.random() < 0.15 and "inactive" not in change else []
         ours = img("amend", *force, "-o", change, *unlocked("mine", key))
@@ -167,7 +168,7 @@ def _change(random: Random) -> str:
     state = random.choice(["active", "active", "inactive"])
     if state == "active" or random.random() < 0.1:
         words.append(f"encrypt.new-secret={random.choice('st')}")
-    if state == "active" and random.random() < 0.95:
+    if state == "active":
         words.append("encrypt.iter-time=0")
     if state == "inactive" and random.random() < 0.5:
         words.append(f"encrypt.old-secret={random.choice('sstx')}")
