@@ -268,16 +268,24 @@ class FlushFailed(BlockIOError):
     qmp_class = "IOError"
 
 
+class FatalDamage(BlockIOError):
+    """Damage was met that writing would make worse (``EIO``). The image is marked corrupt, and the node gives nothing any more."""
+
+
 class ImagePoisoned(ImageError, BlockIOError):
     """A metadata write failed earlier, so what is on disk is not known; writing is refused until the node is reopened.
 
-    It is a `BlockIOError` too (``EIO``), so that error policies of jobs and devices treat it as a failed request.
+    It is a `BlockIOError` too (``EIO``), so that error policies of jobs and devices treat it as a failed request. After
+    `FatalDamage` it is ``ENOMEDIUM``, and the node must be opened anew, as in QEMU.
     """
 
     def __init__(self, node: str, cause: BaseException) -> None:
-        BlockIOError.__init__(
-            self, _errno.EIO, f"Node '{node}' refuses writes since a metadata write failed ({cause}); reopen it"
-        )
+        if isinstance(cause, FatalDamage):
+            text = f"Node '{node}' has no image any more, since it is damaged ({cause}); repair it, and open it anew"
+            BlockIOError.__init__(self, _errno.ENOMEDIUM, text)
+        else:
+            text = f"Node '{node}' refuses writes since a metadata write failed ({cause}); reopen it"
+            BlockIOError.__init__(self, _errno.EIO, text)
         self.node = node
         self.cause = cause
 

@@ -133,7 +133,7 @@ def test_what_can_be_amended_is_listed(capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_large_clusters_are_amended_in_no_time(tmp_path: Path) -> None:
-    """With clusters of 2 MiB a refcount block counts millions of clusters, few of which are there (the real one takes minutes)."""
+    """With clusters of 2 MiB a refcount block counts millions of clusters, few of which are there. The real one takes minutes."""
     image = tmp_path / "image.qcow2"
     qemu("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", image, str(SIZE))
     fill(image, 8, zeroes=True)

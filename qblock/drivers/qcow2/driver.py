@@ -182,6 +182,7 @@ class Qcow2Driver(CheckedDriver, AmendedDriver, BitmappedDriver, EncryptedDriver
         # nor encrypt.
         plain = file.crypto is None and not (geometry.data_file or geometry.extended)
         self._tables = self._map.tables if plain and not traced else {}
+        file.cached_tables = self._tables
         self._epochs = self._map.epochs
         self._slice_shift, self._cluster_bits = geometry.slice_shift, geometry.cluster_bits
         self._slice_mask, self._cluster_mask = (1 << geometry.slice_bits) - 1, cluster - 1
@@ -302,6 +303,7 @@ class Qcow2Driver(CheckedDriver, AmendedDriver, BitmappedDriver, EncryptedDriver
                     if epoch.freed is not None:
                         self._epochs.advance()
                 return
+        self._file.check_readable()
         inside = max(0, min(len(buffer), self._size - offset))
         if inside < len(buffer):
             fill_zero(buffer[inside:])

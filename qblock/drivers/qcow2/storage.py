@@ -3,7 +3,7 @@
 Models image-formats.md section 1.7 (overlap protection) and semantics.md section 14.4 (BLOCK_IMAGE_CORRUPTED). All writes of
 metadata pass through `ImageFile`, so that the first one that fails poisons the node: what is on disk is then not known, and
 only reopening (which reads it again) makes the node writable. A write that would hit the image's own metadata is a fatal
-corruption: the corrupt bit is set, the event sent, the node poisoned.
+corruption: the corrupt bit is set, the event sent, the node poisoned; from then on it gives nothing, as in QEMU.
 
 Differs from QEMU in where the areas are looked up: clusters of tables that are spread over the file are kept in a compressed
 bitmap, so that the question costs the same for every write and every size of image.
@@ -20,12 +20,13 @@ import attrs
 
 from qblock import requests
 from qblock.drivers.qcow2.header import CORRUPT, DATA_FILE, MAX_OFFSET, Header, encode_features
-from qblock.errors import BlockIOError, ImagePoisoned
+from qblock.errors import BlockIOError, FatalDamage, ImagePoisoned
 
 if TYPE_CHECKING:
     from pyroaring import BitMap64
 
     from qblock.driver import Environment
+    from qblock.drivers.qcow2.cache import CachedTable
     from qblock.drivers.qcow2.encryption import GuestCipher
     from qblock.node import BdrvChild, BlockDriverState
 
@@ -137,6 +138,8 @@ class ImageFile:
     """Where guest clusters lie: the external data file; the file itself when the image has none (`data`)."""
     crypto: GuestCipher | None = None
     """Stands between guest buffers and guest clusters in an encrypted image."""
+    cached_tables: dict[int, CachedTable] = attrs.field(factory=dict)
+    """The slices of L2 tables by which reads are answered at once; none is left after `fatal`."""
     _reported: bool = False
 
     @property
@@ -206,6 +209,11 @@ class ImageFile:
                 raise ImagePoisoned(self.node.node_name, self.node.poisoned)
             raise BlockIOError(errno.EPERM, f"Node '{self.node.node_name}' is read-only")
 
+    def check_readable(self) -> None:
+        """Raise when `fatal` was called: the image is as good as gone."""
+        if isinstance(self.node.poisoned, FatalDamage):
+            raise ImagePoisoned(self.node.node_name, self.node.poisoned)
+
     def overlaps(self, offset: int, length: int) -> bool:
         """Would a write to this part of the file perhaps hit metadata, or lie outside of it? Then `check_overlap` decides."""
         if offset >= self.virgin:
@@ -248,9 +256,10 @@ class ImageFile:
 
     async def fatal(self, detail: str, offset: int | None = None, size: int | None = None) -> NoReturn:
         """Damage that writing would make worse: set the corrupt bit (version 3), poison the node, raise EIO."""
-        error = BlockIOError(errno.EIO, f"'{self.name}' is damaged: {detail}")
+        error = FatalDamage(errno.EIO, f"'{self.name}' is damaged: {detail}")
         if self.writable:
             self.poison(error)
+            self.cached_tables.clear()
             self.report(detail, offset, size, fatal=True)
             await self._mark_corrupt()
         raise error
