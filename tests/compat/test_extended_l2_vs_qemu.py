@@ -123,7 +123,8 @@ def test_the_same_commands_leave_the_same_images(pair: Pair, seed: int) -> None:
             pair.both("qemu-io", *(("-d", "unmap") if random.random() < 0.3 else ()), "-c", command, "image")
         pair.agree("image")
         if random.random() < 0.4:
-            size = random.choice([size + cluster, size + 1536, size // 2 // 512 * 512])
+            # What is cut off inside a cluster comes back in 7.2 when the disk grows again, so whole ones are cut off.
+            size = random.choice([size + cluster, size + 1536, max(size // 2 // cluster, 2) * cluster])
             pair.both("qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", "image", str(size))
             pair.agree("image")
 
