@@ -35,6 +35,7 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "          FILE [FILE2 ...] OUTPUT",
     "create": "create [-q] [-f FMT] [-b BACKING [-F FMT]] [-u] [-o OPTIONS] FILE [SIZE]",
     "dd": "dd [-f FMT | --image-opts] [-O FMT] [-U] [bs=BYTES] [count=BLOCKS] [skip=BLOCKS] if=FILE of=FILE",
+    "diff": "diff [-f FMT] [-F FMT | --image-opts] [--output=human|json] [-T CACHE] [-q] [-s] [-U] FILE1 FILE2",
     "info": "info [-f FMT | --image-opts] [--output=human|json] [--backing-chain] [-U] FILE",
     "measure": "measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size N | [-f FMT | --image-opts] [-U] FILE]",
     "map": "map [-f FMT | --image-opts] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILE",
