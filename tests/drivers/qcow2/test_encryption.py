@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import struct
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -17,7 +19,9 @@ from qblock.drivers.qcow2.header import EXT_ENCRYPTION, parse_header
 from qblock.drivers.qcow2.options import Encryption, EncryptionCreate
 from qblock.errors import BlockIOError, CommandError, ImageError, InvalidParameter, QBlockError
 from qblock.extents import Data, Unallocated, Zero
+from qblock.monitor.nodeinfo import block_device_info
 from qblock.node import BlockDriverState
+from qblock.system import BlockSystem
 from qblock.testing.formats import FormatBench, is_refused
 from qblock.testing.schedules import Seeded
 from qblock.testing.simloop import run
@@ -491,3 +495,25 @@ def test_damaged_encryption_headers_raise_errors_of_ours_only(seed: int) -> None
                 pass
 
     run(main)
+
+
+def test_a_system_opens_an_image_with_a_secret_of_its_own(tmp_path: Path) -> None:
+    """As over QMP: object-add, blockdev-create, blockdev-add; the secret may go when the image is open."""
+
+    async def main() -> None:
+        async with BlockSystem.create() as system:
+            await system.add_object({"qom-type": "secret", "id": "sec0", "data": "pass"})
+            file = {"driver": "file", "filename": str(tmp_path / "image")}
+            encrypt = {"format": "luks", "key-secret": "sec0"}
+            await system.opener.create_image("file", {"filename": file["filename"], "size": 0})
+            made = {"file": file, "size": MiB, "encrypt": {**encrypt, "iter-time": 0}}
+            await system.opener.create_image("qcow2", made)
+            given = {"driver": "qcow2", "node-name": "disk", "file": file, "encrypt": encrypt}
+            node = await system.opener.open_blockdev(given)
+            node.monitor_owned = True
+            assert block_device_info(node, backend=None, flat=True).encrypted
+            system.objects.delete("sec0")
+            with pytest.raises(CommandError, match="sec0"):
+                await system.opener.open_blockdev({**given, "node-name": "again", "force-share": True, "read-only": True})
+
+    asyncio.run(main())
