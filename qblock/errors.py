@@ -269,7 +269,7 @@ class FlushFailed(BlockIOError):
 
 
 class FatalDamage(BlockIOError):
-    """Damage was met that writing would make worse (``EIO``). The image is marked corrupt, and the node gives nothing any more."""
+    """Damage was met that writing would make worse (``EIO``): the image is marked corrupt, the node gives nothing any more."""
 
 
 class ImagePoisoned(ImageError, BlockIOError):

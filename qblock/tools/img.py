@@ -31,13 +31,14 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "compare": "compare [-f FMT] [-F FMT | --image-opts] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2",
     "convert": "convert [-f FMT | --image-opts] [-O FMT | --target-image-opts] [-B BACKING [-F FMT]] [-o OPTIONS]\n"
     "          [-t CACHE] [-T CACHE] [-n [--target-is-zero]] [-C | -c] [-m COROUTINES] [-p] [-q] [-S SIZE] [-U] [-W]\n"
-    "          [--bitmaps [--skip-broken-bitmaps]]\n"
+    "          [-l SNAPSHOT] [-r RATE] [--salvage] [--bitmaps [--skip-broken-bitmaps]]\n"
     "          FILE [FILE2 ...] OUTPUT",
     "create": "create [-q] [-f FMT] [-b BACKING [-F FMT]] [-u] [-o OPTIONS] FILE [SIZE]",
     "dd": "dd [-f FMT | --image-opts] [-O FMT] [-U] [bs=BYTES] [count=BLOCKS] [skip=BLOCKS] if=FILE of=FILE",
     "diff": "diff [-f FMT] [-F FMT | --image-opts] [--output=human|json] [-T CACHE] [-q] [-s] [-U] FILE1 FILE2",
     "info": "info [-f FMT | --image-opts] [--output=human|json] [--backing-chain] [-U] FILE",
-    "measure": "measure [--output=human|json] [-O FMT] [-o OPTIONS] [--size N | [-f FMT | --image-opts] [-U] FILE]",
+    "measure": "measure [--output=human|json] [-O FMT] [-o OPTIONS]\n"
+    "          [--size N | [-f FMT | --image-opts] [-l SNAPSHOT] [-U] FILE]",
     "map": "map [-f FMT | --image-opts] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILE",
     "rebase": "rebase [-f FMT | --image-opts] [-t CACHE] [-T CACHE] [-p] [-q] [-U] [-u] -b BACKING [-F FMT] FILE",
     "resize": "resize [-f FMT | --image-opts] [--preallocation=off|metadata|falloc|full] [-q] [--shrink] FILE [+|-]SIZE",
