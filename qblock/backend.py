@@ -52,8 +52,8 @@ class BlockBackend:
     ``on_write_error`` are the device's error policies; ``device`` is the guest device attached, if any. With ``writethrough``
     every write is durable when it completes. With ``disable_queuing`` requests do not wait while the node is drained: for
     jobs, which stop by themselves. ``changing_medium`` while a command puts another node in, which nobody else may do then;
-    ``last_medium`` tells how the node was opened that such a command took out. ``in_flight`` counts requests under way, those that
-    wait not included.
+    ``last_medium`` tells how the node was opened that such a command took out. ``in_flight`` counts requests under way,
+    those that wait not included.
     """
 
     def __init__(
