@@ -143,6 +143,15 @@ class Trace:
     )
     stream_through_done: Hit | None = event("A stream through a filter has written everything", "s {job}")
 
+    # --------------------------------------------------------------------------------------------------------- committing
+
+    commit_start: Hit | None = event("A commit job begins", "bs {node} base {base} s {job}")
+    commit_one_iteration: Hit | None = event(
+        "A commit job has asked for the next part; `allocated` is 1 when it has to be copied",
+        "s {job} offset {offset} bytes {length} is_allocated {allocated:d}",
+    )
+    qmp_block_commit: Hit | None = event("block-commit has started its job", "bs {node}")
+
     # ------------------------------------------------------------------------------------------- drive-reopen, the witness
 
     drive_reopen_begin: Hit | None = event("drive-reopen has found its drive", 'device {device} filename "{filename}"')

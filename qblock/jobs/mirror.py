@@ -8,7 +8,7 @@ created and null. Differs from QEMU: the job id is checked before the filter is 
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import attrs
 
@@ -24,7 +24,7 @@ from qblock.jobs.mirror_top import MirrorTop
 from qblock.jobs.state import OnError
 from qblock.node import BlockDriverState
 from qblock.options import DriverOptions
-from qblock.permissions import Perm
+from qblock.permissions import Perm, PermissionPair
 from qblock.transaction import Transaction
 from qblock.units import KiB, MiB, align_up, is_power_of_two
 
@@ -174,6 +174,9 @@ def root_node(system: BlockSystem, device: str) -> BlockDriverState:
 class PreparedMirror:
     """A mirror on its way to a running job: `prepare` it, then `start` it or `give_up`. ``backend`` holds the target."""
 
+    within_chain: ClassVar[bool] = False
+    """Whether the target is a layer of the source's own chain, see `MirrorTop`."""
+
     system: BlockSystem
     source: BlockDriverState
     backend: BlockBackend
@@ -201,7 +204,7 @@ class PreparedMirror:
             self._check(target)
             async with drained(self.source):
                 self._check(target)  # the graph may have changed while we waited
-                self._set_up(target)
+                self._set_up(target, self._change)
         except BaseException:
             await self.give_up()
             raise
@@ -267,19 +270,26 @@ class PreparedMirror:
             replaces=replaces,
         )
 
-    def _set_up(self, target: BlockDriverState) -> None:
-        """Insert the filter and give the job its nodes."""
-        request, jobs, change = self.request, self.system.jobs, self._change
-        driver = self._insert_filter(change)
-        job = self.job = MirrorJob(
-            jobs, self.job_id, self._plan(target), filter_driver=driver, target=self.backend,
+    def _make_job(self, driver: MirrorTop, plan: MirrorPlan) -> MirrorJob:
+        request = self.request
+        return MirrorJob(
+            self.system.jobs, self.job_id, plan, filter_driver=driver, target=self.backend,
             auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss,
         )  # fmt: skip
-        jobs.create(job, self.txn)
+
+    def _target_permissions(self, target: BlockDriverState) -> PermissionPair:
+        """What the job takes and shares on its target."""
+        return PermissionPair(Perm.WRITE, Perm.WRITE_UNCHANGED)
+
+    def _set_up(self, target: BlockDriverState, change: Transaction) -> None:
+        """Insert the filter and give the job its nodes."""
+        driver = self._insert_filter(change)
+        job = self.job = self._make_job(driver, self._plan(target))
+        self.system.jobs.create(job, self.txn)
         change.add(abort=self._forget_job)
-        job.set_speed(request.speed)
+        job.set_speed(self.request.speed)
         job.hold("main node", driver.node, Perm.CONSISTENT_READ, _READ_WRITE_UNCHANGED, change=change)
-        self.backend.set_permissions(Perm.WRITE, Perm.WRITE_UNCHANGED, change)
+        self.backend.set_permissions(*self._target_permissions(target), change)
         if self.backend.root is None:
             self.backend.insert(target, change)
         self.backend.disable_queuing = True
@@ -296,8 +306,9 @@ class PreparedMirror:
         )
         node.length = self.source.length
         node.read_only = False  # whatever the source: the filter itself has nothing to write
-        self.system.graph.append(node, onto=self.source, change=change, name="backing")
         assert isinstance(node.driver, MirrorTop)
+        node.driver.within_chain = self.within_chain
+        self.system.graph.append(node, onto=self.source, change=change, name="backing")
         return node.driver
 
 

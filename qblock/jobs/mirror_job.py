@@ -148,11 +148,7 @@ class MirrorJob(BlockJob):
 
     async def run(self) -> None:
         """See the module."""
-        target_length = self.target_edge.node.length
-        if target_length != self.length:
-            raise CommandError(
-                f"The source has {self.length} bytes and the target {target_length}: make the target the same size"
-            )
+        await self.match_sizes()
         self._buffers = BufferPool(self.plan.buf_size)
         self.in_flight.limit = self._buffers.count
         self._offload = _storage_of(self.target_edge.node).driver.prefers_copy_range
@@ -164,6 +160,14 @@ class MirrorJob(BlockJob):
             await self.flushes.stop()
             await self.in_flight.all_background_ended()
             self._buffers.close()
+
+    async def match_sizes(self) -> None:
+        """Have the target as long as the source, or raise; the job begins with it."""
+        target_length = self.target_edge.node.length
+        if target_length != self.length:
+            raise CommandError(
+                f"The source has {self.length} bytes and the target {target_length}: make the target the same size"
+            )
 
     async def before_pause(self) -> None:
         """See `Job`: let the copies under way end."""
@@ -521,9 +525,9 @@ class MirrorJob(BlockJob):
             await self.runner.opener.open_backing_chain(node)
             await self.undisturbed()
         with Transaction() as change, self.runner.graph.deferred_permissions(change):
-            self._dismantle(node, change, switch=self._should_complete)
+            self.dismantle(node, change, switch=self._should_complete)
 
-    def _dismantle(self, target: BlockDriverState, change: Transaction, *, switch: bool) -> None:
+    def dismantle(self, target: BlockDriverState, change: Transaction, *, switch: bool) -> None:
         """Take the job's parts out of the graph, and with ``switch`` put the target in the place of the source."""
         graph = self.runner.graph
         self.filter.retired = True
@@ -549,7 +553,7 @@ class MirrorJob(BlockJob):
     def abort(self) -> None:
         """See `Job`: the source keeps its place."""
         with Transaction() as change, self.runner.graph.deferred_permissions(change):
-            self._dismantle(self.target_edge.node, change, switch=False)
+            self.dismantle(self.target_edge.node, change, switch=False)
 
     def clean(self) -> None:
         """See `Job`."""

@@ -46,6 +46,8 @@ class MirrorTop(FilterDriver):
     options_class: ClassVar[type[DriverOptions]] = DriverOptions
 
     host: MirrorHost | None = None
+    within_chain: bool = False
+    """The target is a layer below: writing to it must be allowed, although the users above do not allow other writers."""
     retired: bool = False
     generation: int = 0
     """How many changes of the source have ended, well or badly. Whoever was answered before is counted."""
@@ -113,4 +115,7 @@ class MirrorTop(FilterDriver):
         """Passes the needs of its parents on; once retired it must not stand in the way of the switch."""
         if self.retired:
             return PermissionPair(Perm.NONE, Perm.ALL)
-        return super().child_permissions(role, perm, shared)
+        needs, shares = super().child_permissions(role, perm, shared)
+        if self.within_chain:
+            return PermissionPair(needs & ~Perm.CONSISTENT_READ, shares | Perm.WRITE)
+        return PermissionPair(needs, shares)

@@ -5,7 +5,7 @@ scanned; what a lower layer holds is copied in steps of 512 KiB, skipping costs 
 is rewritten first, then the graph; a crash in between leaves an image that is complete either way. The chain down to the
 lowest copied layer is frozen meanwhile, but not the link to ``base``: other jobs may work on what is below.
 
-Differs from QEMU in that up to 16 steps are under way at the same time; ``offset`` counts those that are done.
+Differs from QEMU in what `scanning.py` tells.
 """
 
 from __future__ import annotations
@@ -19,26 +19,22 @@ from qblock import requests
 from qblock.backend import BlockBackend
 from qblock.blockers import OpType
 from qblock.chain import chain_edge
+from qblock.copying_down import Piece
 from qblock.drain import drained
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, InvalidParameter, QBlockError
-from qblock.jobs.copying import IO_FAILURES, BufferPool, InFlight, Operation, io_error
-from qblock.jobs.job import BlockJob
-from qblock.jobs.state import ErrorAction, OnError
+from qblock.jobs.scanning import STEP, ScanningJob
+from qblock.jobs.state import OnError
 from qblock.jobs.stream_top import StreamTop
 from qblock.options import DriverOptions
 from qblock.permissions import Perm
-from qblock.ranges import ByteRange
 from qblock.transaction import Transaction
-from qblock.units import KiB
 
 if TYPE_CHECKING:
     from qblock.jobs.runner import JobRunner
     from qblock.node import BlockDriverState
     from qblock.system import BlockSystem
 
-STEP: Final = 512 * KiB
-_PARALLEL: Final = 16
 _READ_WRITE_UNCHANGED: Final = Perm.CONSISTENT_READ | Perm.WRITE | Perm.WRITE_UNCHANGED
 
 
@@ -62,10 +58,11 @@ class StreamRequest:
     auto_dismiss: bool = True
 
 
-class StreamJob(BlockJob):
+class StreamJob(ScanningJob):
     """See the module. ``lowest`` is the last node whose data are copied, the device itself when there is nothing to do."""
 
     type: ClassVar[str] = "stream"
+    ignored_is_skipped: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -77,8 +74,9 @@ class StreamJob(BlockJob):
         was_read_only: bool,
     ) -> None:
         super().__init__(
-            runner, request.job_id or "", auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss
-        )
+            runner, request.job_id or "", request.on_error,
+            auto_finalize=request.auto_finalize, auto_dismiss=request.auto_dismiss,
+        )  # fmt: skip
         self.request = request
         self.filter = filter_driver
         self.reader = BlockBackend(
@@ -88,11 +86,6 @@ class StreamJob(BlockJob):
         self.device = filter_driver.child.node
         self.lowest = lowest
         self.was_read_only = was_read_only
-        self.in_flight = InFlight(limit=_PARALLEL)
-        self._position = 0
-        self._retries: list[ByteRange] = []
-        self._failure: Exception | None = None
-        self._ignored: Exception | None = None
 
     @property
     def base(self) -> BlockDriverState | None:
@@ -106,115 +99,31 @@ class StreamJob(BlockJob):
         """See the module."""
         if not self.has_work():
             return
-        self.progress_remaining = self.device.length
         if (hit := self.runner.trace.stream_start) is not None:
             hit(node=self.device.node_name, base=self.base.node_name if self.base is not None else None, job=self.id)
-        buffers = BufferPool(_PARALLEL * STEP, piece=STEP)
-        try:
-            while await self._step(buffers):
-                pass
-        finally:
-            await self.in_flight.all_background_ended()
-            buffers.close()
-        if self._ignored is not None:
-            raise self._ignored
+        await self.scan(self.device.length)
 
     def has_work(self) -> bool:
         """Whether there is anything to copy from."""
         graph = self.runner.graph
         return graph.skip_filters(self.device) is not graph.skip_filters(self.lowest)
 
-    async def part_at(self, offset: int) -> tuple[int, bool]:
-        """How long the part of the disk at ``offset`` is, and whether it has to be copied."""
-        extent = await requests.chain_status(
-            self.device, offset, self.device.length - offset, base=self.base, want_zero=False
-        )
+    async def part_at(self, offset: int, end: int) -> Piece:
+        """See `ScanningJob`: work is what a lower layer holds."""
+        extent = await requests.chain_status(self.device, offset, end - offset, base=self.base, want_zero=False)
         needed = extent.present and extent.depth > 0
-        return min(extent.length, STEP) if needed else extent.length, needed
+        length = min(extent.length, STEP) if needed else extent.length
+        if (hit := self.runner.trace.stream_one_iteration) is not None:
+            hit(job=self.id, offset=offset, length=length, allocated=needed)
+        return Piece(offset, length, needed)
 
-    async def copy(self, offset: int, length: int, buffer: memoryview) -> None:
-        """Copy a part; ``buffer`` has at least `STEP` bytes."""
-        await requests.copy_on_read_into(self.filter.child, offset, buffer[:length])
+    async def fetch(self, part: Piece, buffer: memoryview) -> None:
+        """See `ScanningJob`: reading through the chain stores the part in the device."""
+        await requests.copy_on_read_into(self.filter.child, part.offset, buffer)
 
     def others_at(self, layer: BlockDriverState) -> Perm:
         """What others may do to a layer that the job copies from or to."""
         return _READ_WRITE_UNCHANGED if layer is self.device else Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
-
-    async def before_pause(self) -> None:
-        """See `Job`: let the copies under way end."""
-        await self.in_flight.all_background_ended()
-
-    async def _step(self, buffers: BufferPool) -> bool:
-        """Skip or begin to copy the next part; False when all is done."""
-        await self.pause_point()
-        if self._failure is not None:
-            raise self._failure
-        if self.in_flight.full:
-            await self.in_flight.changed()
-            return True
-        part = self._retries.pop() if self._retries else await self._next_part()
-        if part is None:
-            if self.in_flight.background:
-                await self.in_flight.changed()
-                return True
-            return False
-        operation = self.in_flight.begin(part.offset, part.length)
-        self.spawn(self._copy(operation, buffers), f"copy at {part.offset}")
-        delay = self.limit.delay_ns(part.length)
-        if delay:
-            await self.sleep_ns(delay)
-        return True
-
-    async def _next_part(self) -> ByteRange | None:
-        """The next part that a lower layer holds, at most one step long; what needs no copy is counted as done."""
-        while self._position < self.device.length:
-            offset = self._position
-            try:
-                length, needed = await self.part_at(offset)
-            except IO_FAILURES as error:
-                length = min(STEP, self.device.length - offset)
-                match self._failed(error):
-                    case ErrorAction.REPORT:
-                        raise
-                    case ErrorAction.IGNORE:
-                        self._position += length
-                        self.advance(length)
-                await self.pause_point()
-                continue
-            if (hit := self.runner.trace.stream_one_iteration) is not None:
-                hit(job=self.id, offset=offset, length=length, allocated=needed)
-            if needed:
-                self._position += length
-                return ByteRange(offset, length)
-            self._position += length
-            self.advance(length)
-            await self.pause_point()
-        return None
-
-    async def _copy(self, operation: Operation, buffers: BufferPool) -> None:
-        buffer = buffers.take()
-        try:
-            await self.copy(operation.offset, operation.length, buffer)
-            self.advance(operation.length)
-        except IO_FAILURES as error:
-            match self._failed(error):
-                case ErrorAction.REPORT:
-                    self._failure = self._failure or error
-                case ErrorAction.IGNORE:
-                    self.advance(operation.length)
-                case ErrorAction.STOP:
-                    self._retries.append(ByteRange(operation.offset, operation.length))
-        except Exception as bug:  # nobody may take it for success
-            self._failure = self._failure or bug
-        finally:
-            buffers.give(buffer)
-            self.in_flight.end(operation)
-
-    def _failed(self, error: Exception) -> ErrorAction:
-        action = self.failed_request(io_error(error), self.request.on_error, is_read=True)
-        if action is ErrorAction.IGNORE:
-            self._ignored = self._ignored or error
-        return action
 
     # ---------------------------------------------------------------------------------------------------------- endings
 

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Final
 
 from qblock import requests
 from qblock.chain import backing_chain, chain_next, skip_filters
+from qblock.copying_down import Piece
 from qblock.driver import SupportsBacking
 from qblock.drivers.blkmirror import BlkmirrorDriver
 from qblock.extents import Unallocated, Zero
 from qblock.filenames import combine_filename, has_protocol
-from qblock.jobs.stream import STEP, StreamJob, StreamRequest, start_stream
+from qblock.jobs.scanning import STEP
+from qblock.jobs.stream import StreamJob, StreamRequest, start_stream
 from qblock.permissions import Perm
 from qblock.rewriting import rewrite
 from qblock.units import MiB
@@ -81,12 +83,11 @@ class StreamThroughJob(StreamJob):
         if (hit := self.runner.trace.stream_through_done) is not None:
             hit(job=self.id)
 
-    async def part_at(self, offset: int) -> tuple[int, bool]:
-        """See `StreamJob`. The two sides are looked at one after the other; a write in between goes to both."""
-        rest = self.device.length - offset
-        extent = await requests.chain_status(self.device, offset, rest, base=self.base)
+    async def part_at(self, offset: int, end: int) -> Piece:
+        """See `ScanningJob`. The two sides are looked at one after the other; a write in between goes to both."""
+        extent = await requests.chain_status(self.device, offset, end - offset, base=self.base)
         if extent.present and not extent.zero:
-            return min(extent.length, STEP), True
+            return Piece(offset, min(extent.length, STEP))
         held = await requests.block_status(self.mirror.target.node, offset, extent.length)
         match held:
             case Zero():
@@ -96,14 +97,14 @@ class StreamThroughJob(StreamJob):
             case _:
                 in_order = False
         if in_order:
-            return held.length, False
-        return min(held.length, ZERO_STEP if extent.zero else STEP), True
+            return Piece(offset, held.length, work=False)
+        return Piece(offset, min(held.length, ZERO_STEP if extent.zero else STEP))
 
-    async def copy(self, offset: int, length: int, buffer: memoryview) -> None:
-        """See `StreamJob`."""
+    async def fetch(self, part: Piece, buffer: memoryview) -> None:
+        """See `ScanningJob`."""
         if (hit := self.runner.trace.stream_through_one_iteration) is not None:
-            hit(job=self.id, offset=offset, length=length)
-        await rewrite(self.filter.child, offset, length, buffer)
+            hit(job=self.id, offset=part.offset, length=part.length)
+        await rewrite(self.filter.child, part.offset, part.length, buffer)
 
     async def prepare(self) -> None:
         """See `Job`."""

@@ -48,7 +48,7 @@ _SHOWN: Final[Mapping[str, frozenset[str]]] = {
     "raw": frozenset({"offset", "size"}),
 }
 """The options that change what a node of the driver shows; of drivers not listed all are shown."""
-_NOT_OPENED_BY_OPTIONS: Final = frozenset({"mirror_top"})
+_NOT_OPENED_BY_OPTIONS: Final = frozenset({"commit_top", "mirror_top"})
 _COUNTERS: Final = tuple(
     field.attribute
     for field in fields(BlockDeviceStats)

@@ -1,0 +1,127 @@
+"""What ``block-commit`` is asked to do, and where in the graph that is: values, and the checks that come before any change.
+
+Models the arguments of QEMU 7.2's command and the order of its checks (semantics.md sections 4.2 and 4.3). Differs from QEMU in
+that ``top`` may be any of the names by which an image is known (see `chain.find_backing_image`).
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qblock.blockers import OpType
+from qblock.chain import base_of, contains, find_backing_image, whole_chain
+from qblock.errors import CommandError, DeviceNotFound, InvalidParameter, NodeNotFound
+from qblock.jobs.state import OnError
+from qblock.permissions import Perm
+
+if TYPE_CHECKING:
+    from qblock.graph import Graph
+    from qblock.node import BlockDriverState
+
+
+@attrs.frozen(kw_only=True)
+class CommitRequest:
+    """The members of ``block-commit`` with QEMU's defaults; ``speed`` in bytes per second (0: unlimited).
+
+    ``top`` and ``base`` are file names, ``top_node`` and ``base_node`` node names: at most one of each pair may be given.
+    ``backing_file`` is the text for the header.
+    """
+
+    job_id: str | None = None
+    base: str | None = None
+    base_node: str | None = None
+    top: str | None = None
+    top_node: str | None = None
+    backing_file: str | None = None
+    speed: int = 0
+    on_error: OnError = OnError.REPORT
+    filter_node_name: str | None = None
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+@attrs.frozen(eq=False)
+class CommitPlace:
+    """Where in the chain of ``device`` is to be committed: from ``top`` down to but not including ``base``, into ``base``."""
+
+    device: BlockDriverState
+    top: BlockDriverState
+    base: BlockDriverState
+
+    def layers(self) -> Iterator[BlockDriverState]:
+        """The nodes to be committed, top first, filters included."""
+        for layer in whole_chain(self.top):
+            if layer is self.base:
+                return
+            yield layer
+
+    @property
+    def is_active(self) -> bool:
+        """Whether somebody may write to ``top`` meanwhile, so that the job has to follow it."""
+        return self.top is self.device or Perm.WRITE in self.top.perm
+
+
+def find_place(graph: Graph, device: str, request: CommitRequest) -> CommitPlace:
+    """Where to commit; raises `DeviceNotFound` when there is no ``device``, else `CommandError` and its kin."""
+    try:
+        root = graph.lookup(device)
+    except NodeNotFound:
+        raise DeviceNotFound(device) from None
+    if not graph.is_root(root):
+        raise CommandError(f"'{device}' is not a root node: other nodes or jobs use it")
+    graph.check_op(root, OpType.COMMIT_SOURCE)
+    place = _place(graph, root, request)
+    for layer in (*place.layers(), place.base):
+        graph.check_op(layer, OpType.COMMIT_TARGET)
+    if place.is_active and request.backing_file is not None:
+        raise InvalidParameter(
+            "backing-file", f"makes no sense when the active layer '{place.top.node_name}' is committed: nothing is left above"
+        )
+    return place
+
+
+def _place(graph: Graph, root: BlockDriverState, request: CommitRequest) -> CommitPlace:
+    if request.top is not None and request.top_node is not None:
+        raise CommandError("'top' and 'top-node' cannot be given together")
+    if request.base is not None and request.base_node is not None:
+        raise CommandError("'base' and 'base-node' cannot be given together")
+    top = _top(graph, root, request)
+    base = _base(graph, top, request)
+    if base is top:
+        raise CommandError(f"Image '{top.node_name}' cannot be committed into itself: choose another base, or a higher top")
+    return CommitPlace(root, top, base)
+
+
+def _top(graph: Graph, root: BlockDriverState, request: CommitRequest) -> BlockDriverState:
+    if request.top_node is not None:
+        top = graph.find_node(request.top_node)
+        if not contains(root, top):
+            raise CommandError(f"Node '{top.node_name}' is not in the backing chain of '{root.node_name}'")
+        return top
+    if request.top is None:
+        return root
+    own = root.driver.filename()
+    if own is not None and os.path.abspath(own) == os.path.abspath(request.top):
+        return root
+    found = find_backing_image(root, request.top)
+    if found is None:
+        raise CommandError(f"There is no '{request.top}' in the backing chain of '{root.node_name}' that could be the top")
+    return found
+
+
+def _base(graph: Graph, top: BlockDriverState, request: CommitRequest) -> BlockDriverState:
+    if request.base_node is not None:
+        base = graph.find_node(request.base_node)
+        if not contains(top, base):
+            raise CommandError(f"Node '{base.node_name}' is not in the backing chain of '{top.node_name}'")
+        return base
+    if request.base is None:
+        return base_of(top)
+    found = find_backing_image(top, request.base)
+    if found is None:
+        raise CommandError(f"There is no '{request.base}' in the backing chain of '{top.node_name}'")
+    return found

@@ -1,0 +1,162 @@
+"""What jobs share that go once through a disk and move the parts that need it: stream and commit.
+
+Models the loops of QEMU's two jobs (semantics.md sections 4.1 and 4.2): steps of 512 KiB, skipping costs nothing, ``offset``
+counts what is done, copied or not. Differs from QEMU in that up to 16 steps are under way at the same time; and a failed part
+that is to be tried again without a pause is tried after 100 ms instead of at once.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from qblock.copying_down import Piece
+from qblock.jobs.copying import IO_FAILURES, SLICE_NS, BufferPool, InFlight, Operation, io_error
+from qblock.jobs.job import BlockJob
+from qblock.jobs.state import ErrorAction, OnError
+from qblock.units import KiB
+
+if TYPE_CHECKING:
+    from qblock.jobs.runner import JobRunner
+
+STEP: Final = 512 * KiB
+_PARALLEL: Final = 16
+
+
+class ScanningJob(BlockJob):
+    """See the module. Subclasses say where there is work (`part_at`) and do it (`fetch`, then `store`)."""
+
+    ignored_is_skipped: ClassVar[bool]
+    """What policy ``ignore`` means: go on without the part, and fail at the end; or try the part again."""
+
+    def __init__(
+        self, runner: JobRunner, job_id: str, on_error: OnError, *, auto_finalize: bool = True, auto_dismiss: bool = True
+    ) -> None:
+        super().__init__(runner, job_id, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        self.on_error = on_error
+        self.in_flight = InFlight(limit=_PARALLEL)
+        self._position = 0
+        self._again: list[Piece] = []
+        self._later = False
+        self._failure: Exception | None = None
+        self._ignored: Exception | None = None
+
+    # --------------------------------------------------------------------------------------------- written by subclasses
+
+    @abc.abstractmethod
+    async def part_at(self, offset: int, end: int) -> Piece:
+        """The part of the disk at ``offset``, and what is to be done about it; a part with work that is not known to become
+        zero has at most `STEP` bytes."""
+
+    @abc.abstractmethod
+    async def fetch(self, part: Piece, buffer: memoryview) -> None:
+        """The first half of moving a part, whose failure is one of reading; ``buffer`` is as long as the part, or empty if that
+        becomes zero."""
+
+    async def store(self, part: Piece, buffer: memoryview) -> None:
+        """The other half, whose failure is one of writing."""
+
+    # ------------------------------------------------------------------------------------------------------------ the loop
+
+    async def scan(self, end: int) -> None:
+        """Go through the disk from 0 to ``end``; raises what the job is to fail with."""
+        self.progress_remaining = end
+        buffers = BufferPool(_PARALLEL * STEP, piece=STEP)
+        try:
+            while await self._step(end, buffers):
+                pass
+        finally:
+            await self.in_flight.all_background_ended()
+            buffers.close()
+        if self._ignored is not None:
+            raise self._ignored
+
+    async def before_pause(self) -> None:
+        """See `Job`: let the copies under way end."""
+        await self.in_flight.all_background_ended()
+
+    async def _step(self, end: int, buffers: BufferPool) -> bool:
+        """Skip or begin to copy the next part; False when all is done."""
+        await self.pause_point()
+        if self._failure is not None:
+            raise self._failure
+        if self.in_flight.full:
+            await self.in_flight.changed()
+            return True
+        if self._later:
+            self._later = False
+            await self.sleep_ns(SLICE_NS)
+            return True
+        part = self._again.pop() if self._again else await self._next_part(end)
+        if part is None:
+            if self.in_flight.background:
+                await self.in_flight.changed()
+            return bool(self.in_flight.background or self._again or self._failure)
+        operation = self.in_flight.begin(part.offset, part.length)
+        self.spawn(self._move(operation, part, buffers), f"copy at {part.offset}")
+        delay = self.limit.delay_ns(0 if part.zero else part.length)
+        if delay:
+            await self.sleep_ns(delay)
+        return True
+
+    async def _next_part(self, end: int) -> Piece | None:
+        """The next part that there is work for; what needs none is counted as done."""
+        while self._position < end:
+            try:
+                part = await self.part_at(self._position, end)
+            except IO_FAILURES as error:
+                await self._status_failed(error, end)
+                continue
+            self._position += part.length
+            if part.work:
+                return part
+            self.advance(part.length)
+            await self.pause_point()
+        return None
+
+    async def _status_failed(self, error: Exception, end: int) -> None:
+        match self._failed(error, is_read=True):
+            case ErrorAction.REPORT:
+                raise error
+            case ErrorAction.IGNORE if self.ignored_is_skipped:
+                length = min(STEP, end - self._position)
+                self._position += length
+                self.advance(length)
+            case ErrorAction.IGNORE:
+                await self.sleep_ns(SLICE_NS)
+        await self.pause_point()
+
+    async def _move(self, operation: Operation, part: Piece, buffers: BufferPool) -> None:
+        buffer = buffers.take()
+        view = buffer[: 0 if part.zero else part.length]
+        reading = True
+        try:
+            await self.fetch(part, view)
+            reading = False
+            await self.store(part, view)
+            self.advance(operation.length)
+        except IO_FAILURES as error:
+            self._part_failed(part, error, is_read=reading)
+        except Exception as bug:  # nobody may take it for success
+            self._failure = self._failure or bug
+        finally:
+            buffers.give(buffer)
+            self.in_flight.end(operation)
+
+    def _part_failed(self, part: Piece, error: Exception, *, is_read: bool) -> None:
+        match self._failed(error, is_read=is_read):
+            case ErrorAction.REPORT:
+                self._failure = self._failure or error
+            case ErrorAction.IGNORE if self.ignored_is_skipped:
+                self.advance(part.length)
+            case ErrorAction.IGNORE:
+                self._again.append(part)
+                self._later = True
+            case ErrorAction.STOP:
+                self._again.append(part)
+
+    def _failed(self, error: Exception, *, is_read: bool) -> ErrorAction:
+        action = self.failed_request(io_error(error), self.on_error, is_read=is_read)
+        if action is ErrorAction.IGNORE and self.ignored_is_skipped:
+            self._ignored = self._ignored or error
+        return action
