@@ -4,7 +4,8 @@ A ``console`` block holds commands after ``$`` (continued after ``>``), what is 
 blocks of a page are performed in order in one empty directory, with the installed programs first in PATH; a session with
 ``qblock`` may go over several blocks, until ``quit`` or until the page says ``Killed``.
 
-``python tests/test_transcripts.py`` writes what is printed today into the pages. Read the difference before committing it.
+``python tests/test_transcripts.py [docs/PAGE ...]`` writes what is printed today into the pages (all of them). Read the
+difference before committing it.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def test_the_greeting_in_the_pages_is_the_one_of_the_program() -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or PAGES:
+    for path in [Path(name) for name in sys.argv[1:]] or [DOCS / name for name in PAGES]:
         with tempfile.TemporaryDirectory() as directory:
-            page = (DOCS / name).read_text()
-            (DOCS / name).write_text(perform_page(page, Path(directory)))
+            page = path.read_text()
+            path.write_text(perform_page(page, Path(directory)))

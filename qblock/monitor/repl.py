@@ -46,47 +46,37 @@ class Repl:
     console: Console
     out: Callable[[str], object] = sys.stdout.write
     _toolbar: list[str] = attrs.field(init=False, factory=list)
+    _held: list[str] | None = attrs.field(init=False, default=None)
     _printing: threading.Lock = attrs.field(init=False, factory=threading.Lock)
 
     def execute(self, line: str, *, columns: int | None = None) -> Answer:
         """Execute one line on the machine's loop and print what it says; help is wrapped to ``columns``."""
         answer = self.thread.call(self.console.execute(line))
-        if answer.text:
-            is_help = line.split()[0] in ("help", "?") or line.split() == ["info"]
-            self._print((_wrapped(answer.text, columns) if columns and is_help else answer.text).rstrip("\n") + "\n")
+        text = answer.text.rstrip("\n") + "\n" if answer.text else ""
+        is_help = line.split()[:1] in (["help"], ["?"]) or line.split() == ["info"]
+        self._print(_wrapped(text, columns) + "\n" if columns and is_help else text)
         return answer
 
     # -------------------------------------------------------------------------------------------------------- line mode
 
     def run_lines(self, lines: IO[str]) -> int:
         """Execute all lines, up to ``quit`` or the end; returns the exit code: 1 when one of them failed."""
-        events: list[MachineEvent] = []
-        self.console.machine.events.listener = events.append
-        reports = self.console.machine.reports
-        reports.listener = None  # they come with the answers, so that the order of the lines is always the same
+        self._held = []  # what others say comes when the next line is answered, so that the order is always the same
+        self._listen()
         failed = False
         for line in lines:
             answer = self.execute(line)
             failed |= answer.failed
-            self._print_events(events)
             if answer.quit:
                 break
-        for report in reports.take():
-            self.out(report.text)
+        self._print("")
         return int(failed)
-
-    def _print_events(self, events: list[MachineEvent]) -> None:
-        shown, events[:] = list(events), []
-        if self.console.machine.watching:
-            for event in shown:
-                self.out(f"[event] {event.describe()}\n")
 
     # ---------------------------------------------------------------------------------------------------------- prompt
 
     def run_prompt(self, session: PromptSession[str]) -> int:
         """Prompt until ``quit``, Ctrl-D, or until the machine is told to quit by somebody else."""
-        self.console.machine.events.listener = self._announce
-        self.console.machine.reports.listener = self._pass_on
+        self._listen()
         self.thread.when_done(self.console.machine.hub.wait_quit(), lambda: _leave_prompt(session))
         while not self.console.machine.hub.quitting:
             try:
@@ -117,16 +107,37 @@ class Repl:
             with self._printing:
                 patch.__exit__(None, None, None)
 
-    def _print(self, text: str) -> None:
-        with self._printing:
-            self.out(text)
+    # ------------------------------------------------------------------------------------------------ what others say
+
+    def _listen(self) -> None:
+        """Print what is said beside answers: what was kept, and from now on each report and each event that is watched."""
+        machine = self.console.machine
+        machine.events.listener = self._announce
+        machine.reports.listener = self._pass_on
+        for report in machine.reports.take():
+            self._pass_on(report)
 
     def _pass_on(self, report: Report) -> None:
-        self._print(report.text)
+        self._say(report.text)
 
     def _announce(self, event: MachineEvent) -> None:
         if self.console.machine.watching:
-            self._print(f"[event] {event.describe()}\n")
+            self._say(f"[event] {event.describe()}\n")
+
+    def _say(self, text: str) -> None:
+        with self._printing:
+            if self._held is None:
+                self.out(text)
+            else:
+                self._held.append(text)
+
+    def _print(self, text: str) -> None:
+        """Print an answer behind what was said before it."""
+        with self._printing:
+            held, self._held = self._held, None if self._held is None else []
+            self.out("".join([*(held or ()), text]))
+
+    # ----------------------------------------------------------------------------------------------------- while typing
 
     def toolbar(self, typed: str) -> str:
         """What stands below the prompt: help on the command being typed, then the clock and the jobs."""

@@ -249,7 +249,7 @@ def test_the_toolbar_takes_the_lines_it_needs() -> None:
 
 
 def test_piped_lines_print_answers_and_events_and_fail_if_one_does(bench: Bench) -> None:
-    """A script on standard input: comments are skipped, watched events stand after the line that caused them."""
+    """A script on standard input: comments are skipped, nothing is executed after ``quit``."""
     script = io.StringIO(f"# mirror it\n\nwatch on\n{bench.mirror()}\nnonsense\nclock\nquit\nclock\n")
     assert bench.repl.run_lines(script) == 1
     lines = bench.written.getvalue().splitlines()
@@ -267,6 +267,21 @@ def test_piped_lines_print_answers_and_events_and_fail_if_one_does(bench: Bench)
 def test_piped_lines_fail_whatever_their_output_looks_like(bench: Bench, line: str) -> None:
     """A failed qemu-io command prints elsewhere, and some commands do not say ``Error:``."""
     assert bench.repl.run_lines(io.StringIO(f"{line}\nclock\n")) == 1
+
+
+def test_events_stand_before_the_answer_in_a_pipe_as_at_a_terminal(bench: Bench) -> None:
+    """The pages of the documentation are checked through a pipe, and read at a terminal."""
+    lines = f"watch on\n{bench.mirror()}\nrun until READY\nquit\n"
+    assert bench.repl.run_lines(io.StringIO(lines)) == 0
+    piped = bench.written.getvalue().splitlines()
+    made, first, last = (index_of(piped, start) for start in ("Formatting", "[event] JOB_ST", "[event] BLOCK_JOB_READY"))
+    assert made < first < last < index_of(piped, "BLOCK_JOB_READY virtio0; the time is")
+    assert "[event] SHUTDOWN" in piped[last:]
+
+
+def index_of(lines: list[str], start: str) -> int:
+    """Where the first line is that begins so."""
+    return next(index for index, line in enumerate(lines) if line.startswith(start))
 
 
 def test_what_is_made_and_what_is_warned_of_is_shown_with_the_line_that_caused_it(bench: Bench) -> None:
