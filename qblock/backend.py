@@ -2,7 +2,7 @@
 
 Models QEMU's ``BlockBackend``: an edge to a node that can be changed under its user (or be absent: an empty drive), which
 checks that requests lie inside the disk, waits while the node is drained, and keeps what belongs to the user, not to the
-image: error policies, I/O status, the write-through flag, statistics. Differs from QEMU in that throttling is not here.
+image: error policies, I/O status, the write-through flag, limits of its rate, statistics.
 
 Requests raise `BlockIOError`: ``ENOMEDIUM`` without a node, ``EIO`` outside of the disk, otherwise what `requests` raises.
 Offsets and lengths are bytes.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from qblock.graph import Graph
     from qblock.node import BdrvChild, BlockDriverState
     from qblock.nodespec import MediumFlags
+    from qblock.throttling import ThrottleMember
 
 IO_OK: Final = "ok"
 IO_FAILED: Final = "failed"
 IO_NOSPACE: Final = "nospace"
+
+_LIMITED: Final = ("read", "write", "zero")
+"""The operations that wait for the limits of a backend."""
 
 
 class Accounting(Protocol):
@@ -52,8 +56,8 @@ class BlockBackend:
     ``on_write_error`` are the device's error policies; ``device`` is the guest device attached, if any. With ``writethrough``
     every write is durable when it completes. With ``disable_queuing`` requests do not wait while the node is drained: for
     jobs, which stop by themselves. ``changing_medium`` while a command puts another node in, which nobody else may do then;
-    ``last_medium`` tells how the node was opened that such a command took out. ``in_flight`` counts requests under way,
-    those that wait not included.
+    ``last_medium`` tells how the node was opened that such a command took out. ``in_flight`` counts requests under way, those not
+    included that wait for the end of a drained section. ``throttle`` holds up reads, writes and zero writes, see `limit`.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class BlockBackend:
         self.accounting: Accounting | None = None
         self.changing_medium = False
         self.last_medium: MediumFlags | None = None
+        self.throttle: ThrottleMember | None = None
         self._graph = graph
         self._queue: list[asyncio.Future[None]] = []
         graph.add_backend(self)
@@ -129,7 +134,16 @@ class BlockBackend:
     def close(self) -> None:
         """Take the node out and leave the graph; the backend is not used any more."""
         self.remove()
+        self.limit(None)
         self._graph.remove_backend(self)
+
+    def limit(self, throttle: ThrottleMember | None) -> None:
+        """Let ``throttle`` say when requests may pass (None: at once); the one before it leaves its group."""
+        if self.throttle is not None:
+            self.throttle.leave()
+        self.throttle = throttle
+        if throttle is not None:
+            throttle.set_drained(self.quiesce_counter > 0)
 
     def _store_permissions(self, perm: Perm, shared: Perm) -> None:
         self.perm, self.shared = perm, shared
@@ -150,11 +164,15 @@ class BlockBackend:
     def quiesce(self) -> None:
         """See `EdgeParent`: requests that come from now on wait."""
         self.quiesce_counter += 1
+        if self.throttle is not None:
+            self.throttle.set_drained(True)
 
     def resume(self) -> None:
         """See `EdgeParent`."""
         self.quiesce_counter -= 1
         if not self.quiesce_counter:
+            if self.throttle is not None:
+                self.throttle.set_drained(False)
             queue, self._queue = self._queue, []
             for future in queue:
                 if not future.done():
@@ -173,8 +191,8 @@ class BlockBackend:
         root = self.root
         if root is None or offset < 0 or offset + len(buffer) > root.node.length:
             root = self._checked("read", offset, len(buffer))
-        if self.accounting is not None:
-            await self._counted("read", len(buffer), read_into(root, offset, buffer))
+        if self.accounting is not None or self.throttle is not None:
+            await self._counted("read", offset, len(buffer), lambda edge: read_into(edge, offset, buffer))
             return
         self.in_flight += 1
         try:
@@ -191,9 +209,9 @@ class BlockBackend:
         root = self.root
         if root is None or offset < 0 or offset + len(buffer) > root.node.length:
             root = self._checked("write", offset, len(buffer))
-        if self.accounting is not None or fua or self.writethrough:
-            request = write_from(root, offset, buffer, fua=fua or self.writethrough)
-            await self._counted("write", len(buffer), request)
+        if self.accounting is not None or fua or self.writethrough or self.throttle is not None:
+            fua = fua or self.writethrough
+            await self._counted("write", offset, len(buffer), lambda edge: write_from(edge, offset, buffer, fua=fua))
             return
         self.in_flight += 1
         try:
@@ -208,44 +226,41 @@ class BlockBackend:
     ) -> None:
         """Make the range read as zeroes; see `requests.write_zeroes`."""
         await self._until_resumed()
-        root = self._checked("zero", offset, length)
-        fua = fua or self.writethrough
-        request = write_zeroes(root, offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
-        await self._counted("zero", length, request)
+        how = {"may_unmap": may_unmap, "no_fallback": no_fallback, "fua": fua or self.writethrough}
+        await self._counted("zero", offset, length, lambda edge: write_zeroes(edge, offset, length, **how))
 
     async def write_compressed(self, offset: int, buffer: memoryview) -> None:
         """Store whole clusters in packed form; see `requests.write_compressed`."""
         await self._until_resumed()
-        root = self._checked("write", offset, len(buffer))
-        await self._counted("write", len(buffer), write_compressed(root, offset, buffer))
+        await self._counted("write", offset, len(buffer), lambda edge: write_compressed(edge, offset, buffer))
         if self.writethrough:
             await self.flush()
 
     async def discard(self, offset: int, length: int) -> None:
         """The content of the range is no longer needed; see `requests.discard`."""
         await self._until_resumed()
-        root = self._checked("discard", offset, length)
-        await self._counted("discard", length, discard(root, offset, length))
+        await self._counted("discard", offset, length, lambda edge: discard(edge, offset, length))
 
     async def flush(self) -> None:
         """Make all completed writes durable."""
         await self._until_resumed()
-        await self._counted("flush", 0, flush(self._edge().node))
+        await self._counted("flush", 0, 0, lambda edge: flush(edge.node))
 
     async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Change the size of the disk; the backend must hold the resize permission."""
         await self._until_resumed()
-        request = truncate(self._edge(), length, exact=exact, preallocation=preallocation)
-        await self._counted(None, length, request)
+        await self._counted(
+            None, 0, 0, lambda edge: truncate(edge, length, exact=exact, preallocation=preallocation)
+        )
 
     async def copy_range(self, offset: int, target: BlockBackend, target_offset: int, length: int) -> None:
         """Copy to ``target`` inside the storage. ``BlockIOError(ENOTSUP)``: copy by buffer instead."""
         await self._until_resumed()
-        source_edge = self._checked("read", offset, length)
-        target_edge = target._checked("write", target_offset, length)
+        self._checked("read", offset, length)
+        to = target._checked("write", target_offset, length)
         target.in_flight += 1
         try:
-            await self._counted(None, length, copy_range(source_edge, offset, target_edge, target_offset, length))
+            await self._counted(None, offset, length, lambda edge: copy_range(edge, offset, to, target_offset, length))
         finally:
             target._left()
 
@@ -268,26 +283,32 @@ class BlockBackend:
             self._queue.append(future)
             await future
 
-    def _checked(self, operation: str, offset: int, length: int) -> BdrvChild:
+    def _checked(self, operation: str | None, offset: int, length: int) -> BdrvChild:
         """The root edge, when the range lies inside the disk."""
         root = self._edge()
         size = root.node.length
         if offset < 0 or length < 0 or offset + length > size:
-            if self.accounting is not None:
+            if self.accounting is not None and operation is not None:
                 self.accounting.refused(operation)
             raise BlockIOError(
                 errno.EIO, f"{length} bytes at {offset} are not inside {self.describe_user()} of {size} bytes"
             )
         return root
 
-    async def _counted(self, operation: str | None, length: int, request: Coroutine[Any, Any, None]) -> None:
-        """Run a request that has been admitted; ``operation`` is its name in the statistics, if it has one."""
+    async def _counted(
+        self, operation: str | None, offset: int, length: int, request: Callable[[BdrvChild], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Run a request on the root edge; ``operation`` is its name in the statistics, if it has one."""
+        edge = self._checked(operation, offset, length)
         accounting = self.accounting if operation is not None else None
         started = accounting.start() if accounting is not None else 0
         failure: BlockIOError | None = None
         self.in_flight += 1
         try:
-            await request
+            if self.throttle is not None and operation in _LIMITED:
+                await self.throttle.admit(length, is_write=operation != "read")
+                edge = self._checked(operation, offset, length)  # the medium may have gone meanwhile
+            await request(edge)
         except BlockIOError as error:
             failure = error
             raise

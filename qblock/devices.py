@@ -20,8 +20,9 @@ from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.graph import check_identifier
 from qblock.node import BlockDriverState
 from qblock.opening import merge
-from qblock.options import option, split_keyval, unflatten_dotted, visit
+from qblock.options import fields, option, split_keyval, unflatten_dotted, visit
 from qblock.permissions import Perm
+from qblock.throttle_limits import DRIVE_NAMES, NO_LIMITS, ThrottleLimits, changed_limits
 
 if TYPE_CHECKING:
     from qblock.system import BlockSystem
@@ -41,7 +42,10 @@ CACHE_MODES: Final[Mapping[str, tuple[bool, bool, bool]]] = {
 
 @attrs.frozen
 class DriveOptions:
-    """The members of ``-drive`` that are not options of the image's nodes. ``rest`` holds those, nested."""
+    """The members of ``-drive`` that are not options of the image's nodes. ``rest`` holds those, nested.
+
+    ``limits`` and ``group`` are its ``throttling.`` members.
+    """
 
     file: str | None = option(None, doc="the image: a file name or json:{…}")
     interface: Literal["virtio", "none"] = option("none", doc="what the drive is connected to", name="if")
@@ -61,11 +65,15 @@ class DriveOptions:
     werror: Literal["report"] = option("report", doc="what the device does on a write error")
     rerror: Literal["report"] = option("report", doc="what the device does on a read error")
     rest: Mapping[str, Any] = option({}, doc="options of the image's nodes")
+    limits: ThrottleLimits = option(NO_LIMITS, doc="limits of its rate", name="throttling")
+    group: str | None = option(None, doc="throttle group to join, by default one of the drive's name")
 
 
 _OWN: Final = frozenset(field.name.replace("_", "-") for field in attrs.fields(DriveOptions)) - {
     "interface",
     "rest",
+    "limits",
+    "group",
 } | {"if"}
 
 
@@ -76,6 +84,7 @@ def parse_drive(options: str | Mapping[str, Json], *, default_interface: str = "
     # These stand beside members of the nodes' options of the same names (file.locking), which overrule them.
     own |= {key: flat.pop(key) for key in ("file", "cache") if isinstance(flat.get(key), str)}
     given = unflatten_dotted(flat)
+    limits, group = _take_limits(given)
     own |= {key: value for key, value in given.items() if key in _OWN and not isinstance(value, Mapping)}
     rest = {key: value for key, value in given.items() if key not in own or isinstance(value, Mapping)}
     if "driver" in rest:
@@ -92,7 +101,30 @@ def parse_drive(options: str | Mapping[str, Json], *, default_interface: str = "
         drive = attrs.evolve(drive, file=None)
     if drive.detect_zeroes == "unmap" and drive.discard not in ("on", "unmap"):
         raise InvalidParameter("detect-zeroes", "can be 'unmap' only together with discard=unmap")
-    return attrs.evolve(drive, rest=rest)
+    return attrs.evolve(drive, rest=rest, limits=limits, group=group)
+
+
+_SHORT_LIMITS: Final = {
+    DRIVE_NAMES[field.attribute]: field.wire for field in fields(ThrottleLimits) if not field.wire.endswith("length")
+}
+"""The older names of most limits: ``bps_rd`` for ``throttling.bps-read``."""
+
+
+def _take_limits(given: dict[str, Any]) -> tuple[ThrottleLimits, str | None]:
+    """Take the limits of a drive, under either of their names, and the group out of ``given``."""
+    throttling = given.pop("throttling", {})
+    if not isinstance(throttling, Mapping):
+        raise InvalidParameter("throttling", "has members: give throttling.bps-total and the like")
+    members = dict(throttling)
+    for short, name in (*_SHORT_LIMITS.items(), ("group", "group")):
+        if short in given:
+            if name in members:
+                raise CommandError(f"'throttling.{name}' and '{short}' are the same option of a drive; give one of them")
+            members[name] = given.pop(short)
+    group = members.pop("group", None)
+    if group is not None and not isinstance(group, str):
+        raise InvalidParameter("throttling.group", "must be a string")
+    return changed_limits(NO_LIMITS, members, path="throttling", strings=True), group
 
 
 def node_options(drive: DriveOptions) -> dict[str, Any]:
@@ -200,6 +232,10 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend
         backend.writethrough = writethrough if drive.writeback is None else not drive.writeback
         backend.on_write_error = drive.werror
         backend.on_read_error = drive.rerror
+        if drive.limits.are_set:
+            throttle = system.env.throttle_groups.join(drive.group or name)
+            throttle.group.set_limits(drive.limits)
+            backend.limit(throttle)
         if node is not None:
             backend.insert(node)
             prepare_medium(system, node, filename=drive.file or node.node_name, copy_on_read=drive.copy_on_read)

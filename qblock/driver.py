@@ -23,6 +23,7 @@ from qblock.findings import Finding
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
 from qblock.snapshots import SnapshotInfo
+from qblock.throttling import ThrottleGroups
 from qblock.tracing import Trace
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ class Environment:
     trace: Trace = attrs.field(factory=Trace)
     secrets: dict[str, bytes] = attrs.field(factory=dict, repr=False)
     """The values of secret objects, by id."""
+    throttle_groups: ThrottleGroups = attrs.field(
+        default=attrs.Factory(lambda env: ThrottleGroups(env.clock), takes_self=True), repr=False
+    )
 
 
 class Driver(abc.ABC):
@@ -219,6 +223,14 @@ class Driver(abc.ABC):
 
         Raised on the storage child right before the requests of that step.
         """
+
+    # ------------------------------------------------------------------------------------------------ drained sections
+
+    def drained_begin(self) -> None:
+        """The first of the drained sections that the node is in begins: what waits inside the driver must be let go."""
+
+    def drained_end(self) -> None:
+        """The last of them has ended."""
 
     # ----------------------------------------------------------------------------------- permissions (never blocking)
 

@@ -151,6 +151,8 @@ class BlockDriverState:
         while pending:
             node = pending.pop()
             node.quiesce_counter += 1
+            if node.quiesce_counter == 1:
+                node.driver.drained_begin()
             for edge in node.parents:
                 if isinstance(edge.parent, BlockDriverState):
                     pending.append(edge.parent)
@@ -164,6 +166,8 @@ class BlockDriverState:
             node = pending.pop()
             assert node.quiesce_counter > 0, f"{node!r} is in no drained section"
             node.quiesce_counter -= 1
+            if not node.quiesce_counter:
+                node.driver.drained_end()
             for edge in node.parents:
                 if isinstance(edge.parent, BlockDriverState):
                     pending.append(edge.parent)

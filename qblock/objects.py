@@ -1,86 +1,193 @@
-"""User-creatable objects (``object-add``, ``--object``): secrets, which other options refer to by id.
+"""User-creatable objects (``object-add``, ``--object``): secrets and throttle groups, which other options refer to by id.
 
-Models QEMU's QOM objects as far as the block layer here has a use for them: ``secret``. Other types are refused by name. Differs
-from QEMU in that an object's secret is never shown again.
+Models QEMU's QOM objects as far as the block layer here has a use for them; other types are refused by name. Differs from QEMU in
+that an object's secret is never shown again.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import attrs
 
-from qblock.driver import Json
+from qblock.driver import Environment, Json
 from qblock.errors import CommandError, DuplicateName, InvalidParameter
 from qblock.graph import check_identifier
-from qblock.options import option, required, visit
+from qblock.options import dump, fields, option, required, visit
+from qblock.throttle_limits import NO_LIMITS, ThrottleLimits, changed_limits
+from qblock.throttling import ThrottleGroup
 
 
 @attrs.frozen
-class SecretOptions:
-    """``SecretProperties``, in plain or base64 form; encrypted secrets (``keyid``) are not offered."""
+class ObjectOptions:
+    """The members that the options of all objects have."""
 
     qom_type: str = required(doc="the type of the object")
     id: str = required(doc="name of the object")
+
+
+@attrs.frozen
+class SecretOptions(ObjectOptions):
+    """``SecretProperties``, in plain or base64 form; encrypted secrets (``keyid``) are not offered."""
+
     data: str | None = option(None, doc="the secret itself; anybody who can list processes sees it", since="2.6")
     file: str | None = option(None, doc="file that holds the secret", since="2.6")
     format: Literal["raw", "base64"] = option("raw", doc="how data or the file are encoded", since="2.6")
 
 
-@attrs.frozen
+class UserObject(Protocol):
+    """An object. ``properties`` maps the name of each property that is shown to its QOM type."""
+
+    kind: ClassVar[str]
+    properties: ClassVar[Mapping[str, str]]
+
+    def get(self, name: str) -> Json:
+        """The value of a property out of ``properties``."""
+
+    def set(self, name: str, value: Json) -> None:
+        """Change a property; raises `CommandError`."""
+
+    def delete(self) -> None:
+        """Undo what making the object did; raises `CommandError` while it is in use."""
+
+
+# -------------------------------------------------------------------------------------------------------------- secrets
+
+
+@attrs.frozen(eq=False)
 class Secret:
-    """A secret under the name ``id``."""
+    """A secret, which drivers find under its id in `Environment.secrets`."""
 
-    id: str
-    value: bytes = attrs.field(repr=False)
+    kind: ClassVar[str] = "secret"
+    properties: ClassVar[Mapping[str, str]] = {"format": "QCryptoSecretFormat", "file": "string"}
+
+    options: SecretOptions = attrs.field(repr=False)
+    env: Environment = attrs.field(repr=False)
+
+    @classmethod
+    def make(cls, env: Environment, given: Mapping[str, Json], *, strings: bool) -> Secret:
+        """Read the secret; raises `InvalidParameter` and `CommandError`."""
+        options = visit(SecretOptions, given, strings=strings)
+        env.secrets[options.id] = _read_secret(options)
+        return cls(options, env)
+
+    def get(self, name: str) -> Json:
+        """See `UserObject`."""
+        return getattr(self.options, name) or ""
+
+    def set(self, name: str, value: Json) -> None:
+        """See `UserObject`: a secret stays as it is."""
+        raise CommandError(f"'{name}' of the secret '{self.options.id}' cannot be changed; make another secret")
+
+    def delete(self) -> None:
+        """See `UserObject`: images that were opened with it keep their keys."""
+        del self.env.secrets[self.options.id]
 
 
-def _load(options: SecretOptions) -> Secret:
+def _read_secret(options: SecretOptions) -> bytes:
     if (options.data is None) == (options.file is None):
         raise CommandError(f"The secret '{options.id}' needs either 'data' or 'file'")
     try:
         raw = options.data.encode() if options.data is not None else Path(options.file or "").read_bytes()
-        value = base64.b64decode(raw, validate=True) if options.format == "base64" else raw
+        return base64.b64decode(raw, validate=True) if options.format == "base64" else raw
     except OSError as error:
         raise CommandError(
             f"The secret '{options.id}' could not be read from '{options.file}': {error.strerror}"
         ) from None
     except binascii.Error as error:
         raise CommandError(f"The secret '{options.id}' is not valid base64: {error}") from None
-    return Secret(options.id, value)
+
+
+# ------------------------------------------------------------------------------------------------------- throttle groups
+
+THROTTLE_TWINS: Final = {f"x-{field.wire}": field.wire for field in fields(ThrottleLimits)}
+"""The members of limits as properties of their own, which can be set only when the object is made."""
+
+
+@attrs.frozen
+class ThrottleGroupOptions(ObjectOptions):
+    """``ThrottleGroupProperties``, without the unstable ``x-`` twins of the members of ``limits``."""
+
+    limits: ThrottleLimits | None = option(None, doc="limits that the members keep to together", since="2.11")
+
+
+@attrs.frozen(eq=False)
+class ThrottleGroupObject:
+    """A throttle group that stays without members. ``limits`` can be changed at any time."""
+
+    kind: ClassVar[str] = "throttle-group"
+    properties: ClassVar[Mapping[str, str]] = {"limits": "ThrottleLimits", **dict.fromkeys(THROTTLE_TWINS, "int")}
+
+    group: ThrottleGroup
+    env: Environment = attrs.field(repr=False)
+
+    @classmethod
+    def make(cls, env: Environment, given: Mapping[str, Json], *, strings: bool) -> ThrottleGroupObject:
+        """Make the group; raises `InvalidParameter`, `CommandError` and `DuplicateName`."""
+        plain = {key: value for key, value in given.items() if key not in THROTTLE_TWINS}
+        options = visit(ThrottleGroupOptions, plain, strings=strings)
+        twins = {THROTTLE_TWINS[key]: value for key, value in given.items() if key in THROTTLE_TWINS}
+        limits = changed_limits(NO_LIMITS, twins | dict(given.get("limits", {})), strings=strings)
+        group = env.throttle_groups.create(options.id)
+        group.set_limits(limits)
+        return cls(group, env)
+
+    def get(self, name: str) -> Json:
+        """See `UserObject`."""
+        values: dict[str, Any] = dump(self.group.limits)
+        return values if name == "limits" else values[THROTTLE_TWINS[name]]
+
+    def set(self, name: str, value: Json) -> None:
+        """See `UserObject`: members of ``limits`` that are not given stay as they are."""
+        if name != "limits":
+            raise CommandError(f"'{name}' can be set only when the object is made; change 'limits' instead")
+        self.group.set_limits(changed_limits(self.group.limits, value))
+
+    def delete(self) -> None:
+        """See `UserObject`."""
+        self.env.throttle_groups.delete(self.group.name)
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+Make = Callable[..., UserObject]
+
+OBJECT_OPTIONS: Final[Mapping[str, type[ObjectOptions]]] = {"secret": SecretOptions, "throttle-group": ThrottleGroupOptions}
+"""The options of each type of objects."""
+_MAKERS: Final[Mapping[str, Make]] = {"secret": Secret.make, "throttle-group": ThrottleGroupObject.make}
 
 
 class ObjectTable:
     """The objects of one system, by id."""
 
-    def __init__(self, values: dict[str, bytes] | None = None) -> None:
-        self.secrets: dict[str, Secret] = {}
-        self._values = values if values is not None else {}
-        """What drivers see of them (`Environment.secrets`)."""
+    def __init__(self, env: Environment) -> None:
+        self.objects: dict[str, UserObject] = {}
+        self._env = env
 
     def add(self, options: Mapping[str, Json], *, strings: bool = False) -> None:
         """Make the object that ``options`` (``qom-type``, ``id`` and the type's own) describe.
 
         Raises `InvalidParameter` for an unknown type, `DuplicateName`, `CommandError`.
         """
-        kind = options.get("qom-type")
+        kind, name = options.get("qom-type"), options.get("id")
         if not isinstance(kind, str):
             raise InvalidParameter("qom-type", "is missing" if kind is None else "must be a string")
-        if kind != "secret":
-            raise InvalidParameter("qom-type", f"cannot be '{kind}': only objects of the type secret are offered")
-        given: SecretOptions = visit(SecretOptions, options, strings=strings)
-        check_identifier(given.id, parameter="id")
-        if given.id in self.secrets:
-            raise DuplicateName("object", given.id)
-        secret = self.secrets[given.id] = _load(given)
-        self._values[given.id] = secret.value
+        if kind not in _MAKERS:
+            raise InvalidParameter("qom-type", f"cannot be '{kind}': objects here are of the types {', '.join(_MAKERS)}")
+        if not isinstance(name, str):
+            raise InvalidParameter("id", "is missing" if name is None else "must be a string")
+        check_identifier(name, parameter="id")
+        if name in self.objects:
+            raise DuplicateName("object", name)
+        self.objects[name] = _MAKERS[kind](self._env, options, strings=strings)
 
     def delete(self, name: str) -> None:
-        """Remove an object; raises `CommandError` when there is none."""
-        if self.secrets.pop(name, None) is None:
+        """Remove an object; raises `CommandError` when there is none, or when it is in use."""
+        if name not in self.objects:
             raise CommandError(f"There is no object '{name}'")
-        del self._values[name]
+        self.objects[name].delete()
+        del self.objects[name]

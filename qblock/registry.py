@@ -26,6 +26,7 @@ OWN_DRIVERS: Final = {
     "null-co": "qblock.drivers.null:NullCoDriver",
     "qcow2": "qblock.drivers.qcow2.driver:Qcow2Driver",
     "raw": "qblock.drivers.raw:RawDriver",
+    "throttle": "qblock.drivers.throttle:ThrottleDriver",
 }
 """Our drivers; a test keeps this equal to the entry points in pyproject.toml."""
 

@@ -103,7 +103,7 @@ class BlockSystem:
         registry = DriverRegistry()
         opener = Opener(graph, registry, env, policy or OpenPolicy.deny())
         jobs = JobRunner(graph, clock, events.emit, opener, trace=env.trace)
-        table = ObjectTable(env.secrets)
+        table = ObjectTable(env)
         return cls(env, events, graph, registry, opener, jobs, table, announce, owns_executor=executor is None)
 
     @property

@@ -190,6 +190,22 @@ async def block_resize(call: HmpCall) -> None:
 
 
 @hmp_command(
+    "block_set_io_throttle",
+    "device:B,bps:l,bps_rd:l,bps_wr:l,iops:l,iops_rd:l,iops_wr:l",
+    "device bps bps_rd bps_wr iops iops_rd iops_wr",
+    "limit how much a device reads and writes per second (0: no limit)",
+    since="1.1",
+)
+async def block_set_io_throttle(call: HmpCall) -> None:
+    """block_set_io_throttle, with the name of a drive, otherwise of a guest device."""
+    name = call.text("device")
+    is_drive = any(device["device"] == name for device in await call.qmp("query-block"))
+    rates = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+    limits = {rate: call.number(rate) for rate in rates}
+    await call.qmp("block_set_io_throttle", {"device" if is_drive else "id": name, **limits})
+
+
+@hmp_command(
     "drive_add",
     "node:-n,pci_addr:s,opts:s",
     "[-n] pci_addr [file=file][,if=none][,id=id][,format=f][,...]",

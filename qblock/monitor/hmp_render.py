@@ -62,6 +62,8 @@ def _stanza(info: Mapping[str, Json] | None, inserted: Mapping[str, Json] | None
         yield _row("Backing file", f"{inserted['backing_file']} (chain depth: {inserted['backing_file_depth']})")
     if inserted["detect_zeroes"] != "off":
         yield _row("Detect zeroes", inserted["detect_zeroes"])
+    if any(inserted[name] for name in _AVERAGES):
+        yield _row("I/O throttling", _limits(inserted))
     if verbose:
         yield from ("", "Images:")
         image: Mapping[str, Json] | None = inserted["image"]
@@ -94,6 +96,20 @@ def _device_lines(info: Mapping[str, Json]) -> Iterator[str]:
 
 def _row(label: str, value: str) -> str:
     return f"    {label + ':':<17} {value}"
+
+
+def _limits(inserted: Mapping[str, Json]) -> str:
+    """``bps=… bps_rd=… …``: all limits of a device, those that are not set as 0."""
+    names = [name for unit in ("bps", "iops") for tail in ("", "_max") for name in _kinds(unit, tail)]
+    values = [f"{name}={inserted.get(name, 0)}" for name in (*names, "iops_size")]
+    return " ".join([*values, f"group={inserted['group']}"])
+
+
+def _kinds(unit: str, tail: str = "") -> tuple[str, ...]:
+    return tuple(f"{unit}{kind}{tail}" for kind in ("", "_rd", "_wr"))
+
+
+_AVERAGES: Final = (*_kinds("bps"), *_kinds("iops"))
 
 
 def _cache_mode(cache: Mapping[str, bool]) -> str:

@@ -26,6 +26,7 @@ from qblock.monitor.replies import (
 from qblock.nodespec import CommonOptions
 from qblock.options import dump, fields
 from qblock.permissions import ChildRole
+from qblock.throttle_limits import DRIVE_NAMES, NO_LIMITS, RATES
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
@@ -46,6 +47,7 @@ _SHOWN: Final[Mapping[str, frozenset[str]]] = {
     "null-co": frozenset({"read-zeroes", "size"}),
     "qcow2": frozenset(),
     "raw": frozenset({"offset", "size"}),
+    "throttle": frozenset({"throttle-group"}),
 }
 """The options that change what a node of the driver shows; of drivers not listed all are shown."""
 _NOT_OPENED_BY_OPTIONS: Final = frozenset({"commit_top", "mirror_top"})
@@ -172,12 +174,7 @@ def block_device_info(node: BlockDriverState, *, backend: BlockBackend | None, f
         backing_file_depth=depth,
         encrypted=node.driver.encrypted,
         detect_zeroes=cast(Literal["off", "on", "unmap"], node.detect_zeroes),
-        bps=0,
-        bps_rd=0,
-        bps_wr=0,
-        iops=0,
-        iops_rd=0,
-        iops_wr=0,
+        **_limits(backend),
         image=image_info(node, flat=flat, for_device=for_device),
         cache=BlockdevCacheInfo(
             writeback=backend is None or not backend.writethrough,
@@ -187,6 +184,19 @@ def block_device_info(node: BlockDriverState, *, backend: BlockBackend | None, f
         write_threshold=node.write_threshold,
         dirty_bitmaps=[bitmap_info(bitmap) for bitmap in reversed(node.dirty_bitmaps)] or None,
     )
+
+
+def _limits(backend: BlockBackend | None) -> dict[str, Any]:
+    """What a device's limits are, in the members of `BlockDeviceInfo`: averages always, the others when they are set."""
+    throttle = None if backend is None else backend.throttle
+    limits = NO_LIMITS if throttle is None else throttle.group.limits
+    shown: dict[str, Any] = {} if throttle is None else {"group": throttle.group.name}
+    for name in RATES:
+        rate, drive_name = limits.rate(name), DRIVE_NAMES[name]
+        shown[drive_name] = rate.average
+        if rate.burst:
+            shown |= {f"{drive_name}_max": rate.burst, f"{drive_name}_max_length": rate.seconds}
+    return shown | ({"iops_size": limits.iops_size} if limits.iops_size else {})
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

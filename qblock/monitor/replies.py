@@ -182,7 +182,7 @@ class BlockDirtyInfo:
 
 @attrs.frozen
 class BlockDeviceInfo:
-    """A node, seen by itself or as the medium of a device. There is no throttling here, so its limits are 0."""
+    """A node, seen by itself or as the medium of a device. Limits are those of the device; a node by itself has none."""
 
     file: str = required(doc="name of the image")
     node_name: str | None = option(None, doc="name of the node")
@@ -198,6 +198,20 @@ class BlockDeviceInfo:
     iops: int = required(doc="limit in requests per second")
     iops_rd: int = snake("iops_rd", "the same for reads")
     iops_wr: int = snake("iops_wr", "the same for writes")
+    bps_max: int | None = snake_optional("bps_max", "bytes per second in bursts")
+    bps_rd_max: int | None = snake_optional("bps_rd_max", "the same for reads")
+    bps_wr_max: int | None = snake_optional("bps_wr_max", "the same for writes")
+    iops_max: int | None = snake_optional("iops_max", "requests per second in bursts")
+    iops_rd_max: int | None = snake_optional("iops_rd_max", "the same for reads")
+    iops_wr_max: int | None = snake_optional("iops_wr_max", "the same for writes")
+    bps_max_length: int | None = snake_optional("bps_max_length", "longest burst in seconds")
+    bps_rd_max_length: int | None = snake_optional("bps_rd_max_length", "the same for reads")
+    bps_wr_max_length: int | None = snake_optional("bps_wr_max_length", "the same for writes")
+    iops_max_length: int | None = snake_optional("iops_max_length", "longest burst of requests in seconds")
+    iops_rd_max_length: int | None = snake_optional("iops_rd_max_length", "the same for reads")
+    iops_wr_max_length: int | None = snake_optional("iops_wr_max_length", "the same for writes")
+    iops_size: int | None = snake_optional("iops_size", "a request of more bytes counts as several")
+    group: str | None = option(None, doc="throttle group that the device is a member of")
     image: ImageInfo = required(doc="the image, with those below it unless the list is flat")
     cache: BlockdevCacheInfo = required(doc="caching")
     write_threshold: int = snake("write_threshold", "0: none is set")

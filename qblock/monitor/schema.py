@@ -22,6 +22,7 @@ from qblock.monitor.commands.transaction import ACTIONS, TransactionAction
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.events import EVENTS
 from qblock.nodespec import CommonOptions
+from qblock.objects import OBJECT_OPTIONS, THROTTLE_TWINS, ObjectOptions
 from qblock.options import Field, option, required
 
 if TYPE_CHECKING:
@@ -180,6 +181,8 @@ class _Schema:
     def _arguments(self, command: Command) -> str:
         if command.arguments is CommonOptions:
             return self._node_options()
+        if command.arguments is ObjectOptions:
+            return self._object_options()
         return self._object(command.arguments)
 
     def _node_options(self) -> str:
@@ -197,6 +200,23 @@ class _Schema:
         entry["variants"] = [
             {"case": name, "type": self._object(driver.options_class)} for name, driver in drivers.items()
         ]
+        return str(entry["name"])
+
+    def _object_options(self) -> str:
+        """ObjectOptions: the members all objects have, and those of each type."""
+        shared = {field.wire for field in options.fields(ObjectOptions)}
+        entry = self._new("object options", "object")
+        kind = {"name": "qom-type", "type": self._enum("object types", list(OBJECT_OPTIONS))}
+        entry["members"] = [kind, {"name": "id", "type": self.type_name(str)}]
+        entry["tag"] = "qom-type"
+        entry["variants"] = []
+        for name, cls in OBJECT_OPTIONS.items():
+            variant = self._new(("object", cls), "object")
+            variant["members"] = [self._member(field, cls) for field in options.fields(cls) if field.wire not in shared]
+            if name == "throttle-group":
+                twins = ({"name": twin, "type": "int", "default": None, "features": ["unstable"]} for twin in THROTTLE_TWINS)
+                variant["members"] += twins
+            entry["variants"].append({"case": name, "type": variant["name"]})
         return str(entry["name"])
 
     def _create_options(self) -> str:

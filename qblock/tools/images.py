@@ -173,7 +173,7 @@ def with_secrets(arguments: Arguments, watch: Watch | None) -> Watch | None:
     def prepare(env: Environment) -> None:
         from qblock.objects import ObjectTable
 
-        table = ObjectTable(env.secrets)
+        table = ObjectTable(env)
         for text in texts:
             given, strings = parse_object(text)
             table.add(given, strings=strings)

@@ -21,6 +21,7 @@ from qblock.options import ChildRef, DriverOptions, child
 from qblock.permissions import ChildRole
 from qblock.registry import OWN_DRIVERS
 from qblock.testing.contract import ContractViolation, Keeps, OpenNode, check_driver
+from qblock.throttle_limits import ThrottleLimits
 from qblock.units import KiB
 
 SIZE = 512 * KiB
@@ -64,6 +65,17 @@ def mirror_with_shared_backing(directory: Path) -> OpenNode:
     return described(driver="blkmirror", file=MEMORY, target=copy)
 
 
+def throttled(directory: Path) -> OpenNode:
+    """A member of a group that is limited in everything; the contract runs on virtual time."""
+
+    async def open_node(opener: Opener) -> BlockDriverState:
+        group = opener.env.throttle_groups.create("limits")
+        group.set_limits(ThrottleLimits(iops_total=500, iops_size=4096, bps_read=10**8, bps_write=10**7))
+        return await described(**{"driver": "throttle", "throttle-group": "limits", "file": MEMORY})(opener)
+
+    return open_node
+
+
 SUBJECTS: dict[str, tuple[Callable[[Path], OpenNode], Keeps]] = {
     "file": (lambda tmp: described(**plain_file(tmp)), Keeps.FOREVER),
     "raw": (lambda tmp: described(driver="raw", file=plain_file(tmp)), Keeps.FOREVER),
@@ -76,6 +88,7 @@ SUBJECTS: dict[str, tuple[Callable[[Path], OpenNode], Keeps]] = {
     "copy-on-read": (lambda tmp: described(driver="copy-on-read", file=MEMORY), Keeps.UNTIL_CLOSED),
     "blkmirror": (lambda tmp: described(driver="blkmirror", file=MEMORY, target=MEMORY), Keeps.UNTIL_CLOSED),
     "blkmirror shared backing": (mirror_with_shared_backing, Keeps.UNTIL_CLOSED),
+    "throttle": (throttled, Keeps.UNTIL_CLOSED),
     "qcow2": (lambda tmp: image(tmp / "disk.qcow2"), Keeps.FOREVER),
     "qcow2 small clusters": (lambda tmp: image(tmp / "disk.qcow2", cluster_size=512), Keeps.FOREVER),
     "qcow2 version 2": (lambda tmp: image(tmp / "disk.qcow2", version="v2"), Keeps.FOREVER),

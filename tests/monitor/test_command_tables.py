@@ -59,7 +59,7 @@ def _shape(kind: Any) -> Any:
         return [_shape(typing.get_args(kind)[0])]
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return sorted(member.value for member in kind)
-    return {str: "str", int: "int", bool: "bool"}.get(kind, "object")
+    return {str: "str", int: "int", bool: "bool", Any: "any"}.get(kind, "object")
 
 
 @pytest.mark.parametrize("command", [c for c in OF_QEMU if not c.checks_itself], ids=lambda command: command.name)

@@ -10,7 +10,7 @@ from qblock.driver import Json
 from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.monitor.replies import NameInfo, StatusInfo
-from qblock.objects import SecretOptions
+from qblock.objects import ObjectOptions
 from qblock.options import required
 
 
@@ -21,9 +21,9 @@ class ObjectArguments:
     id: str = required(doc="id of the object")
 
 
-@command("object-add", since="2.0", open_arguments=SecretOptions)
+@command("object-add", since="2.0", open_arguments=ObjectOptions)
 async def object_add(ctx: CommandContext, args: Mapping[str, Json]) -> None:
-    """Make an object that options can refer to; there are secrets."""
+    """Make an object that options can refer to; there are secrets and throttle groups."""
     await ctx.system.add_object(args)
 
 
