@@ -12,18 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import attrs
 
+from qblock.backend import BlockBackend
+from qblock.blockers import OpType
 from qblock.chain import chain_next, find_backing_image, skip_filters
 from qblock.copying_down import Buffers, Piece, copy_piece, pieces_above, spread
+from qblock.drain import drained
 from qblock.driver import SupportsEmptying
 from qblock.errors import CommandError, QBlockError
+from qblock.jobs.commit_top import CommitTop
 from qblock.node import BdrvChild, BlockDriverState
 from qblock.nodespec import NodeFlags
 from qblock.offline import WRITING, Progress, no_progress, run_offline, using
 from qblock.opening import Opener
-from qblock.permissions import Perm
+from qblock.options import DriverOptions
+from qblock.permissions import ChildRole, Perm
+from qblock.transaction import Transaction
 
 
 @attrs.frozen
@@ -79,7 +86,7 @@ async def commit_image(
     if order.empty and not isinstance(node.driver, SupportsEmptying):
         raise CommandError(f"images of the format '{node.driver.name}' cannot be emptied: keep what they hold")
     was_read_only = base.read_only
-    await _make_writable(opener, base)
+    before = await _make_writable(opener, base)
     try:
         with using(opener, base, name=name, perm=WRITING) as target:
             grown = max(0, top.node.length - target.length)
@@ -90,27 +97,75 @@ async def commit_image(
             await target.flush()
     except BaseException:
         with contextlib.suppress(QBlockError):  # the cause matters more
-            await _restore(opener, base, read_only=was_read_only)
+            await _restore(opener, base, before, read_only=was_read_only)
         raise
-    await _restore(opener, base, read_only=was_read_only)
+    await _restore(opener, base, before, read_only=was_read_only)
     if order.empty:
         assert isinstance(node.driver, SupportsEmptying)
         await node.driver.make_empty()
     return Committed(name, copied, zeroed, grown, order.empty)
 
 
-async def _make_writable(opener: Opener, base: BlockDriverState) -> None:
-    """Let the base be written; what becomes zero in it may give its space back."""
+async def commit_in_use(opener: Opener, device: BlockBackend) -> Committed:
+    """Commit the active layer of ``device`` into the image below and empty it, while the device's requests wait.
+
+    Models HMP's ``commit``. Raises `NodeBusy` (a job is at work there), `CommandError` and `BlockIOError`.
+    """
+    top = device.root
+    assert top is not None, f"{device!r} has no medium"
+    node = skip_filters(top.node)
+    base = base_of_commit(node, None)
+    opener.graph.check_op(top.node, OpType.COMMIT_SOURCE)
+    opener.graph.check_op(base, OpType.COMMIT_TARGET)
+    if node.read_only:
+        raise CommandError(f"Node '{node.node_name}' is read-only, so it cannot be emptied")
+    async with drained(node):
+        with _hidden_writer(opener, node):
+            return await commit_image(opener, top, CommitOrder())
+
+
+@contextlib.contextmanager
+def _hidden_writer(opener: Opener, overlay: BlockDriverState) -> Iterator[None]:
+    """Let what is below ``overlay`` be written although the users of ``overlay`` do not allow it; they wait."""
+    edge = overlay.backing
+    assert edge is not None
+    below = edge.node
+    with Transaction() as change, opener.graph.deferred_permissions(change):
+        node = opener.make_node(
+            CommitTop, DriverOptions(), node_name=None, like=below, implicit=True, change=change
+        )
+        node.length, node.read_only = below.length, True
+        opener.graph.attach(node, below, name="backing", role=ChildRole.FILTERED, change=change)
+        opener.graph.set_backing(overlay, node, change)
+    try:
+        yield
+    finally:
+        with Transaction() as change, opener.graph.deferred_permissions(change):
+            opener.graph.set_backing(overlay, below, change)
+            opener.graph.detach(node.children["backing"], change)
+            opener.graph.remove_node(node, change)
+
+
+async def _make_writable(opener: Opener, base: BlockDriverState) -> list[tuple[BlockDriverState, NodeFlags]]:
+    """Let the base be written; what becomes zero in it may give its space back. Returns how it was before."""
+    before = []
     storage: BlockDriverState | None = base
     while storage is not None:
-        attrs.evolve(NodeFlags.of(storage), discard_unmap=True).set_on(storage)
+        flags = NodeFlags.of(storage)
+        before.append((storage, flags))
+        attrs.evolve(flags, discard_unmap=True).set_on(storage)
         storage = storage.storage.node if storage.storage is not None else None
     if base.read_only:
         await opener.reopen(base, read_only=False)
+    return before
 
 
-async def _restore(opener: Opener, base: BlockDriverState, *, read_only: bool) -> None:
+async def _restore(
+    opener: Opener, base: BlockDriverState, before: list[tuple[BlockDriverState, NodeFlags]], *, read_only: bool
+) -> None:
     """Let the base be as it was opened."""
+    for node, flags in before:
+        node.discard_unmap = flags.discard_unmap
     if read_only and base.poisoned is None:
         await opener.reopen(base, read_only=True)
 

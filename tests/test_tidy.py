@@ -35,7 +35,7 @@ LAYERS = (
     "copying_up rewriting",
     "requests",
     "filtering backend nodespec",
-    "copying_down",
+    "copying_down naming",
     "creating reopening",
     "opening",
     "blueprint",

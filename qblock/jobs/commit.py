@@ -29,6 +29,7 @@ from qblock.errors import CommandError, QBlockError
 from qblock.jobs.commit_plan import CommitPlace, CommitRequest
 from qblock.jobs.commit_top import CommitTop
 from qblock.jobs.scanning import STEP, ScanningJob
+from qblock.naming import link_to
 from qblock.node import BlockDriverState
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm
@@ -139,21 +140,14 @@ class CommitJob(ScanningJob):
     async def prepare(self) -> None:
         """See `Job`: rewrite the links in the headers, then in the graph."""
         await requests.flush(self.place.base)
-        link = self._new_link()
+        link = link_to(self.place.base, text=self.request.backing_file)
         for overlay in _images_above(self.filter.node):
             await self._rewrite_link(overlay, link)
         await self.undisturbed()
         with Transaction() as change, self.runner.graph.deferred_permissions(change):
+            if self.auto_dismiss:
+                self.release(change)
             self._dismantle(change, below=self.place.base)
-
-    def _new_link(self) -> BackingLink:
-        image = self.runner.graph.skip_filters(self.place.base)
-        filename = self.request.backing_file or image.driver.filename()
-        if filename is None:
-            raise CommandError(
-                f"Node '{image.node_name}' has no file name to write into the header; give backing-file"
-            )
-        return BackingLink(filename, "raw" if image.driver.is_protocol else image.driver.name)
 
     async def _rewrite_link(self, overlay: BlockDriverState, link: BackingLink) -> None:
         if not isinstance(overlay.driver, SupportsBacking):
@@ -164,11 +158,10 @@ class CommitJob(ScanningJob):
         await overlay.driver.change_backing_link(link)
 
     def _dismantle(self, change: Transaction, *, below: BlockDriverState) -> None:
-        """Take the job's parts out of the graph; what used the filter uses ``below`` instead."""
+        """Take the filter out of the graph; what used it uses ``below`` instead."""
         graph, node = self.runner.graph, self.filter.node
         graph.unfreeze_chain(node, self.place.base)
         change.add(abort=partial(graph.freeze_chain, node, self.place.base))
-        self.release(change)
         self.reader.remove(change)
         self.writer.remove(change)
         graph.replace_node(node, below, change)
@@ -177,7 +170,14 @@ class CommitJob(ScanningJob):
     def abort(self) -> None:
         """See `Job`: the chain stays; what was written to the base is hidden by the layers above it."""
         with Transaction() as change, self.runner.graph.deferred_permissions(change):
+            self.release(change)
             self._dismantle(change, below=self.place.top)
+
+    def forgotten(self) -> None:
+        """See `Job`: as in QEMU, one that has succeeded holds its nodes until it is dismissed."""
+        if self.edges:
+            with Transaction() as change:
+                self.release(change)
 
     def clean(self) -> None:
         """See `Job`."""

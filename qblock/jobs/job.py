@@ -97,6 +97,9 @@ class Job(abc.ABC):
     async def afterwards(self) -> None:
         """What takes waiting, after `clean`; must not raise."""
 
+    def forgotten(self) -> None:
+        """Nobody can see the job any more: give back what it has kept when it was concluded."""
+
     async def before_pause(self) -> None:
         """Bring the job to rest: no request of its own may be under way on return."""
 

@@ -194,10 +194,11 @@ class JobRunner:
         self._claim(job.txn)
         await self._in_own_task(self._finalize_group(job.txn))
 
-    def dismiss(self, job: Job) -> None:
-        """Forget a concluded job."""
+    async def dismiss(self, job: Job) -> None:
+        """Forget a concluded job; what it alone has kept is closed."""
         self._check(job, JobVerb.DISMISS)
         self._dismiss(job)
+        await self.opener.close_orphans()
 
     def set_speed(self, job: BlockJob, speed: int) -> None:
         """Limit the job to ``speed`` bytes per second, 0 for no limit."""
@@ -409,6 +410,7 @@ class JobRunner:
     def _dismiss(self, job: Job) -> None:
         self.transition(job, JobStatus.NULL)
         self.jobs.remove(job)
+        job.forgotten()
 
 
 def _errno(error: Exception | None) -> int:

@@ -1,8 +1,8 @@
 """What jobs share that go once through a disk and move the parts that need it: stream and commit.
 
-Models the loops of QEMU's two jobs (semantics.md sections 4.1 and 4.2): steps of 512 KiB, skipping costs nothing, ``offset``
-counts what is done, copied or not. Differs from QEMU in that up to 16 steps are under way at the same time; and a failed part
-that is to be tried again without a pause is tried after 100 ms instead of at once.
+Models the loops of QEMU's two jobs (semantics.md sections 4.1 and 4.2): steps of 512 KiB, skipping costs nothing, ``offset`` is
+where the first part begins that is not done. Differs from QEMU in that up to 16 steps are under way at the same time; and a
+failed part that is to be tried again without a pause is tried after 100 ms instead of at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class ScanningJob(BlockJob):
         super().__init__(runner, job_id, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
         self.on_error = on_error
         self.in_flight = InFlight(limit=_PARALLEL)
+        self._end = 0
         self._position = 0
+        """All parts below have been begun; those that have not ended are in ``_unfinished``."""
+        self._unfinished: list[Piece] = []
         self._again: list[Piece] = []
         self._later = False
         self._failure: Exception | None = None
@@ -60,10 +63,10 @@ class ScanningJob(BlockJob):
 
     async def scan(self, end: int) -> None:
         """Go through the disk from 0 to ``end``; raises what the job is to fail with."""
-        self.progress_remaining = end
+        self.progress_remaining = self._end = end
         buffers = BufferPool(_PARALLEL * STEP, piece=STEP)
         try:
-            while await self._step(end, buffers):
+            while await self._step(buffers):
                 pass
         finally:
             await self.in_flight.all_background_ended()
@@ -75,7 +78,7 @@ class ScanningJob(BlockJob):
         """See `Job`: let the copies under way end."""
         await self.in_flight.all_background_ended()
 
-    async def _step(self, end: int, buffers: BufferPool) -> bool:
+    async def _step(self, buffers: BufferPool) -> bool:
         """Skip or begin to copy the next part; False when all is done."""
         await self.pause_point()
         if self._failure is not None:
@@ -87,7 +90,7 @@ class ScanningJob(BlockJob):
             self._later = False
             await self.sleep_ns(SLICE_NS)
             return True
-        part = self._again.pop() if self._again else await self._next_part(end)
+        part = self._again.pop() if self._again else await self._next_part()
         if part is None:
             if self.in_flight.background:
                 await self.in_flight.changed()
@@ -99,29 +102,29 @@ class ScanningJob(BlockJob):
             await self.sleep_ns(delay)
         return True
 
-    async def _next_part(self, end: int) -> Piece | None:
+    async def _next_part(self) -> Piece | None:
         """The next part that there is work for; what needs none is counted as done."""
-        while self._position < end:
+        while self._position < self._end:
             try:
-                part = await self.part_at(self._position, end)
+                part = await self.part_at(self._position, self._end)
             except IO_FAILURES as error:
-                await self._status_failed(error, end)
+                await self._status_failed(error)
                 continue
             self._position += part.length
             if part.work:
+                self._unfinished.append(part)
                 return part
-            self.advance(part.length)
+            self._count()
             await self.pause_point()
         return None
 
-    async def _status_failed(self, error: Exception, end: int) -> None:
+    async def _status_failed(self, error: Exception) -> None:
         match self._failed(error, is_read=True):
             case ErrorAction.REPORT:
                 raise error
             case ErrorAction.IGNORE if self.ignored_is_skipped:
-                length = min(STEP, end - self._position)
-                self._position += length
-                self.advance(length)
+                self._position = min(self._position + STEP, self._end)
+                self._count()
             case ErrorAction.IGNORE:
                 await self.sleep_ns(SLICE_NS)
         await self.pause_point()
@@ -134,7 +137,7 @@ class ScanningJob(BlockJob):
             await self.fetch(part, view)
             reading = False
             await self.store(part, view)
-            self.advance(operation.length)
+            self._finished(part)
         except IO_FAILURES as error:
             self._part_failed(part, error, is_read=reading)
         except Exception as bug:  # nobody may take it for success
@@ -148,12 +151,20 @@ class ScanningJob(BlockJob):
             case ErrorAction.REPORT:
                 self._failure = self._failure or error
             case ErrorAction.IGNORE if self.ignored_is_skipped:
-                self.advance(part.length)
+                self._finished(part)
             case ErrorAction.IGNORE:
                 self._again.append(part)
                 self._later = True
             case ErrorAction.STOP:
                 self._again.append(part)
+
+    def _finished(self, part: Piece) -> None:
+        self._unfinished.remove(part)
+        self._count()
+
+    def _count(self) -> None:
+        self.progress_done = min((part.offset for part in self._unfinished), default=self._position)
+        self.progress_remaining = self._end - self.progress_done
 
     def _failed(self, error: Exception, *, is_read: bool) -> ErrorAction:
         action = self.failed_request(io_error(error), self.on_error, is_read=is_read)

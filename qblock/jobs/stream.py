@@ -26,6 +26,7 @@ from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.jobs.scanning import STEP, ScanningJob
 from qblock.jobs.state import OnError
 from qblock.jobs.stream_top import StreamTop
+from qblock.naming import link_to
 from qblock.options import DriverOptions
 from qblock.permissions import Perm
 from qblock.transaction import Transaction
@@ -149,13 +150,7 @@ class StreamJob(ScanningJob):
         base = self.base
         if base is None:
             return None
-        image = self.runner.graph.skip_filters(base)
-        filename = self.request.backing_file or image.driver.filename()
-        if filename is None:
-            raise CommandError(
-                f"Node '{image.node_name}' has no file name to write into the header; give backing-file"
-            )
-        return BackingLink(filename, "raw" if image.driver.is_protocol else image.driver.name)
+        return link_to(self.runner.graph.skip_filters(base), text=self.request.backing_file)
 
     def freeze(self, change: Transaction) -> None:
         """Forbid changes of the links that the job relies on."""

@@ -6,7 +6,9 @@ Models hmp-block.md section 1. A ``drive_add -n`` is blockdev-add with key=value
 from __future__ import annotations
 
 from qblock.backend import BlockBackend
-from qblock.errors import CommandError, DeviceNotFound, NodeNotFound
+from qblock.chain import chain_next
+from qblock.committing import commit_in_use
+from qblock.errors import CommandError, DeviceNotFound, NodeNotFound, QBlockError
 from qblock.iocmd import run_command
 from qblock.monitor.command import CommandContext
 from qblock.monitor.commands.blockdev import NodeNameArguments, delete_node
@@ -19,6 +21,13 @@ class NodeNameMissing(CommandError):
 
     def __init__(self) -> None:
         super().__init__("'node-name' needs to be specified")
+
+
+class CommitFailed(CommandError):
+    """HMP's ``commit`` of ``name`` did not work."""
+
+    def __init__(self, name: str, reason: QBlockError) -> None:
+        super().__init__(f"'commit' error for '{name}': {reason}")
 
 
 async def add_node(context: CommandContext, text: str) -> None:
@@ -39,6 +48,25 @@ async def delete(context: CommandContext, name: str) -> None:
         await delete_node(context, NodeNameArguments(node_name=name))
     else:
         raise DeviceNotFound(name)
+
+
+async def commit(context: CommandContext, name: str) -> None:
+    """Commit the active layer of the drive ``name`` into its backing file, or of ``all`` drives that have one.
+
+    Raises `DeviceNotFound`, and `CommitFailed` for whatever stands against it.
+    """
+    graph = context.system.graph
+    if name == "all":
+        chosen = [backend for backend in graph.backends if backend.root is not None and chain_next(backend.root.node)]
+    else:
+        chosen = [graph.find_backend(name)]
+    try:
+        for backend in chosen:
+            if backend.root is None:
+                raise CommandError(f"Device '{name}' has no medium")
+            await commit_in_use(context.system.opener, backend)
+    except QBlockError as error:
+        raise CommitFailed(name, error) from error
 
 
 async def delete_with_jobs(context: CommandContext, name: str) -> None:

@@ -182,6 +182,20 @@ async def snapshot_blkdev(call: HmpCall) -> None:
 
 
 @hmp_command(
+    "commit",
+    "device:B",
+    "device|all",
+    "move what the active layer of a device (or of all) holds into its backing file, and empty it; the device waits meanwhile",
+)
+async def commit(call: HmpCall) -> None:
+    """Commits without a job; failures are printed without ``Error:``."""
+    try:
+        await drives.commit(call.context, call.text("device") or "")
+    except (DeviceNotFound, drives.CommitFailed) as error:
+        raise PlainError(str(error)) from error
+
+
+@hmp_command(
     "block_resize", "device:B,size:o", "device size", "change the size of a device (a plain number counts MiB)"
 )
 async def block_resize(call: HmpCall) -> None:

@@ -6,13 +6,10 @@ not look down the backing chain, and counters belong to devices while ``wr_highe
 
 from __future__ import annotations
 
-import json
-import os.path
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from qblock.chain import chain_edge, skip_implicit
-from qblock.driver import BackingLink, SupportsBacking
 from qblock.filenames import combine_filename
 from qblock.monitor.replies import (
     BlockdevCacheInfo,
@@ -23,9 +20,8 @@ from qblock.monitor.replies import (
     ImageInfo,
     ImageInfoSpecific,
 )
-from qblock.nodespec import CommonOptions
-from qblock.options import dump, fields
-from qblock.permissions import ChildRole
+from qblock.naming import filename_of, link_of
+from qblock.options import fields
 from qblock.throttle_limits import DRIVE_NAMES, NO_LIMITS, RATES
 
 if TYPE_CHECKING:
@@ -37,20 +33,6 @@ if TYPE_CHECKING:
     from qblock.node import BlockDriverState
     from qblock.system import BlockSystem
 
-_COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
-_AFTER_DRIVER: Final = ("size", "file", "filename")
-"""Options that QEMU prints behind the driver in ``json:`` names; the others come before it."""
-_SHOWN: Final[Mapping[str, frozenset[str]]] = {
-    "copy-on-read": frozenset({"bottom"}),
-    "file": frozenset({"filename"}),
-    "null-aio": frozenset({"read-zeroes", "size"}),
-    "null-co": frozenset({"read-zeroes", "size"}),
-    "qcow2": frozenset(),
-    "raw": frozenset({"offset", "size"}),
-    "throttle": frozenset({"throttle-group"}),
-}
-"""The options that change what a node of the driver shows; of drivers not listed all are shown."""
-_NOT_OPENED_BY_OPTIONS: Final = frozenset({"commit_top", "mirror_top"})
 _COUNTERS: Final = tuple(
     field.attribute
     for field in fields(BlockDeviceStats)
@@ -73,48 +55,6 @@ def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
     return list(order)
 
 
-def filename_of(node: BlockDriverState) -> str:
-    """The plain name from which ``node`` can be opened again, or its options as a ``json:`` name."""
-    if node.filtered is not None and (node.implicit or node.driver.name in _NOT_OPENED_BY_OPTIONS):
-        return filename_of(node.filtered.node)  # a job has put it there
-    name = node.driver.filename()
-    is_enough = name is not None and (node.driver.is_filter or not _backing_differs(node, name))
-    return name if name is not None and is_enough else "json:" + json.dumps(_options_of(node))
-
-
-def _backing_differs(node: BlockDriverState, name: str) -> bool:
-    """Whether opening the image by its ``name`` would give it another backing image than it has now."""
-    link = _link_of(node)
-    if link is None or node.backing is None:
-        return (link is None) is not (node.backing is None)
-    meant, present = combine_filename(name, link.filename), filename_of(node.backing.node)
-    return meant != present and (
-        present.startswith("json:") or os.path.abspath(meant) != os.path.abspath(present)
-    )
-
-
-def _link_of(node: BlockDriverState) -> BackingLink | None:
-    driver = node.driver
-    return driver.backing_link() if isinstance(driver, SupportsBacking) else None
-
-
-def _options_of(node: BlockDriverState) -> dict[str, Json]:
-    """The options from which ``node`` can be opened again, without those that do not change what it shows."""
-    shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
-    values = dump(node.driver.options)
-    options = {key: values[key] for key in node.options_given if key in shown and key in values}
-    name = node.driver.filename()
-    shows_backing = name is None or _backing_differs(node, name)
-    for child, edge in node.children.items():
-        if edge.role is not ChildRole.BACKING or shows_backing:
-            options[child] = _options_of(edge.node)
-    if shows_backing and node.driver.supports_backing:
-        options.setdefault("backing", None)
-    first = {key: value for key, value in options.items() if key not in _AFTER_DRIVER}
-    last = {key: options[key] for key in _AFTER_DRIVER if key in options}
-    return first | {"driver": node.driver.name} | last
-
-
 def _below(node: BlockDriverState, *, for_device: bool) -> BlockDriverState | None:
     """The next node of the chain; users of a device do not see implicit filters."""
     edge = chain_edge(node)
@@ -126,7 +66,7 @@ def image_info(node: BlockDriverState, *, flat: bool, for_device: bool = False) 
     driver = node.driver
     facts = driver.info()
     name = filename_of(node)
-    link = _link_of(node)
+    link = link_of(node)
     specific = driver.specific_info()
     below = None if flat else _below(node, for_device=for_device)
     return ImageInfo(

@@ -30,7 +30,7 @@ def test_creating_an_image_is_a_job_that_waits_to_be_dismissed(tmp_path: Path) -
         assert bench.jobs.query_block_jobs() == []
         with pytest.raises(DeviceNotActive):
             bench.jobs.find_block_job("j")
-        bench.jobs.dismiss(job)
+        await bench.jobs.dismiss(job)
         assert bench.story[-1] == "null"
         await bench.close()
 

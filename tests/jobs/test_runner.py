@@ -133,7 +133,7 @@ def test_failure_goes_straight_to_aborting() -> None:
         assert stage.raw[3][1]["error"] == "Input/output error"
         assert job.calls == ["abort", "clean"]
         assert stage.runner.query_block_jobs()[0]["error"] == "Input/output error"
-        stage.runner.dismiss(job)
+        await stage.runner.dismiss(job)
         assert stage.events[-1] == "null"
         assert stage.runner.query_block_jobs() == []
 

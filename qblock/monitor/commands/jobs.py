@@ -95,7 +95,7 @@ async def block_job_dismiss(ctx: CommandContext, args: JobArguments) -> None:
     job = ctx.system.jobs.find_block_job(args.id)
     if (hit := ctx.system.env.trace.qmp_block_job_dismiss) is not None:
         hit(job=job.id)
-    ctx.system.jobs.dismiss(job)
+    await ctx.system.jobs.dismiss(job)
 
 
 @command("block-job-set-speed", since="1.1")
@@ -162,7 +162,7 @@ async def job_dismiss(ctx: CommandContext, args: JobArguments) -> None:
     job = ctx.system.jobs.find(args.id)
     if (hit := ctx.system.env.trace.qmp_job_dismiss) is not None:
         hit(job=job.id)
-    ctx.system.jobs.dismiss(job)
+    await ctx.system.jobs.dismiss(job)
 
 
 @command("query-jobs", since="3.0", returns=list[JobInfo])
