@@ -3,88 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import sys
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 
-from qblock.backend import BlockBackend
-from qblock.clock import LoopClock
-from qblock.driver import BackingLink, SupportsBacking
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chains import NAMES, SIZE, Faulty, chain
+
+from qblock.driver import BackingLink
 from qblock.errors import CommandError, NodeBusy, QBlockError
 from qblock.jobs.state import OnError
-from qblock.jobs.stream import StreamJob, StreamRequest, start_stream
-from qblock.node import BlockDriverState
-from qblock.opening import OpenPolicy
-from qblock.permissions import Perm
-from qblock.system import BlockSystem
+from qblock.jobs.stream import StreamRequest, start_stream
 from qblock.testing.jobbench import eventually
 from qblock.testing.simloop import run
 from qblock.units import KiB, MiB
-
-SIZE = 4 * MiB
-NAMES = ("base", "low", "mid", "top")
-
-
-@attrs.define
-class Chain:
-    """Four qcow2 layers, open in one system; each has a MiB of its own, and all share the first 64 KiB."""
-
-    system: BlockSystem
-    disk: BlockBackend
-    events: list[tuple[str, Mapping[str, Any]]]
-    directory: Path
-
-    def node(self, name: str) -> BlockDriverState:
-        return self.system.graph.find_node(name)
-
-    def link(self, name: str) -> BackingLink | None:
-        driver = self.node(name).driver
-        assert isinstance(driver, SupportsBacking)
-        return driver.backing_link()
-
-    def path(self, name: str) -> str:
-        return str(self.directory / f"{name}.qcow2")
-
-    async def stream(self, device: str = "disk", **members: Any) -> StreamJob:
-        return await start_stream(self.system, device=device, request=StreamRequest(job_id="j", **members))
-
-    @property
-    def story(self) -> list[str]:
-        return [data["status"] if name == "JOB_STATUS_CHANGE" else name for name, data in self.events]
-
-
-@asynccontextmanager
-async def chain(directory: Path, *, sizes: Mapping[str, int] | None = None) -> AsyncIterator[Chain]:
-    """A chain with a disk on top; each layer is a named node of the monitor."""
-    async with BlockSystem.create(clock=LoopClock(), policy=OpenPolicy.deny()) as system:
-        events: list[tuple[str, Mapping[str, Any]]] = []
-        system.events.subscribe(lambda name, data, when: events.append((name, data)))
-        below: str | None = None
-        for number, name in enumerate(NAMES):
-            path = str(directory / f"{name}.qcow2")
-            await system.opener.create_image("file", {"filename": path, "size": 0})
-            options: dict[str, Any] = {"file": {"driver": "file", "filename": path}}
-            backing = {} if below is None else {"backing-file": f"{below}.qcow2", "backing-fmt": "qcow2"}
-            await system.opener.create_image("qcow2", {**options, "size": (sizes or {}).get(name, SIZE), **backing})
-            node = await system.opener.open_blockdev(
-                {"driver": "qcow2", "node-name": name, "backing": below, **options}
-            )
-            node.monitor_owned = True
-            writer = BlockBackend(system.graph, perm=Perm.WRITE, shared=Perm.ALL)
-            writer.insert(node)
-            await writer.write(0, bytes([number + 1]) * 64 * KiB)
-            await writer.write(number * MiB + 512, bytes([number + 1]) * (MiB - 512))
-            writer.close()
-            below = name
-        disk = BlockBackend(
-            system.graph, "disk", perm=Perm.CONSISTENT_READ | Perm.WRITE, shared=Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
-        )
-        disk.insert(system.graph.find_node("top"))
-        yield Chain(system, disk, events, directory)
 
 
 def test_streaming_everything_makes_the_image_independent(tmp_path: Path) -> None:
@@ -317,23 +252,6 @@ def test_read_errors_follow_the_policy(tmp_path: Path, policy: OnError) -> None:
             assert await made.disk.read(0, SIZE) == before
 
     run(main)
-
-
-class Faulty:
-    """Makes all reads of a node's storage fail until mended."""
-
-    def __init__(self, node: BlockDriverState) -> None:
-        assert node.storage is not None
-        self.driver = node.storage.node.driver
-        self.driver.read_into = self.fail  # type: ignore[method-assign]
-
-    async def fail(self, offset: int, buffer: memoryview) -> None:
-        from qblock.errors import BlockIOError
-
-        raise BlockIOError(5)
-
-    def mend(self) -> None:
-        vars(self.driver).pop("read_into", None)
 
 
 def test_a_stream_survives_any_failing_finish(tmp_path: Path) -> None:
