@@ -101,6 +101,8 @@ class Driver(abc.ABC):
     """True when the driver is itself the storage (file, memory, null): it has no storage child."""
     is_filter: ClassVar[bool] = False
     supports_backing: ClassVar[bool] = False
+    supports_reopen: ClassVar[bool] = True
+    """Whether ``blockdev-reopen`` may describe a node anew; turning read-only and back is possible without it."""
     zero_initialised: ClassVar[bool] = False
     """True when a freshly created image is known to read as zeroes."""
 
@@ -211,7 +213,14 @@ class Driver(abc.ABC):
     def filename(self) -> str | None:
         """The plain file name from which exactly this node can be opened again, or None when it takes options."""
         child = self.node.storage
-        return child.node.driver.filename() if child is not None else None
+        if child is None:
+            return None
+        below = child.node
+        while not self.is_filter and below.filtered is not None:
+            below = below.filtered.node
+        # A format on a format (a raw window on a qcow2 image) is not what the name alone would give.
+        is_plain = self.is_filter or below.driver.is_protocol
+        return child.node.driver.filename() if is_plain else None
 
     # --------------------------------------------------------------------------------------------------- fault injection
 
@@ -412,7 +421,9 @@ class SupportsSnapshots(Protocol):
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]: ...
 
-    async def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotInfo: ...
+    async def create_snapshot(
+        self, name: str, *, icount: int | None = None, vm_clock_ns: int = 0
+    ) -> SnapshotInfo: ...
 
     async def apply_snapshot(self, snapshot: SnapshotInfo) -> None: ...
 

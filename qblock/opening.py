@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os.path
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -39,7 +39,7 @@ from qblock.options import parse_json_filename, unflatten_dotted
 from qblock.permissions import ChildRole, Perm
 from qblock.policy import Mention, OpenPolicy
 from qblock.registry import DriverRegistry
-from qblock.reopening import reopen
+from qblock.reopening import reopen, reopen_described
 from qblock.requests import flush, refresh_length
 from qblock.transaction import Transaction
 
@@ -458,11 +458,13 @@ class Opener:
         """Make a new image as ``blockdev-create`` does; ``options`` without ``driver``. See `creating.create_image`."""
         await create_image(self, driver, options, strings=strings)
 
-    async def reopen(
-        self, node: BlockDriverState, *, read_only: bool | None = None, options: Mapping[str, Json] | None = None
-    ) -> None:
-        """Change a node's options in place; see `reopening.reopen`."""
-        await reopen(self, node, read_only=read_only, options=options)
+    async def reopen(self, node: BlockDriverState, *, read_only: bool) -> None:
+        """Make a node read-only or writable in place; see `reopening.reopen`."""
+        await reopen(self, node, read_only=read_only)
+
+    async def reopen_described(self, descriptions: Sequence[Mapping[str, Json]]) -> None:
+        """Give nodes new options in place, all or none; see `reopening.reopen_described`."""
+        await reopen_described(self, descriptions)
 
 
 def merge(base: Mapping[str, Json], extra: Mapping[str, Json]) -> dict[str, Json]:

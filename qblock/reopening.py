@@ -1,117 +1,218 @@
-"""Changing the options of an open node in place: read-only to read-write and back, and what a driver can change.
+"""Changing the options of open nodes in place: flags, what a driver can change, other backing and file nodes.
 
-Models ``bdrv_reopen`` (semantics.md section 10.2), narrowed to one node and the storage below it that was opened with it. All
-that can fail is done first (`Driver.prepare_reopen`, then permissions in a `Transaction`); then everything is switched over,
-or nothing.
+Models ``bdrv_reopen`` and ``blockdev-reopen`` (semantics.md section 10.2). All that can fail is done first
+(`Driver.prepare_reopen`, then edges and permissions in a `Transaction`); then everything is switched over, or nothing.
+
+A description is complete: what it omits goes back to its default, ``discard`` excepted. What it says of read-only and of the
+cache is passed on to the children that were opened together with the node; what it omits leaves those as they are. A child is
+given by the name of a node; ``backing`` and ``file`` may name another one, whose content is not looked at. Differs from QEMU in
+that a node may be described only once, and in that an empty list is nothing to do (7.2 crashes on it).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import enum
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
-from qblock.drain import drained
-from qblock.driver import Json
-from qblock.errors import BlockIOError, InvalidParameter
+from qblock.chain import skip_implicit
+from qblock.drain import drained_begin, drained_end
+from qblock.driver import Json, SupportsBacking
+from qblock.errors import BlockIOError, CommandError, InvalidParameter, NodeNotFound
 from qblock.node import BlockDriverState
-from qblock.nodespec import NodeFlags, NodeSpec, SpecReader, child_fields
-from qblock.options import fields
+from qblock.nodespec import NodeFlags, NodeReference, NodeSpec, SpecReader, child_fields
+from qblock.options import Field, fields
 from qblock.permissions import ChildRole
-from qblock.requests import flush
+from qblock.requests import flush, refresh_length
 from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
     from qblock.opening import Opener
 
+_REPLACEABLE: Final = frozenset({"file", "backing"})
+"""The children that can become other nodes."""
+
 
 @attrs.frozen(eq=False)
 class _Step:
-    """What is to become of one node. ``detect_zeroes`` is None when only read-only is switched."""
+    """What is to become of one node. ``detect_zeroes`` and ``given`` are None when only flags are switched.
+
+    ``children`` are those that change, by name; None: the child goes away.
+    """
 
     node: BlockDriverState
     options: Any
     flags: NodeFlags
     detect_zeroes: str | None = None
+    given: Mapping[str, Json] | None = None
+    children: Mapping[str, BlockDriverState | None] = attrs.field(factory=dict)
 
 
-async def reopen(
-    opener: Opener,
-    node: BlockDriverState,
-    *,
-    read_only: bool | None = None,
-    options: Mapping[str, Json] | None = None,
-) -> None:
-    """Switch ``node`` to ``read_only``, or give it ``options`` (complete, as ``blockdev-reopen`` takes them).
+async def reopen(opener: Opener, node: BlockDriverState, *, read_only: bool) -> None:
+    """Switch ``node`` to ``read_only``.
 
-    The storage below follows when it was not added by the monitor and has no other user. Raises `CommandError` (options
-    that cannot be changed, users that write) and `BlockIOError`; then nothing has changed.
+    The storage below follows when it was not added by the monitor and has no other user. Raises `CommandError` (users that
+    write) and `BlockIOError`; then nothing has changed.
     """
-    if options is not None:
-        spec = _spec(opener, node, options)
-        step = _Step(node, spec.options, spec.flags, spec.common.detect_zeroes)
-    else:
-        assert read_only is not None, "nothing to change"
-        step = _Step(node, node.driver.options, attrs.evolve(NodeFlags.of(node), read_only=read_only))
-    async with drained(node):
-        await _perform(opener, [*_storage_steps(node, read_only=step.flags.read_only), step])
-    if options is not None:
-        node.options_given = dict(options)
+    step = _Step(node, node.driver.options, attrs.evolve(NodeFlags.of(node), read_only=read_only))
+    await _perform(opener, [*_followers(node, {"read_only": read_only}), step])
 
 
-def _spec(opener: Opener, node: BlockDriverState, options: Mapping[str, Json]) -> NodeSpec:
-    spec = SpecReader(opener.registry).read(options, NodeFlags(discard_unmap=node.discard_unmap))
+async def reopen_described(opener: Opener, descriptions: Sequence[Mapping[str, Json]]) -> None:
+    """Give nodes new options, all or none of them: each description is complete and has the ``node-name`` of its node.
+
+    Raises `CommandError` (options that cannot be changed, users that write, loops) and `BlockIOError`; nothing has changed
+    then. Nodes that lose their last user are closed.
+    """
+    steps: dict[BlockDriverState, _Step] = {}
+    for index, given in enumerate(descriptions):
+        step = _described(opener, given, f"options[{index}]")
+        if step.node in steps and steps[step.node].given is not None:
+            raise InvalidParameter(f"options[{index}].node-name", f"names '{step.node.node_name}' a second time")
+        for follower in _followers(step.node, _passed_on(step)):
+            steps.setdefault(follower.node, follower)
+        steps[step.node] = step
+    await _perform(opener, list(steps.values()))
+    await opener.close_orphans()
+
+
+# ------------------------------------------------------------------------------------------------- what a node is to be
+
+
+def _described(opener: Opener, given: Mapping[str, Json], path: str) -> _Step:
+    name = given.get("node-name")
+    if not isinstance(name, str):
+        raise InvalidParameter(f"{path}.node-name", "is missing" if name is None else "must be a string")
+    node = opener.graph.find_node(name)
+    spec = SpecReader(opener.registry).read(given, NodeFlags(discard_unmap=node.discard_unmap), path=path)
     if spec.driver is not type(node.driver):
-        raise InvalidParameter("driver", f"cannot be changed: node '{node.node_name}' is a {node.driver.name} node")
-    if spec.common.node_name not in (None, node.node_name):
-        raise InvalidParameter("node-name", f"cannot be changed: the node is called '{node.node_name}'")
+        raise InvalidParameter(f"{path}.driver", f"cannot be changed: node '{name}' is a {node.driver.name} node")
+    if not spec.driver.supports_reopen:
+        raise CommandError(f"Node '{name}' cannot be given other options: {spec.driver.name} has none that can change")
+    children: dict[str, BlockDriverState | None] = {}
     for field in child_fields(spec.driver):
-        _check_child(node, field.wire, spec)
+        if (child := _wanted_child(opener, node, field, spec)) is not _Kept.KEPT:
+            children[field.wire] = child
     # Children are compared as nodes above, so they do not count as changed options here.
     kept = {
         field.attribute: getattr(node.driver.options, field.attribute)
         for field in fields(spec.driver.options_class)
         if field.role is not None
     }
-    return attrs.evolve(spec, options=attrs.evolve(spec.options, **kept))
+    options = attrs.evolve(spec.options, **kept)
+    return _Step(node, options, spec.flags, spec.common.detect_zeroes, given, children)
 
 
-def _check_child(node: BlockDriverState, name: str, spec: NodeSpec) -> None:
-    """Children can be repeated, not replaced: ``blockdev-reopen`` here leaves the graph as it is."""
-    present = node.children.get(name)
+class _Kept(enum.Enum):
+    """Says of a child that it stays as it is."""
+
+    KEPT = enum.auto()
+
+
+def _wanted_child(
+    opener: Opener, node: BlockDriverState, field: Field, spec: NodeSpec
+) -> BlockDriverState | Literal[_Kept.KEPT] | None:
+    """The node that the child is to be, or None for no child."""
+    name, edge = field.wire, node.children.get(field.wire)
+    present = edge.node if edge is not None else None
     if name not in spec.children:
-        if present is not None:
-            raise InvalidParameter(name, f"is missing: node '{node.node_name}' has such a child, which must be named")
-        return
-    wanted = spec.children[name]
-    if wanted is None and present is None:
-        return
-    if present is None or getattr(wanted, "name", None) != present.node.node_name:
+        if present is not None or (field.role is ChildRole.BACKING and _names_backing(node)):
+            raise InvalidParameter(name, f"is missing: say which node the '{name}' child of '{node.node_name}' shall be")
+        return _Kept.KEPT
+    reference = spec.children[name]
+    if reference is None:
+        wanted = None
+    elif isinstance(reference, NodeReference):
+        wanted = opener.graph.lookup(reference.name)
+    else:
+        raise InvalidParameter(name, f"must be the name of a node: node '{node.node_name}' is open already")
+    if wanted is present or (present is not None and wanted is skip_implicit(present)):
+        return _Kept.KEPT
+    if name not in _REPLACEABLE or (wanted is None and field.role is not ChildRole.BACKING):
         raise InvalidParameter(name, f"cannot be changed while node '{node.node_name}' is open; name its present child")
+    if present is not None and present.implicit:
+        raise CommandError(f"The '{name}' child of '{node.node_name}' cannot be changed while a job has a filter there")
+    return wanted
 
 
-def _storage_steps(node: BlockDriverState, *, read_only: bool) -> list[_Step]:
-    """The storage nodes below that follow, lowest first."""
+def _names_backing(node: BlockDriverState) -> bool:
+    driver = node.driver
+    return isinstance(driver, SupportsBacking) and driver.backing_link() is not None
+
+
+def _passed_on(step: _Step) -> dict[str, bool]:
+    """The flags that a description sets expressly, which children opened with the node take over."""
+    assert step.given is not None
+    cache = step.given.get("cache")
+    stated = {
+        "read_only": "read-only" in step.given,
+        "auto_read_only": "auto-read-only" in step.given,
+        "cache_direct": isinstance(cache, Mapping) and "direct" in cache,
+        "cache_no_flush": isinstance(cache, Mapping) and "no-flush" in cache,
+    }
+    return {name: getattr(step.flags, name) for name, is_stated in stated.items() if is_stated}
+
+
+def _followers(node: BlockDriverState, changes: Mapping[str, bool]) -> list[_Step]:
+    """The nodes below that take over ``changes`` of flags, lowest first: those opened with ``node`` that nobody else uses."""
     steps: list[_Step] = []
-    edges = [node.storage, node.children.get("data-file")]
+    edges = [(edge, changes) for edge in node.children.values()]
     while edges:
-        edge = edges.pop()
-        if edge is None or edge.role is ChildRole.FILTERED:
-            continue
+        edge, wanted = edges.pop()
         below = edge.node
-        if below.monitor_owned or len(below.parents) > 1 or below.read_only == read_only:
+        if edge.role is ChildRole.FILTERED or below.monitor_owned or len(below.parents) > 1:
             continue
-        flags = attrs.evolve(NodeFlags.of(below), read_only=read_only)
-        steps.insert(0, _Step(below, below.driver.options, flags))
-        edges += [below.storage, below.children.get("data-file")]
+        own = _own_flags(below)
+        if edge.role is ChildRole.BACKING:
+            own |= {"read_only", "auto_read_only"}
+        wanted = {name: value for name, value in wanted.items() if name not in own}
+        flags = attrs.evolve(NodeFlags.of(below), **wanted)
+        if flags != NodeFlags.of(below):
+            steps.insert(0, _Step(below, below.driver.options, flags))
+            edges += [(under, wanted) for under in below.children.values()]
     return steps
 
 
+def _own_flags(node: BlockDriverState) -> set[str]:
+    """The flags of the cache that ``node`` was given for itself."""
+    cache = node.options_given.get("cache")
+    given = cache if isinstance(cache, Mapping) else {}
+    return {name for name, key in (("cache_direct", "direct"), ("cache_no_flush", "no-flush")) if key in given}
+
+
+# ----------------------------------------------------------------------------------------------------------- doing it
+
+
 async def _perform(opener: Opener, steps: list[_Step]) -> None:
+    nodes = [step.node for step in steps]
+    await drained_begin(nodes)
+    try:
+        await _prepare(steps)
+        try:
+            with Transaction() as change:
+                _switch(opener, steps, change)
+        except BaseException:
+            await _give_up(steps)
+            raise
+        for step in steps:
+            step.node.driver.commit_reopen(step.options, read_only=step.flags.read_only)
+            if step.given is not None:
+                step.node.options_given = dict(step.given)
+            if "file" in step.children:
+                refresh_length(step.node)
+        for step in steps:
+            await step.node.driver.settle_reopen()
+    finally:
+        drained_end(nodes)
+
+
+async def _prepare(steps: Sequence[_Step]) -> None:
+    """All that may fail and has to wait; undone when a step of it fails."""
     for step in steps:
-        if not step.node.read_only and step.flags.read_only:
+        if not step.node.read_only and (step.flags.read_only or "file" in step.children):
             await flush(step.node)
     prepared: list[_Step] = []
     try:
@@ -119,21 +220,33 @@ async def _perform(opener: Opener, steps: list[_Step]) -> None:
             step.node.driver.check_reopen(step.options, read_only=step.flags.read_only)
             prepared.append(step)
             await step.node.driver.prepare_reopen(step.options, read_only=step.flags.read_only)
-        with Transaction() as change:
-            for step in steps:
-                _set_flags(step, change)
-            opener.graph.refresh_permissions([step.node for step in reversed(steps)], change)
     except BaseException:
-        for step in reversed(prepared):
-            step.node.driver.abort_reopen()
-        for step in prepared:
-            with contextlib.suppress(BlockIOError):  # it has poisoned the node, which says so at the next write
-                await step.node.driver.settle_reopen()
+        await _give_up(prepared)
         raise
+
+
+async def _give_up(prepared: Sequence[_Step]) -> None:
+    for step in reversed(prepared):
+        step.node.driver.abort_reopen()
+    for step in prepared:
+        with contextlib.suppress(BlockIOError):  # it has poisoned the node, which says so at the next write
+            await step.node.driver.settle_reopen()
+
+
+def _switch(opener: Opener, steps: Sequence[_Step], change: Transaction) -> None:
+    """Flags, edges and permissions of all nodes, at once."""
+    with opener.graph.deferred_permissions(change):
+        for step in steps:
+            if step.node.closed:  # while this waited for a driver
+                raise NodeNotFound(step.node.node_name)
+            _set_flags(step, change)
+            for name, child in step.children.items():
+                _set_child(opener, step.node, name, child, change)
+        opener.graph.refresh_permissions([step.node for step in reversed(steps)], change)
     for step in steps:
-        step.node.driver.commit_reopen(step.options, read_only=step.flags.read_only)
-    for step in steps:
-        await step.node.driver.settle_reopen()
+        if "file" in step.children:
+            # What a driver checks against its file, as a window that lies inside, must be true of the other file too.
+            step.node.driver.check_reopen(step.options, read_only=step.flags.read_only)
 
 
 def _set_flags(step: _Step, change: Transaction) -> None:
@@ -148,3 +261,16 @@ def _set_flags(step: _Step, change: Transaction) -> None:
     step.flags.set_on(node)
     if step.detect_zeroes is not None:
         node.detect_zeroes = step.detect_zeroes
+
+
+def _set_child(
+    opener: Opener, node: BlockDriverState, name: str, child: BlockDriverState | None, change: Transaction
+) -> None:
+    if child is not None and child.closed:
+        raise NodeNotFound(child.node_name)
+    edge = node.children.get(name)
+    if name == "backing":
+        opener.graph.set_backing(node, child, change)
+    else:
+        assert edge is not None and child is not None, "only a backing child can come and go"
+        opener.graph.replace_child(edge, child, change)

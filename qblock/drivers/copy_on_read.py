@@ -37,6 +37,7 @@ class CopyOnReadDriver(FilterDriver):
 
     name: ClassVar[str] = "copy-on-read"
     options_class: ClassVar[type[DriverOptions]] = CopyOnReadOptions
+    supports_reopen: ClassVar[bool] = False
 
     options: CopyOnReadOptions
     _bottom: BlockDriverState | None = None

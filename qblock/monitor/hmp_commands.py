@@ -196,6 +196,25 @@ async def commit(call: HmpCall) -> None:
 
 
 @hmp_command(
+    "snapshot_blkdev_internal", "device:B,name:s", "device name", "keep the disk as it is now as an internal snapshot"
+)
+async def snapshot_blkdev_internal(call: HmpCall) -> None:
+    """blockdev-snapshot-internal-sync."""
+    await call.qmp("blockdev-snapshot-internal-sync", device=call.text("device"), name=call.text("name"))
+
+
+@hmp_command(
+    "snapshot_delete_blkdev_internal", "device:B,name:s,id:s?", "device name [id]", "delete an internal snapshot"
+)
+async def snapshot_delete_blkdev_internal(call: HmpCall) -> None:
+    """blockdev-snapshot-delete-internal-sync."""
+    await call.qmp(
+        "blockdev-snapshot-delete-internal-sync",
+        device=call.text("device"), name=call.text("name"), id=call.text("id"),
+    )  # fmt: skip
+
+
+@hmp_command(
     "block_resize", "device:B,size:o", "device size", "change the size of a device (a plain number counts MiB)"
 )
 async def block_resize(call: HmpCall) -> None:

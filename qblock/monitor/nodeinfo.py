@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from qblock.chain import chain_edge, skip_implicit
+from qblock.chain import chain_edge, skip_filters, skip_implicit
+from qblock.driver import SupportsSnapshots
 from qblock.filenames import combine_filename
 from qblock.monitor.replies import (
     BlockdevCacheInfo,
@@ -19,6 +20,8 @@ from qblock.monitor.replies import (
     BlockStats,
     ImageInfo,
     ImageInfoSpecific,
+    SnapshotInfo,
+    snapshot_info,
 )
 from qblock.naming import filename_of, link_of
 from qblock.options import fields
@@ -76,14 +79,23 @@ def image_info(node: BlockDriverState, *, flat: bool, for_device: bool = False) 
         actual_size=driver.allocated_size(),
         virtual_size=node.length,
         cluster_size=facts.cluster_size or None,
+        encrypted=driver.encrypted or None,
         backing_filename=None if link is None else link.filename,
         full_backing_filename=None if link is None else combine_filename(name, link.filename),
         backing_filename_format=None if link is None else link.format,
+        snapshots=_snapshots_of(node),
         backing_image=None if below is None else image_info(below, flat=False, for_device=for_device),
         format_specific=None
         if specific is None
         else ImageInfoSpecific(type=specific["type"], data=dict(specific["data"])),
     )
+
+
+def _snapshots_of(node: BlockDriverState) -> list[SnapshotInfo] | None:
+    """The internal snapshots, oldest first; None when there are none, as QEMU leaves the member out then."""
+    driver = skip_filters(node).driver
+    kept = driver.snapshots() if isinstance(driver, SupportsSnapshots) else ()
+    return [snapshot_info(snapshot) for snapshot in kept] or None
 
 
 def bitmap_info(bitmap: DirtyBitmap) -> BlockDirtyInfo:

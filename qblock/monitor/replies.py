@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
-from qblock.options import option, required
+from qblock import snapshots
+from qblock.options import option, required, visit
 
 IoStatusName = Literal["ok", "failed", "nospace"]
 JobTypeName = Literal[
@@ -142,6 +143,26 @@ class ImageInfoSpecific:
 
 
 @attrs.frozen
+class SnapshotInfo:
+    """An internal snapshot."""
+
+    icount: int | None = option(None, doc="instructions that the guest had executed")
+    vm_clock_nsec: int = required(doc="nanoseconds of the guest's clock beyond its seconds")
+    name: str = required(doc="its name")
+    date_sec: int = required(doc="when it was made, in seconds since 1970")
+    date_nsec: int = required(doc="nanoseconds beyond these")
+    vm_clock_sec: int = required(doc="seconds of the guest's clock")
+    id: str = required(doc="its id, unique in the image")
+    vm_state_size: int = required(doc="bytes of the machine's state")
+
+
+def snapshot_info(snapshot: snapshots.SnapshotInfo) -> SnapshotInfo:
+    """``SnapshotInfo`` of an internal snapshot."""
+    result: SnapshotInfo = visit(SnapshotInfo, snapshot.as_json())
+    return result
+
+
+@attrs.frozen
 class ImageInfo:
     """An image as it is in its file."""
 
@@ -151,9 +172,11 @@ class ImageInfo:
     actual_size: int | None = option(None, doc="bytes taken on the host")
     virtual_size: int = required(doc="bytes that the guest sees")
     cluster_size: int | None = option(None, doc="bytes in a cluster")
+    encrypted: bool | None = option(None, doc="whether it is encrypted; absent when not")
     backing_filename: str | None = option(None, doc="backing file as the header names it")
     full_backing_filename: str | None = option(None, doc="the same, resolved against the image's directory")
     backing_filename_format: str | None = option(None, doc="driver of the backing file")
+    snapshots: list[SnapshotInfo] | None = option(None, doc="its internal snapshots, if it has any")
     backing_image: ImageInfo | None = option(None, doc="the image below")
     format_specific: ImageInfoSpecific | None = option(None, doc="what only the driver knows")
 

@@ -519,18 +519,6 @@ def test_a_refused_reopen_changes_nothing(tmp_path: Path) -> None:
     with_system(work)
 
 
-def test_reopening_gives_a_node_no_other_name() -> None:
-    """The name says which node is meant; another one must not be passed over."""
-
-    async def work(system: BlockSystem) -> None:
-        node = await system.opener.open_blockdev({"driver": "null-co", "node-name": "n"})
-        node.monitor_owned = True
-        with pytest.raises(InvalidParameter, match="node-name"):
-            await system.opener.reopen(node, options={"driver": "null-co", "node-name": "m"})
-
-    with_system(work)
-
-
 def test_reopening_takes_a_complete_description_and_keeps_what_cannot_change() -> None:
     """As blockdev-reopen: omitted options revert to defaults, a change the driver cannot make is refused by name."""
 
@@ -540,16 +528,17 @@ def test_reopening_takes_a_complete_description_and_keeps_what_cannot_change() -
         options = {"driver": "raw", "node-name": "r", "file": "disk", "detect-zeroes": "on"}
         node = await system.opener.open_blockdev(options)
         node.monitor_owned = True
-        await system.opener.reopen(node, options={"driver": "raw", "node-name": "r", "file": "disk", "size": 4096})
+        await system.opener.reopen_described([{"driver": "raw", "node-name": "r", "file": "disk", "size": 4096}])
         assert (node.detect_zeroes, node.driver.options.size) == ("off", 4096)
         for wrong in (
             {"driver": "null-co", "node-name": "r"},
+            {"driver": "raw", "file": "disk"},
             {"driver": "raw", "node-name": "r", "file": {"driver": "null-co"}},
         ):
             with pytest.raises(InvalidParameter):
-                await system.opener.reopen(node, options=wrong)
+                await system.opener.reopen_described([wrong])
         with pytest.raises(CommandError):
-            await system.opener.reopen(disk, options={"driver": "null-co", "node-name": "disk", "size": 512})
+            await system.opener.reopen_described([{"driver": "null-co", "node-name": "disk", "size": 512}])
 
     with_system(work)
 

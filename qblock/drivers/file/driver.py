@@ -432,10 +432,8 @@ class FileDriver(Driver):
         return os.fstat(self._fd).st_blocks * 512
 
     def filename(self) -> str | None:
-        """See `Driver`; None when other options than the name matter."""
-        options = self.options
-        plain = options.locking == "auto" and options.drop_cache
-        return options.filename if plain else None
+        """See `Driver`: the other options do not change what the file holds."""
+        return self.options.filename
 
     def statistics(self) -> Mapping[str, Json]:
         """``BlockStatsSpecificFile`` as query-blockstats shows it."""

@@ -61,12 +61,14 @@ class SnapshottedDriver(Driver):
         """See `SupportsSnapshots`: in the order of the table."""
         return tuple(_told(snapshot) for snapshot in self._snapshots.snapshots)
 
-    async def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotInfo:
+    async def create_snapshot(
+        self, name: str, *, icount: int | None = None, vm_clock_ns: int = 0
+    ) -> SnapshotInfo:
         """See `SupportsSnapshots`. ``BlockIOError(EINVAL)`` when a refcount would not fit in its bits."""
         from qblock.drivers.qcow2.snapshotting import plan_create  # noqa: PLC0415 - see the module
 
         async def plan(writer: Allocator) -> Change:
-            return plan_create(writer, self._snapshots, name, icount)
+            return plan_create(writer, self._snapshots, name, icount=icount, vm_clock_ns=vm_clock_ns)
 
         await self._change(plan)
         return self.snapshots()[-1]

@@ -40,7 +40,9 @@ def _number(text: str) -> int:
     return int(digits) if 0 < len(digits) < 20 else 0
 
 
-def plan_create(writer: Allocator, table: SnapshotTable, name: str, icount: int | None) -> Change:
+def plan_create(
+    writer: Allocator, table: SnapshotTable, name: str, *, icount: int | None, vm_clock_ns: int
+) -> Change:
     """What a new snapshot changes; raises `BlockIOError` when there cannot be another one."""
     clusters, (seconds, micros) = writer.map, writer.file.env.clock.wall()
     if len(table.snapshots) >= MAX_SNAPSHOTS:
@@ -54,6 +56,7 @@ def plan_create(writer: Allocator, table: SnapshotTable, name: str, icount: int 
         l1_size=len(clusters.l1),
         date_sec=seconds & 0xFFFFFFFF,
         date_nsec=micros * 1000,
+        vm_clock_ns=vm_clock_ns,
         disk_size=clusters.length,
         icount=icount,
     )

@@ -30,6 +30,13 @@ class NodeNameArguments:
 
 
 @attrs.frozen
+class BlockdevReopenArguments:
+    """Arguments of blockdev-reopen."""
+
+    options: list[Mapping[str, Json]] = required(doc="complete descriptions, as of blockdev-add, of nodes by their names")
+
+
+@attrs.frozen
 class BlockdevCreateArguments:
     """Arguments of blockdev-create."""
 
@@ -60,6 +67,12 @@ async def blockdev_add(ctx: CommandContext, args: Mapping[str, Json]) -> None:
     """Open a node, with the nodes below it that are described along with it."""
     node = await ctx.system.opener.open_blockdev(args)
     node.monitor_owned = True
+
+
+@command("blockdev-reopen", since="6.1")
+async def blockdev_reopen(ctx: CommandContext, args: BlockdevReopenArguments) -> None:
+    """Give open nodes new options, all of them or none: flags, what their drivers can change, other backing and file nodes."""
+    await ctx.system.opener.reopen_described(args.options)
 
 
 @command("blockdev-del", since="2.9")

@@ -1,6 +1,6 @@
-"""External snapshots: blockdev-snapshot and blockdev-snapshot-sync, each a transaction of one action as in QEMU.
+"""Snapshots, external and internal; each command that makes one is a transaction of one action, as in QEMU.
 
-Both first let the requests of the whole system come to an end, also when they are refused then: jobs, of other chains too,
+They first let the requests of the whole system come to an end, also when they are refused then: jobs, of other chains too,
 show it as a pause.
 """
 
@@ -11,10 +11,12 @@ from functools import partial
 import attrs
 
 from qblock.actions.action import perform
+from qblock.actions.internal_snapshots import InternalSnapshot, delete_internal_snapshot
 from qblock.actions.snapshots import Snapshot, SnapshotFile, SnapshotToFile
-from qblock.jobs.mirror import NewImageMode
+from qblock.jobs.mirror import NewImageMode, root_node
 from qblock.monitor.command import CommandContext, command
 from qblock.monitor.lookup import device_or_node
+from qblock.monitor.replies import SnapshotInfo, snapshot_info
 from qblock.options import option, required
 from qblock.system import BlockSystem
 
@@ -39,6 +41,23 @@ class BlockdevSnapshotSyncArguments:
     mode: NewImageMode | None = option(None, doc="whether the file is to be created, which is the default")
 
 
+@attrs.frozen
+class InternalSnapshotArguments:
+    """Arguments of blockdev-snapshot-internal-sync."""
+
+    device: str = required(doc="device or root node to be snapshotted")
+    name: str = required(doc="name of the snapshot")
+
+
+@attrs.frozen
+class DeleteInternalSnapshotArguments:
+    """Arguments of blockdev-snapshot-delete-internal-sync."""
+
+    device: str = required(doc="device or root node that has the snapshot")
+    id: str | None = option(None, doc="id of the snapshot")
+    name: str | None = option(None, doc="name of the snapshot")
+
+
 def snapshot_action(system: BlockSystem, args: BlockdevSnapshotArguments) -> Snapshot:
     """The action of blockdev-snapshot."""
     return Snapshot(system, node=args.node, overlay=args.overlay)
@@ -56,6 +75,11 @@ def snapshot_sync_action(system: BlockSystem, args: BlockdevSnapshotSyncArgument
     return SnapshotToFile(system, partial(device_or_node, system.graph, args.device, args.node_name), target)
 
 
+def internal_snapshot_action(system: BlockSystem, args: InternalSnapshotArguments) -> InternalSnapshot:
+    """The action of blockdev-snapshot-internal-sync."""
+    return InternalSnapshot(system, partial(root_node, system, args.device), device=args.device, name=args.name)
+
+
 @command("blockdev-snapshot", since="2.5", features=("allow-write-only-overlay",))
 async def blockdev_snapshot(ctx: CommandContext, args: BlockdevSnapshotArguments) -> None:
     """Put an overlay that has been opened before on top of a node."""
@@ -66,3 +90,19 @@ async def blockdev_snapshot(ctx: CommandContext, args: BlockdevSnapshotArguments
 async def blockdev_snapshot_sync(ctx: CommandContext, args: BlockdevSnapshotSyncArguments) -> None:
     """Make a new overlay (or take an existing file) and put it on top of a node."""
     await perform(ctx.system, [snapshot_sync_action(ctx.system, args)])
+
+
+@command("blockdev-snapshot-internal-sync", since="1.7")
+async def blockdev_snapshot_internal_sync(ctx: CommandContext, args: InternalSnapshotArguments) -> None:
+    """Keep the disk as it is now in the image itself, as an internal snapshot."""
+    await perform(ctx.system, [internal_snapshot_action(ctx.system, args)])
+
+
+@command("blockdev-snapshot-delete-internal-sync", since="1.7", returns=SnapshotInfo)
+async def blockdev_snapshot_delete_internal_sync(
+    ctx: CommandContext, args: DeleteInternalSnapshotArguments
+) -> SnapshotInfo:
+    """Delete an internal snapshot by its id, its name or both, and tell what it was."""
+    node = root_node(ctx.system, args.device)
+    deleted = await delete_internal_snapshot(ctx.system, node, device=args.device, id=args.id, name=args.name)
+    return snapshot_info(deleted)

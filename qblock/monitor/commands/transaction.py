@@ -43,6 +43,9 @@ _OF_7_2: Final[Mapping[str, ActionKind]] = {
     "block-dirty-bitmap-remove": ActionKind(bitmaps.BitmapArguments, bitmaps.remove_action),
     "blockdev-mirror": ActionKind(mirror.BlockdevMirrorArguments, mirror.blockdev_mirror_action),
     "blockdev-snapshot": ActionKind(snapshots.BlockdevSnapshotArguments, snapshots.snapshot_action),
+    "blockdev-snapshot-internal-sync": ActionKind(
+        snapshots.InternalSnapshotArguments, snapshots.internal_snapshot_action
+    ),
     "blockdev-snapshot-sync": _SNAPSHOT_SYNC,
     "drive-mirror": ActionKind(mirror.DriveMirrorArguments, mirror.drive_mirror_action),
 }

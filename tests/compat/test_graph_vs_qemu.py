@@ -1,0 +1,160 @@
+"""Changes of the graph beside the real programs: blockdev-reopen and internal snapshots, accepted, refused and undone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from qmp_pair import DAEMONS, both
+
+IMAGES = [
+    ["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "1M"],
+    ["qemu-img", "create", "-q", "-f", "qcow2", "top.qcow2", "1M"],
+    ["qemu-img", "create", "-q", "-f", "qcow2", "other.qcow2", "1M"],
+    ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "ov.qcow2"],
+    ["qemu-img", "create", "-q", "-f", "raw", "r.raw", "1M"],
+]
+
+
+def do(command: str, arguments: dict[str, Any] | None = None, **members: Any) -> dict[str, Any]:
+    """A command; keywords' ``_`` stand for ``-``."""
+    given = (arguments or {}) | _wire(members)
+    return {"execute": command, "arguments": given} if given else {"execute": command}
+
+
+def _wire(members: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace("_", "-"): value for key, value in members.items()}
+
+
+def file(filename: str, **members: Any) -> dict[str, Any]:
+    """Options of a file node."""
+    return {"driver": "file", "filename": filename} | _wire(members)
+
+
+def qcow2(name: str, storage: str | dict[str, Any], **members: Any) -> dict[str, Any]:
+    """Options of a qcow2 node."""
+    return {"driver": "qcow2", "node-name": name, "file": storage} | _wire(members)
+
+
+def add(options: dict[str, Any]) -> dict[str, Any]:
+    """blockdev-add."""
+    return do("blockdev-add", options)
+
+
+def reopen(*options: dict[str, Any]) -> dict[str, Any]:
+    """blockdev-reopen."""
+    return do("blockdev-reopen", options=list(options))
+
+
+def together(*actions: tuple[str, dict[str, Any]], **properties: Any) -> dict[str, Any]:
+    """transaction."""
+    given: dict[str, Any] = {"actions": [{"type": kind, "data": data} for kind, data in actions]}
+    return do("transaction", given | ({"properties": _wire(properties)} if properties else {}))
+
+
+NODES = do("query-named-block-nodes", flat=True)
+TOP: dict[str, Any] = {"driver": "qcow2", "node-name": "top", "file": "tf"}
+BACKING = [
+    add(file("top.qcow2", node_name="tf")), add(file("base.qcow2", node_name="bf", read_only=True)),
+    add(qcow2("base", "bf", read_only=True)), add(qcow2("other", file("other.qcow2"))),
+    add({**TOP, "backing": None}), reopen({**TOP, "backing": "base"}), NODES,
+    reopen(TOP), reopen({**TOP, "backing": "top"}), reopen({**TOP, "backing": "nope"}), reopen({**TOP, "backing": 5}),
+    reopen({"driver": "raw", "node-name": "top", "file": "tf"}), reopen({"driver": "qcow2", "file": "tf"}),
+    reopen(qcow2("zz", "tf")), reopen({**TOP, "file": file("top.qcow2"), "backing": "base"}),
+    reopen({**TOP, "backing": "other"}), NODES, reopen({**TOP, "backing": None}), NODES,
+    reopen({**TOP, "backing": "other"}, qcow2("other", "bf")), NODES, do("x-debug-query-block-graph"),
+    reopen({**TOP, "backing": "base"}, qcow2("other", "tf")), NODES,
+    reopen({**TOP, "backing": None, "lazy-refcounts": True, "l2-cache-size": 1 << 20}),
+    reopen({**TOP, "backing": None, "overlap-check": "all", "pass-discard-other": True}),
+    reopen({**TOP, "backing": None, "detect-zeroes": "unmap"}), reopen({**TOP, "backing": None, "nope": 1}),
+    reopen({**TOP, "backing": None, "detect-zeroes": "on", "cache": {"no-flush": True}}), NODES,
+    reopen(file("r.raw", node_name="tf")), reopen(file("top.qcow2", node_name="tf", read_only=True)),
+    reopen(file("top.qcow2", node_name="tf", locking="off")), do("blockdev-del", node_name="bf"),
+    do("blockdev-del", node_name="base"), add(qcow2("ov", file("ov.qcow2", node_name="of"))), NODES,
+    reopen(qcow2("ov", "of", backing="top")), NODES, reopen(qcow2("ov", "tf", backing="top")),
+    do("block-stream", job_id="j", device="ov", speed=1), {"wait": {"event": "JOB_STATUS_CHANGE", "data": {"status": "null"}}},
+    reopen(qcow2("ov", "of", backing=None)), NODES, do("blockdev-snapshot", node="top", overlay="ov"), NODES,
+]  # fmt: skip
+FLAGS = [
+    add(qcow2("top", file("top.qcow2", node_name="tf"), read_only=True)), NODES, reopen(TOP), NODES,
+    reopen({**TOP, "read-only": False}), NODES, reopen({**TOP, "cache": {"no-flush": True}}), NODES,
+    reopen({**TOP, "read-only": True}), NODES, reopen({**TOP, "read-only": True, "auto-read-only": True}), NODES,
+    add(file("ov.qcow2", node_name="c", aio="threads")), add(qcow2("q", "c", discard="unmap", backing=None)),
+    reopen(qcow2("q", "c", backing=None, discard="ignore"), file("ov.qcow2", node_name="c", aio="threads", read_only=True)),
+    reopen(
+        qcow2("q", "c", backing=None, read_only=True), file("ov.qcow2", node_name="c", aio="threads", read_only=True)
+    ), NODES,
+    reopen(qcow2("q", "c", backing=None), file("ov.qcow2", node_name="c", aio="threads")), NODES,
+    reopen(file("ov.qcow2", node_name="c", aio="threads", read_only=False, force_share=True)),
+    add({"driver": "null-co", "node-name": "n", "size": 1 << 20}),
+    reopen({"driver": "null-co", "node-name": "n", "size": 1 << 21}), reopen({"driver": "null-co", "node-name": "n"}),
+    add({"driver": "copy-on-read", "node-name": "cor", "file": "q"}),
+    reopen({"driver": "copy-on-read", "node-name": "cor", "file": "n"}),
+    add({"driver": "blkdebug", "node-name": "bd", "image": "n"}),
+    reopen({"driver": "blkdebug", "node-name": "bd", "image": "n"}), NODES,
+    reopen({"driver": "blkdebug", "node-name": "bd", "image": "q"}),
+    add({"driver": "raw", "node-name": "w", "file": "n"}), reopen({"driver": "raw", "node-name": "w", "file": "q"}), NODES,
+    reopen({"driver": "raw", "node-name": "w", "file": "q", "size": 1 << 30}),
+    reopen({"driver": "raw", "node-name": "w", "file": "n", "size": 4096}), NODES, do("x-debug-query-block-graph"),
+]  # fmt: skip
+
+
+def keep(device: str, name: str) -> dict[str, Any]:
+    """blockdev-snapshot-internal-sync."""
+    return do("blockdev-snapshot-internal-sync", device=device, name=name)
+
+
+def drop(device: str, **members: Any) -> dict[str, Any]:
+    """blockdev-snapshot-delete-internal-sync."""
+    return do("blockdev-snapshot-delete-internal-sync", device=device, **members)
+
+
+def kept(device: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The action."""
+    return "blockdev-snapshot-internal-sync", {"device": device, "name": name}
+
+
+INTERNAL = [
+    add(qcow2("top", file("top.qcow2"))), add(qcow2("ro", file("base.qcow2"), read_only=True)),
+    add(qcow2("ov", file("ov.qcow2"), backing="ro")), add({"driver": "raw", "node-name": "r", "file": file("r.raw")}),
+    add(qcow2("alone", file("other.qcow2"), read_only=True)),
+    keep("top", ""), keep("top", "one"), keep("top", "one"), keep("top", "two"), keep("nope", "x"), keep("r", "x"),
+    keep("ro", "x"), keep("alone", "x"), keep("ov", "x" * 255), NODES,
+    drop("top"), drop("top", id="9"), drop("top", name="zz"), drop("top", id="1", name="two"),
+    drop("top", id="1", name="one"), keep("top", "three"), keep("top", "1"), drop("top", id="two"), drop("top", name="two"),
+    drop("nope", name="x"), drop("r"), drop("r", name="q"), drop("ro", name="q"), drop("ov"),
+    together(kept("top", "t"), ("abort", {})), NODES, together(kept("top", "t"), kept("ov", "t")), NODES,
+    together(kept("top", "u"), kept("top", "u")), NODES, together(kept("top", "v"), completion_mode="grouped"),
+    do("block_resize", node_name="top", size=2 << 20), NODES, do("block_resize", node_name="top", size=1 << 20),
+    do("block-dirty-bitmap-add", node="top", name="b", persistent=True), keep("top", "wb"), drop("top", name="wb"), NODES,
+    do("blockdev-mirror", job_id="m", device="top", target="r", sync="full"),
+    {"wait": {"event": "BLOCK_JOB_READY", "data": {}}}, keep("top", "busy"), drop("top", name="t"),
+    together(("blockdev-snapshot", {"node": "top", "overlay": "ov"}), kept("ov", "late")), NODES,
+]  # fmt: skip
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.get("format") == "file":
+            value = value | {"virtual-size": "…"}  # how an image lies in its file is up to the allocator
+        return {key: _comparable(item) for key, item in value.items() if key not in _TIMES}
+    return [_comparable(item) for item in value] if isinstance(value, list) else value
+
+
+_TIMES = {"date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"}
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    "script", [BACKING, FLAGS, INTERNAL], ids=["other backing and file", "flags and options", "internal snapshots"]
+)
+def test_both_answer_alike(script: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Replies, events, the nodes that there are afterwards and what they say of themselves."""
+    real, ours = both(DAEMONS, tmp_path, script, IMAGES)
+    for expected, got in zip(_comparable(real), _comparable(ours), strict=True):
+        assert got == expected
