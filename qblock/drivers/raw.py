@@ -179,7 +179,7 @@ class RawDriver(Driver):
     def filename(self) -> str | None:
         """See `Driver`; None for a window."""
         window = self.options.offset or self.options.size is not None
-        return None if window else self._edge.node.driver.filename()
+        return None if window else super().filename()
 
     def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
         """See `Driver`: what the parents take and share, but nobody else may cut off the storage of a window."""

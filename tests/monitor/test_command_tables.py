@@ -100,7 +100,7 @@ def test_what_the_default_dialect_has_beyond_qemu_is_listed() -> None:
 
 ACTIONS_OF_OURS = {"blockdev-mirror", "drive-mirror"}
 """Proposed in the announcement of mirroring, and taken by no QEMU."""
-ACTIONS_TO_COME = {"blockdev-backup", "blockdev-snapshot-internal-sync", "drive-backup"}
+ACTIONS_TO_COME = {"blockdev-backup", "drive-backup"}
 """They come with their commands."""
 
 

@@ -1,0 +1,110 @@
+"""blockdev-reopen of a disk that a guest uses: all or nothing, and the guest sees what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qblock.monitor.client import QmpError
+from qblock.monitor.machine import MachineOptions
+from qblock.testing.graphs import describe_graph
+from qblock.testing.images import make_image
+from qblock.testing.machines import LocalMachine
+from qblock.units import KiB, MiB
+
+SIZE = 1 * MiB
+DISK: dict[str, Any] = {"driver": "qcow2", "node-name": "disk", "file": "disk-file"}
+AHEAD = 64 * KiB
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[LocalMachine]:
+    """A guest's disk d on the nodes disk and disk-file, and two read-only images, base and other, beside it."""
+    disk = make_image(tmp_path / "disk", SIZE)
+    drive = f"file={disk},format=qcow2,if=virtio,id=d,node-name=disk,file.node-name=disk-file"
+    with LocalMachine(options=MachineOptions(drives=[drive], seed=0)) as machine:
+        for name in ("base", "other"):
+            path = make_image(tmp_path / name, SIZE, {at: name.encode() for at in (0, SIZE // 2, SIZE - 512)})
+            storage = {"driver": "file", "node-name": f"{name}-file", "filename": str(path)}
+            machine.qmp.execute("blockdev-add", driver="qcow2", node_name=name, read_only=True, file=storage)
+        yield machine
+
+
+def reopen(local: LocalMachine, *descriptions: dict[str, Any]) -> None:
+    """Execute blockdev-reopen."""
+    local.qmp.execute("blockdev-reopen", {"options": list(descriptions)})
+
+
+def seen(local: LocalMachine, offset: int, length: int) -> bytes:
+    """What the guest reads there; up to a sector."""
+    return local.guest_read("d", offset, 512)[:length]
+
+
+def test_the_guest_sees_the_backing_node_that_its_disk_has_now(local: LocalMachine) -> None:
+    """What it has written itself stays; the rest is the new backing node's, and nothing's once it has gone."""
+    local.guest_write("d", AHEAD, 4 * KiB, 7)
+    for name in ("base", "other"):
+        reopen(local, {**DISK, "backing": name})
+        assert seen(local, 0, len(name)) == name.encode()
+    reopen(local, {**DISK, "backing": None})
+    assert seen(local, 0, 8) == bytes(8)
+    assert local.guest_read("d", AHEAD, 4 * KiB) == b"\x07" * 4 * KiB
+
+
+def test_a_filter_can_be_put_between_the_image_and_its_file_and_taken_out_again(local: LocalMachine) -> None:
+    """The known use of another file node: throttling, fault injection or encryption for a disk that is in use."""
+    local.guest_write("d", 0, 4 * KiB, 1)
+    local.qmp.execute("blockdev-add", driver="blkdebug", node_name="faults", image="disk-file")
+    reopen(local, {**DISK, "file": "faults"})
+    local.guest_write("d", AHEAD, 4 * KiB, 2)
+    assert local.machine.system.graph.find_node("disk").children["file"].node.node_name == "faults"
+    reopen(local, DISK)
+    local.qmp.execute("blockdev-del", node_name="faults")
+    assert seen(local, 0, 1) + seen(local, AHEAD, 1) == b"\1\2"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {**DISK, "backing": "base", "nope": 1},
+        {**DISK, "backing": "disk"},
+        {**DISK, "backing": "base", "read-only": True},
+        {**DISK, "backing": "base", "file": "base-file"},
+        {"driver": "qcow2", "node-name": "base", "file": "base-file"},
+        {**DISK, "backing": "other"},
+    ],
+    ids=["unknown member", "a loop", "the guest writes", "somebody else's file", "a writable node on it", "named twice"],
+)
+def test_one_node_that_cannot_be_changed_leaves_all_as_they_were(local: LocalMachine, wrong: dict[str, Any]) -> None:
+    """The first description alone is in order, and must not take effect."""
+    system = local.machine.system
+    reopen(local, {**DISK, "backing": "base"})
+    before = describe_graph(system.graph)
+    flags = {name: (node.read_only, node.detect_zeroes) for name, node in system.graph.nodes.items()}
+    with pytest.raises(QmpError):
+        reopen(local, {**DISK, "backing": "other", "detect-zeroes": "on"}, wrong)
+    assert describe_graph(system.graph) == before
+    assert {name: (node.read_only, node.detect_zeroes) for name, node in system.graph.nodes.items()} == flags
+    assert seen(local, 0, 4) == b"base"
+    local.guest_write("d", AHEAD, 512, 3)
+
+
+def test_links_under_a_job_stay(local: LocalMachine) -> None:
+    """A stream reads through the link that it is going to remove; nobody else may change it meanwhile."""
+    reopen(local, {**DISK, "backing": "base"})
+    local.qmp.execute("block-stream", job_id="j", device="d", speed=1)
+    reopen(local, {**DISK, "backing": "base", "detect-zeroes": "on"})
+    with pytest.raises(QmpError, match="backing"):
+        reopen(local, {**DISK, "backing": "other"})
+    local.qmp.execute("block-job-cancel", device="j", force=True)
+    local.qmp.wait_event("BLOCK_JOB_CANCELLED")
+    reopen(local, {**DISK, "backing": "other"})
+    assert seen(local, 0, 5) == b"other"
+
+
+def test_nothing_to_do_is_done(local: LocalMachine) -> None:
+    """An empty list, which ends QEMU 7.2."""
+    reopen(local)
