@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from qblock.drain import kick
 from qblock.errors import BlockIOError
 from qblock.permissions import ChildRole, Perm
-from qblock.requests import copy_range, discard, flush, read_into, truncate, write_compressed, write_from, write_zeroes
+from qblock.requests import (
+    copy_range,
+    discard,
+    flush,
+    load_vm_state,
+    read_into,
+    save_vm_state,
+    truncate,
+    write_compressed,
+    write_from,
+    write_zeroes,
+)
 from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -263,6 +274,24 @@ class BlockBackend:
             await self._counted(None, offset, length, lambda edge: copy_range(edge, offset, to, target_offset, length))
         finally:
             target._left()
+
+    async def load_vm_state(self, offset: int, buffer: memoryview) -> None:
+        """Read from the state of a machine that is kept beside the disk; see `requests.load_vm_state`."""
+        await self._until_resumed()
+        await self._beside_disk(load_vm_state(self._edge().node, offset, buffer))
+
+    async def save_vm_state(self, offset: int, buffer: memoryview) -> None:
+        """Write to the state of a machine that is kept beside the disk; see `requests.save_vm_state`."""
+        await self._until_resumed()
+        await self._beside_disk(save_vm_state(self._edge(), offset, buffer))
+
+    async def _beside_disk(self, request: Coroutine[Any, Any, None]) -> None:
+        """Run a request that is none of the guest's: it has no place on the disk, and is not in the statistics."""
+        self.in_flight += 1
+        try:
+            await request
+        finally:
+            self._left()
 
     async def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes at ``offset``, for callers that do not mind a copy."""

@@ -27,6 +27,7 @@ from qblock.throttling import ThrottleGroups
 from qblock.tracing import Trace
 
 if TYPE_CHECKING:
+    from qblock.breakpoints import Breakpoints
     from qblock.clock import Clock
     from qblock.dirty import DirtyBitmap
     from qblock.node import BdrvChild, BlockDriverState
@@ -55,12 +56,14 @@ class Limits:
 class NodeInfo:
     """What ``BlockDriverInfo`` tells: ``cluster_size`` in bytes (0: the driver has none), ``dirty`` = not shut down cleanly.
 
-    ``dirty`` is None for storage that keeps nothing and so cannot say.
+    ``dirty`` is None for storage that keeps nothing and so cannot say. ``vm_state_offset`` is the guest offset behind the disk
+    at which the state of a machine begins (0: there is no place for one).
     """
 
     cluster_size: int = 0
     dirty: bool | None = False
     compressed: bool = False
+    vm_state_offset: int = 0
 
 
 @attrs.frozen
@@ -430,6 +433,28 @@ class SupportsSnapshots(Protocol):
     async def delete_snapshot(self, snapshot: SnapshotInfo) -> None: ...
 
     async def view_snapshot(self, snapshot: SnapshotInfo, *, keep_size: bool = False) -> None: ...
+
+
+@runtime_checkable
+class SupportsVmState(Protocol):
+    """The format can keep the state of a machine beside its disk. Offsets count from the beginning of the state."""
+
+    def vm_state_offset(self) -> int: ...
+
+    async def load_vm_state(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``; what was never saved reads as zeroes. Raises `BlockIOError`."""
+
+    async def save_vm_state(self, offset: int, buffer: memoryview) -> None:
+        """Write all of ``buffer``; durable after a flush. Raises `BlockIOError`."""
+
+
+@runtime_checkable
+class SupportsBreakpoints(Protocol):
+    """Requests can be held at steps of the work (blkdebug)."""
+
+    breakpoints: Breakpoints
+
+    def set_breakpoint(self, event: str, tag: str, tell: Callable[[str], None]) -> None: ...
 
 
 @runtime_checkable

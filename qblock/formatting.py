@@ -54,12 +54,17 @@ QCOW2_OPTIONS: Final = (
     CreateOption("lazy_refcounts", "bool (on/off)", "Write reference counts late", False, "lazy-refcounts"),
     CreateOption("refcount_bits", "num", "Width of a reference count", 16, "refcount-bits"),
 )
-RAW_OPTIONS: Final = (
+FILE_OPTIONS: Final = (
     CreateOption("size", "size", "Size of the disk", None, "size"),
+    CreateOption("nocow", "bool (on/off)", "No copy-on-write by the file system (btrfs)", None, "nocow"),
     CreateOption("preallocation", "str", "What to allocate at once: off, falloc, full", None, "preallocation"),
+    CreateOption("extent_size_hint", "size", "Unit in which the file system allocates (XFS)", None, "extent-size-hint"),
 )
+"""What a plain file can be given; formats that are stored in one take them besides their own."""
+RAW_OPTIONS: Final = FILE_OPTIONS[:1]
 _ALWAYS: Final = tuple(option for option in QCOW2_OPTIONS if option.name in ("size", "backing_file", "backing_fmt"))
 FORMATS: Final[Mapping[str, tuple[CreateOption, ...]]] = {"qcow2": QCOW2_OPTIONS, "raw": RAW_OPTIONS}
+"""The options of each format itself, see `options_with_file`."""
 
 
 def options_of(fmt: str) -> tuple[CreateOption, ...]:
@@ -69,10 +74,19 @@ def options_of(fmt: str) -> tuple[CreateOption, ...]:
     return FORMATS[fmt]
 
 
+def options_with_file(fmt: str) -> tuple[CreateOption, ...]:
+    """The options of a format and those of the file that holds it, in the order of the "Formatting" line."""
+    own = options_of(fmt)
+    if fmt == "raw":
+        return FILE_OPTIONS
+    names = {option.name for option in own}
+    return own + tuple(option for option in FILE_OPTIONS if option.name not in names)
+
+
 def formatting_line(filename: str, fmt: str, values: Mapping[str, Any]) -> str:
     """The line that tells what is being made; of a format that is not known here, size and backing file only."""
     words = [f"Formatting '{filename}', fmt={fmt}"]
-    for option in FORMATS.get(fmt, _ALWAYS):
+    for option in options_with_file(fmt) if fmt in FORMATS else _ALWAYS:
         value = values.get(option.name, option.default)
         if value is not None:
             words.append(f"{option.name}={option.shown(value)}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qblock.chain import skip_filters
 from qblock.driver import BackingLink, SupportsBacking, SupportsSnapshots
 from qblock.filenames import combine_filename
+from qblock.naming import filename_of
 from qblock.snapshots import SnapshotInfo, list_lines
 from qblock.units import format_size
 
@@ -75,7 +76,7 @@ def image_info(node: BlockDriverState) -> dict[str, Any]:
     link: BackingLink | None = driver.backing_link() if isinstance(driver, SupportsBacking) else None
     result: dict[str, Any] = {
         "virtual-size": node.length,
-        "filename": driver.filename() or "",
+        "filename": filename if (filename := driver.filename()) is not None else filename_of(node),
         "format": driver.name,
     }
     if info.dirty is not None:

@@ -326,11 +326,16 @@ def parse_keyval(text: str, *, implied_key: str | None = None) -> dict[str, Any]
     return unflatten_dotted(split_keyval(text, implied_key=implied_key))
 
 
+def split_items(text: str) -> list[str]:
+    """What stands between the commas of such a text; a doubled comma is one that belongs to an item."""
+    # The last match is the empty one at the end of the text.
+    return [match[1].replace(",,", ",") for match in list(_ITEM.finditer(text))[:-1]]
+
+
 def split_keyval(text: str, *, implied_key: str | None = None) -> dict[str, str]:
     """The keys of such a text, dots and all, with their values; raises as `parse_keyval`."""
     flat: dict[str, str] = {}
-    # The last match is the empty one at the end of the text.
-    for index, item in enumerate(match[1].replace(",,", ",") for match in list(_ITEM.finditer(text))[:-1]):
+    for index, item in enumerate(split_items(text)):
         key, equals, value = item.partition("=")
         if not equals:
             if index or implied_key is None:

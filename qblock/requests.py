@@ -15,8 +15,10 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from qblock.alignment import discard_pieces, read_aligned, write_aligned, zero_aligned
+from qblock.chain import skip_filters
 from qblock.copying_up import copy_on_read_into, read_and_copy_up
 from qblock.drain import enter, leave, wake
+from qblock.driver import SupportsVmState
 from qblock.errors import BlockIOError, ImagePoisoned
 from qblock.node import BlockDriverState
 from qblock.permissions import ChildRole
@@ -191,6 +193,35 @@ async def write_compressed(edge: BdrvChild, offset: int, buffer: memoryview) -> 
             _finish(node, request, offset, len(buffer))
     finally:
         leave(node)
+
+
+async def load_vm_state(node: BlockDriverState, offset: int, buffer: memoryview) -> None:
+    """Read what a machine keeps beside the disk. ``BlockIOError(ENOTSUP)``: the format has no place for it."""
+    enter(node)
+    try:
+        await _keeper_of_state(node).load_vm_state(offset, buffer)
+    finally:
+        leave(node)
+
+
+async def save_vm_state(edge: BdrvChild, offset: int, buffer: memoryview) -> None:
+    """Write what a machine keeps beside the disk; raises as `load_vm_state`."""
+    node = edge.node
+    keeper = _keeper_of_state(node)
+    _check_write(edge)
+    enter(node)
+    try:
+        await keeper.save_vm_state(offset, buffer)
+        node.write_generation += 1
+    finally:
+        leave(node)
+
+
+def _keeper_of_state(node: BlockDriverState) -> SupportsVmState:
+    driver = skip_filters(node).driver
+    if not isinstance(driver, SupportsVmState):
+        raise BlockIOError(errno.ENOTSUP)
+    return driver
 
 
 async def discard(edge: BdrvChild, offset: int, length: int) -> None:

@@ -20,7 +20,7 @@ LAYERS = (
     "errors units",
     "extents ranges zeroes filenames policy",
     "findings",
-    "clock options transaction formatting tracing witness",
+    "breakpoints clock options transaction formatting tracing witness",
     "crypto.* throttle_limits",
     "dirty snapshots throttling",
     "device_dirty",

@@ -6,10 +6,10 @@ compared with the rules in force, in the order in which they were given (configu
 about it decides. The events ``pwritev``, ``pwritev_zero`` and ``pwritev_done`` are raised here, around the node's own writes;
 ``pwritev_done`` comes also after a write that failed.
 
-Differs from QEMU in that there are no breakpoints, that a configuration file takes the members of the two rule sections
-only (but all of them: QEMU's takes no ``iotype``), and that a negative errno is refused. The border raises the events of its
-own work here too: ``pwritev_rmw_*`` (alignment.py), ``cor_write`` (copying_up.py); which others come is for the format above to
-say.
+Requests can be held at a step (`breakpoints`). Differs from QEMU in that a configuration file takes the members of the two rule
+sections only (but all of them: QEMU's takes no ``iotype``), and that a negative errno is refused. The border raises the events of
+its own work here too: ``pwritev_rmw_*`` (alignment.py), ``cor_write`` (copying_up.py); which others come is for the format above
+to say.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from attrs import evolve, frozen
 
+from qblock.breakpoints import Breakpoints
 from qblock.driver import Environment, Json, Limits
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Extent
@@ -109,7 +110,10 @@ class BlkdebugOptions(DriverOptions):
 
 
 class BlkdebugDriver(FilterDriver):
-    """Compares each request with the rules in force. ``state`` is 1 until a rule changes it."""
+    """Compares each request with the rules in force. ``state`` is 1 until a rule changes it.
+
+    ``breakpoints`` are set by `set_breakpoint` only, since it knows the events.
+    """
 
     name: ClassVar[str] = "blkdebug"
     options_class: ClassVar[type[DriverOptions]] = BlkdebugOptions
@@ -121,6 +125,7 @@ class BlkdebugDriver(FilterDriver):
     def __init__(self, node: BlockDriverState, options: Any, env: Environment) -> None:
         super().__init__(node, options, env)
         self.state = 1
+        self.breakpoints = Breakpoints()
         self._rules: list[InjectError | SetState] = []
         self._in_force: list[InjectError] = []
         self._take = _permissions(options.take_child_perms)
@@ -152,9 +157,17 @@ class BlkdebugDriver(FilterDriver):
         if matching:
             self._in_force = matching
         self.state = state
+        self.breakpoints.come_to(event)
+
+    def set_breakpoint(self, event: str, tag: str, tell: Callable[[str], None]) -> None:
+        """See `Breakpoints.add`; raises `CommandError` for an event that there is not."""
+        if event not in get_args(BlkdebugEvent):
+            raise CommandError(f"there is no event '{event}': they are {', '.join(get_args(BlkdebugEvent))}")
+        self.breakpoints.add(event, tag, tell)
 
     async def _meet_rules(self, io_type: str, offset: int, length: int) -> None:
-        """Raise what the first rule in force that is about this request says."""
+        """Stand still at a breakpoint; then raise what the first rule in force that is about this request says."""
+        await self.breakpoints.pause()
         for rule in self._in_force:
             if not rule.hits(io_type, offset, length):
                 continue
@@ -182,6 +195,7 @@ class BlkdebugDriver(FilterDriver):
             await super().write_from(offset, buffer, fua=fua)
         finally:
             self.debug_event("pwritev_done")
+        await self.breakpoints.pause()
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
@@ -193,6 +207,7 @@ class BlkdebugDriver(FilterDriver):
             await super().write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
         finally:
             self.debug_event("pwritev_done")
+        await self.breakpoints.pause()
 
     async def discard(self, offset: int, length: int) -> None:
         """See `Driver`."""

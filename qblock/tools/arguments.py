@@ -61,6 +61,11 @@ class Arguments:
             raise CommandError("--output must be 'human' or 'json'")
         return fmt
 
+    def check_image_opts(self, fmt: str = "f", *, opts: str = "image-opts") -> None:
+        """Raise when a name is said to be options (``--image-opts``) and a format is given beside it."""
+        if opts in self and fmt in self:
+            raise CommandError(f"--{opts} and -{fmt} cannot be used together: give driver=... in the options")
+
     def refuse(self, reasons: Mapping[str, str]) -> None:
         """Refuse options by name that QEMU has and qblock does not."""
         for name, reason in reasons.items():

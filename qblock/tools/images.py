@@ -24,7 +24,7 @@ from qblock.errors import CommandError, QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
 from qblock.opening import Opener, OpenPolicy
-from qblock.options import parse_keyval
+from qblock.options import fields, parse_keyval, split_items
 from qblock.permissions import Perm
 from qblock.registry import DriverRegistry
 from qblock.snapshots import find_described
@@ -59,6 +59,10 @@ class ImageArguments:
     extra: Mapping[str, str] = attrs.field(factory=dict)
     snapshot: str | None = None
     """The internal snapshot to show in place of the disk, see `snapshots.find_described`; the size stays the disk's."""
+
+
+class OnlyHelp(Exception):
+    """The command line asks for help that has been printed; nothing else is to be done."""
 
 
 class ImageNotOpened(CommandError):
@@ -154,13 +158,14 @@ async def _show_snapshot(node: BlockDriverState, text: str) -> None:
 
 
 def _with_drivers(options: Mapping[str, Any], *, root: bool = False) -> dict[str, Any]:
-    """Options of --image-opts in which ``file.filename`` alone means a file, and ``filename`` alone an image to be probed."""
+    """Options of --image-opts in which ``file.filename`` alone means a file. Raises `CommandError`."""
     nested = {key: _with_drivers(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+    if root and nested.get("backing") == "":
+        nested["backing"] = None  # QEMU's older way to say that there is none
     if "filename" not in nested or "driver" in nested:
         return nested
     if root:
-        return {**{key: value for key, value in nested.items() if key != "filename"},
-                "file": {"driver": "file", "filename": nested["filename"]}}  # fmt: skip
+        raise CommandError("'filename' alone does not say what is in the file: give 'driver' as well, or 'file.filename'")
     return {"driver": "file", **nested}
 
 
@@ -169,6 +174,8 @@ def with_secrets(arguments: Arguments, watch: Watch | None) -> Watch | None:
     texts = arguments.all("object")
     if not texts:
         return watch
+    for text in texts:
+        _answer_help(text)
 
     def prepare(env: Environment) -> None:
         from qblock.objects import ObjectTable
@@ -181,6 +188,22 @@ def with_secrets(arguments: Arguments, watch: Watch | None) -> Watch | None:
             watch(env)
 
     return prepare
+
+
+def _answer_help(text: str) -> None:
+    """Print what objects there are (``help``), or what one takes (``secret,help``), and raise `OnlyHelp`."""
+    kind, _, rest = text.partition(",")
+    if text == "help":
+        print("List of user creatable objects:\n  secret")
+        raise OnlyHelp
+    if kind == "secret" and "help" in split_items(rest):
+        from qblock.objects import SecretOptions
+
+        print("secret options:")
+        for field in sorted(fields(SecretOptions), key=lambda field: field.wire):
+            if field.wire not in ("qom-type", "id"):
+                print(f"  {field.wire}=<string>")
+        raise OnlyHelp
 
 
 def parse_object(text: str) -> tuple[dict[str, Any], bool]:

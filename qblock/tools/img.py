@@ -111,13 +111,21 @@ def _perform(args: list[str], watch: Watch | None = None) -> int:
     if args and args[0] in ("-V", "--version"):
         print(f"qblock-img version {PROGRAM_VERSION}")
         return 0
-    if not args or args[0] in ("-h", "--help") or (args[0] in SUBCOMMANDS and args[1:2] in (["-h"], ["--help"])):
+    if not args:
+        return _usage_failure("Not enough arguments: a command is missing")
+    if args[0] in ("-h", "--help") or (args[0] in SUBCOMMANDS and args[1:2] in (["-h"], ["--help"])):
         _print_help()
-        return 0 if args else 1
+        return 0
     name, *rest = args
     if name not in SUBCOMMANDS:
         return _usage_failure(f"'{name}' is not a command")
-    code: int = _load(f"qblock.tools.img_{name}").run(rest, watch)
+    command = _load(f"qblock.tools.img_{name}")
+    from qblock.tools.images import OnlyHelp
+
+    try:
+        code: int = command.run(rest, watch)
+    except OnlyHelp:
+        return 0
     return code
 
 

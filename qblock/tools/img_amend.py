@@ -12,10 +12,9 @@ from typing import Final
 from qblock.driver import Json, SupportsAmend, SupportsKeySlots
 from qblock.errors import CommandError
 from qblock.formatting import CreateOption
-from qblock.options import split_keyval
 from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
 from qblock.tools.console import Progress
-from qblock.tools.creation import parse_value, wants_help
+from qblock.tools.creation import checked_option_lists, parse_values, print_options, wants_help
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
 LONG: Final = {"object=": "object", "image-opts": "image-opts", "force": "force"}
@@ -43,7 +42,7 @@ AMENDABLE: Final[Mapping[str, tuple[CreateOption, ...]]] = {"qcow2": (*IMAGE_OPT
 def run(args: list[str], watch: Watch | None = None) -> int:
     """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(args, "f:t:o:pq", LONG)
-    texts = arguments.all("o")
+    texts = checked_option_lists(arguments.all("o"))
     if not texts:
         raise UsageError("Must specify options (-o)")
     if wants_help(texts) and (fmt := arguments.get("f")) is not None:
@@ -51,16 +50,14 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         return 0
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
-    if "image-opts" in arguments and "f" in arguments:
-        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
-    run_session(lambda session: _amend(session, arguments, texts), with_secrets(arguments, watch))
+    arguments.check_image_opts()
+    progress = Progress("p" in arguments and "q" not in arguments)
+    run_session(lambda session: _amend(session, arguments, texts, progress), with_secrets(arguments, watch))
     return 0
 
 
 def _print_help(fmt: str) -> None:
-    print(f"Amend options for '{fmt}':")
-    for option in sorted(_options_of(fmt), key=lambda option: option.name):
-        print(f"  {option.name + '=<' + option.kind + '>':<22} - {option.doc}")
+    print_options(f"Amend options for '{fmt}':", _options_of(fmt))
 
 
 def _options_of(fmt: str) -> tuple[CreateOption, ...]:
@@ -71,17 +68,10 @@ def _options_of(fmt: str) -> tuple[CreateOption, ...]:
 
 def parse_amendments(fmt: str, texts: Iterable[str]) -> dict[str, Json]:
     """The values of all -o texts, by option name; raises for what cannot be changed."""
-    table = {option.name: option for option in _options_of(fmt)}
-    values: dict[str, Json] = {}
-    for text in texts:
-        for name, value in split_keyval(text).items():
-            if name not in table:
-                raise CommandError(f"'{name}' cannot be amended in images of the format '{fmt}'; see -o help")
-            values[name] = parse_value(table[name], value)
-    return values
+    return parse_values(_options_of(fmt), texts, f"cannot be amended in images of the format '{fmt}'; see -o help")
 
 
-async def _amend(session: ImageSession, arguments: Arguments, texts: list[str]) -> None:
+async def _amend(session: ImageSession, arguments: Arguments, texts: list[str], progress: Progress) -> None:
     cache = arguments.get("t", "writeback")
     helps = wants_help(texts)
     disk = await session.open(
@@ -101,7 +91,6 @@ async def _amend(session: ImageSession, arguments: Arguments, texts: list[str]) 
         return
     values = parse_amendments(driver.name, texts)
     keys = {name.removeprefix("encrypt."): value for name, value in values.items() if name.startswith("encrypt.")}
-    progress = Progress("p" in arguments and "q" not in arguments)
     progress.show(0, 1)
     if keys:
         if not isinstance(driver, SupportsKeySlots):

@@ -53,8 +53,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     settings = _settings(arguments)
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
-    if "f" in arguments and "image-opts" in arguments:
-        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    arguments.check_image_opts()
     cache = arguments.get("t", "writeback")
     if cache not in CACHE_MODES:
         raise CommandError(f"Invalid cache mode: '{cache}' (choose from {', '.join(CACHE_MODES)})")

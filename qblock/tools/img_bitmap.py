@@ -56,8 +56,7 @@ def _check_combinations(arguments: Arguments) -> None:
         raise CommandError("-F is for -b: it is the format of that file")
     if "b" in arguments and "merge" not in arguments:
         raise CommandError("-b is for --merge: it has the bitmaps to merge from")
-    if "image-opts" in arguments and "f" in arguments:
-        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    arguments.check_image_opts()
 
 
 async def _work(

@@ -48,6 +48,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError(f"-r takes 'leaks' or 'all', not '{repair}'")
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
+    arguments.check_image_opts()
     watch = with_secrets(arguments, watch)
     fix = FIXES[repair] if repair else CheckFix.NONE
     explain = "explain" in arguments

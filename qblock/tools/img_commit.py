@@ -6,7 +6,6 @@ Command line, exit codes and the printed line of qemu-img 7.2: without ``-b`` or
 from __future__ import annotations
 
 from qblock.committing import CommitOrder, commit_image
-from qblock.errors import CommandError
 from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
 from qblock.tools.console import Progress
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
@@ -18,8 +17,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
     watch = with_secrets(arguments, watch)
-    if "image-opts" in arguments and "f" in arguments:
-        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    arguments.check_image_opts()
     base, cache = arguments.get("b"), arguments.get("t") or "writeback"
     order = CommitOrder(
         base=base,
@@ -27,13 +25,14 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         speed=arguments.size("r", "rate limit") or 0,
         writethrough=is_writethrough(cache),
     )
-    run_session(lambda session: _commit(session, arguments, order), watch)
+    progress = Progress("p" in arguments and "q" not in arguments)
+    run_session(lambda session: _commit(session, arguments, order, progress), watch)
     if "q" not in arguments:
         print("Image committed.")
     return 0
 
 
-async def _commit(session: ImageSession, arguments: Arguments, order: CommitOrder) -> None:
+async def _commit(session: ImageSession, arguments: Arguments, order: CommitOrder, progress: Progress) -> None:
     overlay = await session.open(
         ImageArguments(
             arguments.words[0],
@@ -44,6 +43,5 @@ async def _commit(session: ImageSession, arguments: Arguments, order: CommitOrde
         )
     )
     assert overlay.root is not None
-    progress = Progress("p" in arguments and "q" not in arguments)
     await commit_image(session.opener, overlay.root, order, progress.show)
     progress.end()

@@ -41,8 +41,9 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     if len(arguments.words) != 2:
         raise UsageError("Expecting two image file names")
     watch = with_secrets(arguments, watch)
+    progress = Progress("p" in arguments and "q" not in arguments)
     try:
-        return run_session(lambda session: _compare(session, arguments), watch)
+        return run_session(lambda session: _compare(session, arguments, progress), watch)
     except _Stop as stop:
         if stop.code != DIFFERENT:
             complain("qblock-img", str(stop))
@@ -53,13 +54,11 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         return stop.code
 
 
-async def _compare(session: ImageSession, arguments: Arguments) -> int:
+async def _compare(session: ImageSession, arguments: Arguments, progress: Progress) -> int:
     one = await _open(session, arguments, arguments.words[0], "f")
     two = await _open(session, arguments, arguments.words[1], "F")
     quiet = "q" in arguments
-    comparison = _Comparison(
-        one, two, strict="s" in arguments, quiet=quiet, progress=Progress("p" in arguments and not quiet)
-    )
+    comparison = _Comparison(one, two, strict="s" in arguments, quiet=quiet, progress=progress)
     await comparison.run()
     if not quiet:
         print("Images are identical.")
@@ -69,6 +68,7 @@ async def _compare(session: ImageSession, arguments: Arguments) -> int:
 
 async def _open(session: ImageSession, arguments: Arguments, name: str, fmt: str) -> BlockBackend:
     try:
+        arguments.check_image_opts(fmt)
         return await session.open(
             ImageArguments(
                 name,

@@ -27,6 +27,8 @@ from qblock.tools.copying_bitmaps import check_source, check_target, copy_bitmap
 from qblock.tools.creation import (
     add_backing,
     check_backing,
+    check_backing_format,
+    checked_option_lists,
     create_file,
     encryption_format,
     parse_options,
@@ -41,7 +43,7 @@ from qblock.units import MiB
 MAX_WORKERS: Final = 16
 MAX_SPARSE: Final = 16 * MiB
 LONG: Final = {
-    "object=": "object", "source-image-opts": "image-opts", "image-opts": "image-opts",
+    "object=": "object", "image-opts": "image-opts",
     "target-image-opts": "target-image-opts", "force-share": "U", "target-is-zero": "target-is-zero",
     "salvage": "salvage", "bitmaps": "bitmaps", "skip-broken-bitmaps": "skip-broken-bitmaps", "backing=": "B",
 }  # fmt: skip
@@ -68,13 +70,14 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(args, "B:CF:O:S:T:UWcf:l:m:no:pqr:t:", LONG)
     fmt = arguments.get("O") or "raw"
-    if wants_help(arguments.all("o")):
-        print_help(fmt)
+    if wants_help(checked_option_lists(arguments.all("o"))):
+        print_help(fmt, file=len(arguments.words) > 1)
         return 0
     request = _checked(arguments, fmt)
     existed = os.path.lexists(request.output)
     try:
-        run_session(lambda session: _convert(session, request), with_secrets(arguments, watch))
+        progress = Progress("p" in arguments and "q" not in arguments)
+        run_session(lambda session: _convert(session, request, progress), with_secrets(arguments, watch))
     except BaseException:
         if request.creates and not existed:
             remove_file(request.output)
@@ -86,6 +89,8 @@ def _checked(arguments: Arguments, fmt: str) -> _Request:
     if len(arguments.words) < 2:
         raise UsageError("Must specify image file names: one or more to read, and one to write")
     *sources, output = arguments.words
+    arguments.check_image_opts()
+    arguments.check_image_opts("O", opts="target-image-opts")
     check_bitmap_options(arguments, len(sources))
     if "l" in arguments and len(sources) > 1:
         raise CommandError("-l takes a snapshot of one image: it cannot be used with several")
@@ -148,7 +153,7 @@ def _unreadable(text: str, *, quiet: bool) -> None:
         complain("qblock-img", f"warning: {text}")
 
 
-async def _convert(session: ImageSession, request: _Request) -> None:
+async def _convert(session: ImageSession, request: _Request, progress: Progress) -> None:
     arguments = request.arguments
     sources = [
         await session.open(
@@ -171,6 +176,7 @@ async def _convert(session: ImageSession, request: _Request) -> None:
     if request.creates:
         # The size is that of the sources, as in QEMU, whatever -o says.
         values = request.values | {"size": total}
+        check_backing_format(session, request.output, values)
         await create_file(session, request.output, request.fmt, values)
     target = await session.open(
         ImageArguments(
@@ -189,7 +195,6 @@ async def _convert(session: ImageSession, request: _Request) -> None:
     if target.length < total:
         raise CommandError(f"the output has {target.length} bytes, which is less than the {total} to be written")
     settings = _fitted(request, sources[0], target)
-    progress = Progress("p" in arguments and "q" not in arguments)
     await Converter(sources, target, settings, session.environment.clock, progress).run()
     if "bitmaps" in arguments:
         await copy_bitmaps(sources[0].node, target.node, session.environment)
@@ -202,9 +207,8 @@ def _fitted(request: _Request, source: BlockBackend, target: BlockBackend) -> Co
     if backing is not None:
         base = _base_in_source(source.node, combine_filename(request.output, backing))
         return attrs.evolve(request.settings, has_backing=True, base=base)
-    preallocated = request.values.get("preallocation", "off") != "off"
-    zero = request.settings.target_is_zero or (request.creates and (not preallocated or request.fmt == "raw"))
-    return attrs.evolve(request.settings, target_is_zero=zero)
+    # What was made just now reads as zeroes, preallocated or not.
+    return attrs.evolve(request.settings, target_is_zero=request.settings.target_is_zero or request.creates)
 
 
 def _base_in_source(source: BlockDriverState, filename: str) -> BlockDriverState | None:

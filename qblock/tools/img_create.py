@@ -11,7 +11,10 @@ from qblock.tools.creation import (
     add_backing,
     backing_length,
     check_backing,
+    check_backing_format,
+    checked_option_lists,
     create_file,
+    file_path,
     parse_options,
     print_help,
     wants_help,
@@ -23,11 +26,11 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(args, "f:b:F:o:uq", {"object=": "object"})
     fmt = arguments.get("f") or "raw"
-    texts = arguments.all("o")
-    if wants_help(texts):
-        print_help(fmt)
-        return 0
+    texts = checked_option_lists(arguments.all("o"))
     words = arguments.words
+    if wants_help(texts):
+        print_help(fmt, file=bool(words))
+        return 0
     if not words:
         raise UsageError("Expecting image file name")
     if len(words) > 2:
@@ -38,7 +41,10 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     values: dict[str, Any] = parse_options(fmt, texts)
     add_backing(fmt, values, arguments.get("b"), arguments.get("F"))
     check_backing(filename, values)
+    file_path(filename)
     if len(words) == 2:
+        if "size" in values:
+            raise CommandError(f"{filename}: the size was given twice, by -o and at the end of the line")
         values["size"] = size_of(words[1], "image size")
     return run_session(lambda session: _create(session, filename, fmt, values, arguments), watch)
 
@@ -51,5 +57,6 @@ async def _create(session: ImageSession, filename: str, fmt: str, values: dict[s
         raise CommandError(f"{filename}: give a size: there is no backing file to take it from")
     if "q" not in arguments:
         print(formatting_line(filename, fmt, values), flush=True)
+    check_backing_format(session, filename, values)
     await create_file(session, filename, fmt, values)
     return 0

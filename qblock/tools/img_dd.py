@@ -43,6 +43,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     arguments = Arguments(
         args, "f:O:U", {"image-opts": "image-opts", "force-share": "U", "object=": "object"}
     )  # fmt: skip
+    arguments.check_image_opts()
     watch = with_secrets(arguments, watch)
     request = _checked(arguments)
     existed = os.path.lexists(request.output)

@@ -106,6 +106,7 @@ async def _diff(session: ImageSession, arguments: Arguments) -> int:
 
 async def _open(session: ImageSession, arguments: Arguments, name: str, fmt: str) -> BlockBackend:
     try:
+        arguments.check_image_opts(fmt)
         return await session.open(
             ImageArguments(
                 name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from qblock.chain import cow_node
-from qblock.errors import CommandError
 from qblock.imageinfo import human_lines, image_info, json_text
 from qblock.node import BlockDriverState
 from qblock.tools.arguments import Arguments, UsageError
@@ -30,8 +29,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         backing="backing-chain" in arguments,
         data_file=False,
     )
-    if wanted.fmt is not None and wanted.image_opts:
-        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    arguments.check_image_opts()
     infos = run_session(lambda session: _collect(session, wanted), watch)
     if fmt == "json":
         print(json_text(infos if wanted.backing else infos[0]))

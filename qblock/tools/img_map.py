@@ -52,6 +52,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     max_length = arguments.size("l", "maximum length")
     if len(arguments.words) != 1:
         raise UsageError("Expecting one image file name")
+    arguments.check_image_opts()
     watch = with_secrets(arguments, watch)
     wanted = ImageArguments(
         arguments.words[0],

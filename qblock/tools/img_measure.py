@@ -16,7 +16,7 @@ from qblock.formatting import options_of
 from qblock.node import BlockDriverState
 from qblock.registry import DriverRegistry
 from qblock.tools.arguments import Arguments
-from qblock.tools.creation import SECTOR, creation_values, parse_options
+from qblock.tools.creation import SECTOR, checked_option_lists, creation_values, parse_options
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 from qblock.units import align_up
 
@@ -57,6 +57,7 @@ def _members(result: Measurement) -> dict[str, int]:
 
 
 def _checked(arguments: Arguments) -> _Request:
+    arguments.check_image_opts()
     size = arguments.size("size", "image size")
     if len(arguments.words) > 1:
         raise CommandError("At most one image file name is allowed")
@@ -71,7 +72,7 @@ def _checked(arguments: Arguments) -> _Request:
     driver = DriverRegistry().get(fmt)
     if not issubclass(driver, SupportsMeasure):
         raise CommandError(f"images of the format '{fmt}' cannot be measured")
-    values = creation_values(fmt, parse_options(fmt, arguments.all("o")))
+    values = creation_values(fmt, parse_options(fmt, checked_option_lists(arguments.all("o"))))
     source = None
     if arguments.words:
         source = ImageArguments(

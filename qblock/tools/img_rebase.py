@@ -5,7 +5,6 @@ Command line and exit codes of qemu-img 7.2. Without ``-u`` what the guest sees 
 
 from __future__ import annotations
 
-from qblock.errors import CommandError
 from qblock.rebasing import RebaseOrder, rebase_image
 from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
 from qblock.tools.console import Progress
@@ -23,8 +22,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     if backing is None and not unsafe:
         raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
     watch = with_secrets(arguments, watch)
-    if "image-opts" in arguments and "f" in arguments:
-        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    arguments.check_image_opts()
     cache_options(cache)
     order = RebaseOrder(
         backing=backing or None,
@@ -34,11 +32,12 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         force_share="U" in arguments,
         writethrough=is_writethrough(cache),
     )
-    run_session(lambda session: _rebase(session, arguments, order), watch)
+    progress = Progress("p" in arguments and "q" not in arguments)
+    run_session(lambda session: _rebase(session, arguments, order, progress), watch)
     return 0
 
 
-async def _rebase(session: ImageSession, arguments: Arguments, order: RebaseOrder) -> None:
+async def _rebase(session: ImageSession, arguments: Arguments, order: RebaseOrder, progress: Progress) -> None:
     overlay = await session.open(
         ImageArguments(
             arguments.words[0],
@@ -50,6 +49,5 @@ async def _rebase(session: ImageSession, arguments: Arguments, order: RebaseOrde
         )
     )
     assert overlay.root is not None
-    progress = Progress("p" in arguments and "q" not in arguments)
     await rebase_image(session.opener, overlay.root, order, progress.show)
     progress.end()

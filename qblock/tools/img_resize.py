@@ -28,8 +28,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     preallocation = arguments.get("preallocation", "off")
     if preallocation not in PREALLOCATIONS:
         raise CommandError(f"Invalid preallocation mode '{preallocation}' (choose from {', '.join(PREALLOCATIONS)})")
-    if "image-opts" in arguments and "f" in arguments:
-        raise CommandError("--image-opts and -f cannot be used together: give driver=... in the options")
+    arguments.check_image_opts()
     try:
         run_session(lambda session: _resize(session, arguments, size, cast(Preallocation, preallocation)), watch)
     except ShrinkRefused as error:

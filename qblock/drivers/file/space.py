@@ -37,6 +37,7 @@ _MEMORY_FILE_SYSTEMS: Final = (0x01021994, 0x858458F6)  # tmpfs, ramfs (statfs(2
 _RESERVING_FILE_SYSTEMS: Final = (0xEF53,)  # ext4
 _SHARING_FILE_SYSTEMS: Final = (0x9123683E, 0x58465342, 0xCA451A4E)  # btrfs, XFS, bcachefs
 _RESERVED_WRITE: Final = 256 * KiB
+_FIRST_BLOCK: Final = 4096
 
 
 def _file_system(fd: int) -> int:
@@ -170,14 +171,19 @@ def make_zero(fd: int, offset: int, length: int) -> None:
 def resize(fd: int, old: int, new: int, preallocation: str) -> None:
     """Change the size from ``old`` to ``new``; an added area gets space by ``preallocation`` (off, falloc, full).
 
-    When the space cannot be had the size is ``old`` again.
+    A file that was empty gets its first block written, as in QEMU: what alignment ``O_DIRECT`` needs can be found by reading
+    data, not a hole. When the space cannot be had the size is ``old`` again.
     """
-    if preallocation == "off" or new <= old:
+    if new <= old:
         os.ftruncate(fd, new)
         return
     try:
         if preallocation == "falloc":
             allocate(fd, old, new - old)
+        if preallocation in ("off", "falloc"):
+            os.ftruncate(fd, new)
+            if not old:
+                write_zero_data(fd, 0, min(new, _FIRST_BLOCK))
         else:
             write_zero_data(fd, old, new - old)
             os.fsync(fd)

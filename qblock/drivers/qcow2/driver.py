@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, assert_never
 import attrs
 
 from qblock import requests
-from qblock.driver import BackingLink, Json, Limits, Measurement, NodeInfo
+from qblock.driver import BackingLink, Json, Limits, Measurement
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
-from qblock.drivers.qcow2.amended import AmendedDriver
 from qblock.drivers.qcow2.bitmapped import BitmappedDriver
 from qblock.drivers.qcow2.checked import CheckedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
@@ -46,6 +45,7 @@ from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from qblock.drivers.qcow2.storage import Area, ImageFile, MetadataMap
 from qblock.drivers.qcow2.subwriting import allocator_class, map_class
+from qblock.drivers.qcow2.vmstate import VmStateDriver
 from qblock.drivers.qcow2.writeback import WriteBack
 from qblock.errors import (
     BlockIOError,
@@ -68,7 +68,7 @@ _HOLES_IGNORED: Final = 1 << 20
 """Bytes of holes that the file of any image may have, in its tables and last clusters."""
 
 
-class Qcow2Driver(CheckedDriver, AmendedDriver, BitmappedDriver, EncryptedDriver):
+class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver):
     """One open image."""
 
     name: ClassVar[str] = "qcow2"
@@ -470,10 +470,6 @@ class Qcow2Driver(CheckedDriver, AmendedDriver, BitmappedDriver, EncryptedDriver
         await make_empty(await self._writing(0, 0), has_snapshots=bool(self._snapshots.snapshots))
 
     # ------------------------------------------------------------------------------------------------------ questions
-
-    def info(self) -> NodeInfo:
-        """See `Driver`."""
-        return NodeInfo(cluster_size=self._cluster_mask + 1, dirty=self._file.header.has(head.DIRTY))
 
     def specific_info(self) -> Mapping[str, Json]:
         """``ImageInfoSpecificQCow2``."""

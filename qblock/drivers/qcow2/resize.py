@@ -87,7 +87,7 @@ async def _grow(writer: Allocator, length: int, preallocation: str) -> None:
     # Whatever somebody left behind the end must not become content of the disk.
     await writer.cut(first, min(end, len(clusters.l1) << geometry.l1_shift))
     await _clean_last_cluster(writer, allocate=preallocation != "off")
-    await _grow_l1(writer, geometry.l1_entries(length))
+    await grow_l1(writer, geometry.l1_entries(length))
     try:
         if preallocation != "off":
             await preallocate(writer, first, end, preallocation)
@@ -115,7 +115,8 @@ async def _clean_last_cluster(writer: Allocator, *, allocate: bool) -> None:
         at += length
 
 
-async def _grow_l1(writer: Allocator, entries: int) -> None:
+async def grow_l1(writer: Allocator, entries: int) -> None:
+    """Make the L1 table at least ``entries`` long; the header gets to know of its new place with the next commit."""
     clusters, refcounts, geometry = writer.map, writer.refcounts, writer.map.geometry
     if entries <= len(clusters.l1):
         return
