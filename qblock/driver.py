@@ -259,6 +259,12 @@ class Driver(abc.ABC):
     def abort_permissions(self) -> None:
         """The change was called off: give back what `check_permissions` took."""
 
+    unsettled: bool = False
+    """True while permissions are gone for which `settle` is still to do something."""
+
+    async def settle(self) -> None:
+        """What takes waiting after `set_permissions`; called when the user that had the permissions is gone."""
+
     # --------------------------------------------------------------------------------------------------------- reopen
 
     def check_reopen(self, options: Any, *, read_only: bool) -> None:

@@ -23,6 +23,8 @@ class FilterDriver(Driver):
     supports_write_zeroes: ClassVar[bool] = True
     supports_discard: ClassVar[bool] = True
     supports_copy_range: ClassVar[bool] = True
+    hides_surplus: ClassVar[bool] = False
+    """True when the child may be longer than the filter, by what nobody has asked for yet."""
 
     @property
     def child(self) -> BdrvChild:

@@ -25,10 +25,12 @@ _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
 _AFTER_DRIVER: Final = ("size", "file", "filename")
 """Options that QEMU prints behind the driver in ``json:`` names; the others come before it."""
 _SHOWN: Final[Mapping[str, frozenset[str]]] = {
-    "copy-on-read": frozenset({"bottom"}),
+    "compress": frozenset(),
+    "copy-on-read": frozenset(),
     "file": frozenset({"filename"}),
     "null-aio": frozenset({"read-zeroes", "size"}),
     "null-co": frozenset({"read-zeroes", "size"}),
+    "preallocate": frozenset(),
     "qcow2": frozenset(),
     "raw": frozenset({"offset", "size"}),
     "throttle": frozenset({"throttle-group"}),
@@ -42,19 +44,26 @@ def filename_of(node: BlockDriverState) -> str:
     if node.filtered is not None and (node.implicit or node.driver.name in _NOT_OPENED_BY_OPTIONS):
         return filename_of(node.filtered.node)  # a job has put it there
     name = node.driver.filename()
-    is_enough = name is not None and (node.driver.is_filter or not _backing_differs(node, name))
+    is_enough = name is not None and (node.driver.is_filter or not _backing_differs(node))
     return name if name is not None and is_enough else "json:" + json.dumps(_options_of(node))
 
 
-def _backing_differs(node: BlockDriverState, name: str) -> bool:
-    """Whether opening the image by its ``name`` would give it another backing image than it has now."""
+def _backing_differs(node: BlockDriverState) -> bool:
+    """Whether opening the image without telling its backing image would give it another one than it has now."""
     link = link_of(node)
     if link is None or node.backing is None:
         return (link is None) is not (node.backing is None)
-    meant, present = combine_filename(name, link.filename), filename_of(node.backing.node)
+    meant, present = combine_filename(_file_below(node), link.filename), filename_of(node.backing.node)
     return meant != present and (
         present.startswith("json:") or os.path.abspath(meant) != os.path.abspath(present)
     )
+
+
+def _file_below(node: BlockDriverState) -> str:
+    """The plain name of the file in which an image is stored, whatever lies in between; empty when there is none."""
+    while (name := node.driver.filename()) is None and node.storage is not None:
+        node = node.storage.node
+    return name or ""
 
 
 def link_of(node: BlockDriverState) -> BackingLink | None:
@@ -68,8 +77,7 @@ def _options_of(node: BlockDriverState) -> dict[str, Json]:
     shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
     values = dump(node.driver.options)
     options = {key: values[key] for key in node.options_given if key in shown and key in values}
-    name = node.driver.filename()
-    shows_backing = name is None or _backing_differs(node, name)
+    shows_backing = not node.driver.is_filter and _backing_differs(node)
     for child, edge in node.children.items():
         if edge.role is not ChildRole.BACKING or shows_backing:
             options[child] = _options_of(edge.node)

@@ -406,6 +406,10 @@ class Opener:
                 for node in orphans:
                     if not node.parents and not node.closed:
                         await self.close_node(node)
+            for node in [node for node in self.graph.nodes.values() if node.driver.unsettled]:
+                await node.driver.settle()
+                with Transaction() as change:
+                    self.graph.refresh_permissions([node], change)
 
     async def close_node(self, node: BlockDriverState, *, opened: bool = True) -> None:
         """Flush and close one node that has no parents, and take it out of the graph; its children stay.

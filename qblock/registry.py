@@ -19,11 +19,13 @@ GROUP: Final = "qblock.drivers"
 OWN_DRIVERS: Final = {
     "blkdebug": "qblock.drivers.blkdebug:BlkdebugDriver",
     "blkmirror": "qblock.drivers.blkmirror:BlkmirrorDriver",
+    "compress": "qblock.drivers.compress:CompressDriver",
     "copy-on-read": "qblock.drivers.copy_on_read:CopyOnReadDriver",
     "file": "qblock.drivers.file:FileDriver",
     "memory": "qblock.drivers.memory:MemoryDriver",
     "null-aio": "qblock.drivers.null:NullAioDriver",
     "null-co": "qblock.drivers.null:NullCoDriver",
+    "preallocate": "qblock.drivers.preallocate:PreallocateDriver",
     "qcow2": "qblock.drivers.qcow2.driver:Qcow2Driver",
     "raw": "qblock.drivers.raw:RawDriver",
     "throttle": "qblock.drivers.throttle:ThrottleDriver",

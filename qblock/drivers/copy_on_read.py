@@ -39,6 +39,8 @@ class CopyOnReadDriver(FilterDriver):
     options_class: ClassVar[type[DriverOptions]] = CopyOnReadOptions
     supports_reopen: ClassVar[bool] = False
 
+    supports_compressed: ClassVar[bool] = True
+
     options: CopyOnReadOptions
     _bottom: BlockDriverState | None = None
 
@@ -67,6 +69,10 @@ class CopyOnReadDriver(FilterDriver):
         done = 0
         while done < len(buffer):
             done += await self._read_run(offset + done, buffer[done:])
+
+    async def write_compressed(self, offset: int, buffer: memoryview) -> None:
+        """See `Driver`."""
+        await requests.write_compressed(self.child, offset, buffer)
 
     async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
         """See `Driver`: a copy inside the storage would leave nothing here, so while copying up it is refused (``ENOTSUP``)."""

@@ -33,8 +33,6 @@ class NullDriver(Driver):
 
     options_class: ClassVar[type[DriverOptions]] = NullOptions
     is_protocol: ClassVar[bool] = True
-    supports_write_zeroes: ClassVar[bool] = True
-
     options: NullOptions
 
     async def open(self) -> None:
@@ -60,12 +58,6 @@ class NullDriver(Driver):
 
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
         """See `Driver`; what is written is gone."""
-        await self._wait()
-
-    async def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
-    ) -> None:
-        """See `Driver`."""
         await self._wait()
 
     async def flush(self) -> None:

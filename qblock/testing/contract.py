@@ -270,7 +270,9 @@ class _Trial:
         )
         child = self.node.filtered
         if child is not None:
-            self._require(length == child.node.driver.length(), "the filter is not as long as its child")
+            below = child.node.driver.length()
+            hidden = getattr(self.node.driver, "hides_surplus", False) and length < below
+            self._require(length == below or hidden, "the filter is not as long as its child")
 
     def _require(self, kept: bool, otherwise: str) -> None:
         if not kept:
