@@ -96,6 +96,7 @@ def test_links_under_a_job_stay(local: LocalMachine) -> None:
     """A stream reads through the link that it is going to remove; nobody else may change it meanwhile."""
     reopen(local, {**DISK, "backing": "base"})
     local.qmp.execute("block-stream", job_id="j", device="d", speed=1)
+    local.qmp.execute("block-job-pause", device="j")
     reopen(local, {**DISK, "backing": "base", "detect-zeroes": "on"})
     with pytest.raises(QmpError, match="backing"):
         reopen(local, {**DISK, "backing": "other"})
