@@ -110,6 +110,26 @@ def check_merge(source: DirtyBitmap, target: DirtyBitmap) -> None:
         )
 
 
+def freeze(node: BlockDriverState, bitmap: DirtyBitmap) -> None:
+    """Let a user have what the bitmap says now; a nameless successor records what is written until `reclaim` or `abdicate`."""
+    node.dirty_bitmaps.append(bitmap.create_successor())
+
+
+def reclaim(node: BlockDriverState, bitmap: DirtyBitmap) -> None:
+    """The user gave up: the bitmap says what it said, and what was written since."""
+    assert bitmap.successor is not None
+    node.dirty_bitmaps.remove(bitmap.successor)
+    bitmap.reclaim()
+
+
+def abdicate(node: BlockDriverState, bitmap: DirtyBitmap) -> None:
+    """The user is done with what the bitmap said: it says what was written since, and stands where the successor stood."""
+    assert bitmap.successor is not None
+    node.dirty_bitmaps.remove(bitmap)
+    node.dirty_bitmaps[node.dirty_bitmaps.index(bitmap.successor)] = bitmap
+    bitmap.abdicate()
+
+
 async def forget_stored(node: BlockDriverState, bitmap: DirtyBitmap) -> None:
     """Take a bitmap that was removed from the node out of its image, if it is persistent.
 

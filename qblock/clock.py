@@ -145,15 +145,26 @@ class CoSleep:
 
     async def sleep_ns(self, ns: int) -> bool:
         """Sleep for ``ns`` nanoseconds (at least once around the loop); True when `wake` ended it early."""
-        assert self._sleeper is None, "one sleeper at a time"
-        sleeper: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._sleeper = sleeper
+        sleeper = self._lie_down()
         timer = self.clock.call_after(max(ns, 0), lambda: _settle(sleeper, False))
         try:
             return await sleeper
         finally:
             timer.cancel()
             self._sleeper = None
+
+    async def until_woken(self) -> None:
+        """Sleep until `wake`."""
+        sleeper = self._lie_down()
+        try:
+            await sleeper
+        finally:
+            self._sleeper = None
+
+    def _lie_down(self) -> asyncio.Future[bool]:
+        assert self._sleeper is None, "one sleeper at a time"
+        self._sleeper = asyncio.get_running_loop().create_future()
+        return self._sleeper
 
     def wake(self) -> None:
         """End the sleep now; without a sleeper this does nothing, and nothing is remembered."""

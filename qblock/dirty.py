@@ -109,8 +109,6 @@ class DirtyBitmap:
                     self._dirty += 1
             else:
                 self.mark(offset, length)
-        elif self.successor is not None:
-            self.successor.set(offset, length)
 
     def mark(self, offset: int, length: int) -> None:
         """Make every granule dirty that the range touches, whether or not recording is on."""
@@ -162,8 +160,6 @@ class DirtyBitmap:
             bits = _new_bits(granules)
             bits.update(self._bits)
             self._bits = bits
-        if self.successor is not None:
-            self.successor.truncate(size)
 
     def merge(self, other: DirtyBitmap) -> None:
         """Add what is dirty in ``other``; granularities may differ, sizes must be equal (`CommandError`). All or nothing."""
@@ -238,7 +234,10 @@ class DirtyBitmap:
     # ------------------------------------------------------------------------------------------------------ successors
 
     def create_successor(self) -> DirtyBitmap:
-        """Freeze this bitmap for a user: it becomes busy, and a nameless successor records writes in its place."""
+        """Freeze this bitmap for a user: it becomes busy, and a nameless successor is to record writes in its place.
+
+        The node must know the successor, too; see `bitmaps.freeze`.
+        """
         if self.busy:
             raise CommandError(f"Bitmap '{self.name}' is in use by another operation; wait until that has ended")
         assert self.successor is None

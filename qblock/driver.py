@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_ch
 
 import attrs
 
-from qblock.errors import BlockIOError, CommandError
+from qblock.errors import BlockIOError, CommandError, NodeNotFound
 from qblock.extents import Data, Extent
 from qblock.findings import Finding
 from qblock.options import DriverOptions
@@ -66,6 +66,10 @@ class NodeInfo:
     vm_state_offset: int = 0
 
 
+def _no_node(name: str) -> BlockDriverState:
+    raise NodeNotFound(name)
+
+
 @attrs.frozen
 class Environment:
     """What a driver may use of the world, handed down by the BlockSystem: time, threads, randomness and where to report.
@@ -87,6 +91,8 @@ class Environment:
     throttle_groups: ThrottleGroups = attrs.field(
         default=attrs.Factory(lambda env: ThrottleGroups(env.clock), takes_self=True), repr=False
     )
+    find_node: Callable[[str], BlockDriverState] = attrs.field(default=_no_node, repr=False)
+    """The node that a device or node name means, for options that name one which is no child; raises `NodeNotFound`."""
 
 
 class Driver(abc.ABC):
@@ -475,6 +481,20 @@ class SupportsBitmaps(Protocol):
 
     async def store_bitmaps(self) -> None:
         """Store them now, durably, as closing would. Raises `BlockIOError`, where closing only warns."""
+
+
+@runtime_checkable
+class SupportsPointInTime(Protocol):
+    """The node keeps what its disk held at one moment, while it goes on being written. What is not kept gives ``EACCES``."""
+
+    async def read_snapshot_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with what was at ``offset`` at that moment."""
+
+    async def snapshot_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
+        """As `Driver.block_status`, of what was there."""
+
+    async def discard_snapshot(self, offset: int, length: int) -> None:
+        """What was in this range need not be kept any longer."""
 
 
 @runtime_checkable

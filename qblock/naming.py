@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from qblock.node import BlockDriverState
 
 _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
-_AFTER_DRIVER: Final = ("size", "file", "filename")
+_AFTER_DRIVER: Final = ("size", "file", "target", "filename")
 """Options that QEMU prints behind the driver in ``json:`` names; the others come before it."""
 _SHOWN: Final[Mapping[str, frozenset[str]]] = {
     "compress": frozenset(),
+    "copy-before-write": frozenset(),
     "copy-on-read": frozenset(),
     "file": frozenset({"filename"}),
     "null-aio": frozenset({"read-zeroes", "size"}),
@@ -33,16 +34,18 @@ _SHOWN: Final[Mapping[str, frozenset[str]]] = {
     "preallocate": frozenset(),
     "qcow2": frozenset(),
     "raw": frozenset({"offset", "size"}),
+    "snapshot-access": frozenset(),
     "throttle": frozenset({"throttle-group"}),
 }
 """The options that change what a node of the driver shows; of drivers not listed all are shown."""
-_NOT_OPENED_BY_OPTIONS: Final = frozenset({"commit_top", "mirror_top"})
+_NAMED_BY_CHILD: Final = frozenset({"commit_top", "copy-before-write", "mirror_top", "snapshot-access"})
+"""Drivers whose nodes show the file name of the node they lie on."""
 
 
 def filename_of(node: BlockDriverState) -> str:
     """The plain name from which ``node`` can be opened again, or its options as a ``json:`` name."""
-    if node.filtered is not None and (node.implicit or node.driver.name in _NOT_OPENED_BY_OPTIONS):
-        return filename_of(node.filtered.node)  # a job has put it there
+    if node.storage is not None and (node.implicit or node.driver.name in _NAMED_BY_CHILD):
+        return filename_of(node.storage.node)
     name = node.driver.filename()
     is_enough = name is not None and (node.driver.is_filter or not _backing_differs(node))
     return name if name is not None and is_enough else "json:" + json.dumps(_options_of(node))

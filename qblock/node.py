@@ -66,7 +66,8 @@ class BlockDriverState:
     ``quiesce_counter`` the drained sections it is in. ``write_generation`` counts completed writes and
     ``flushed_generation`` is the one the last successful flush covered. ``tracking`` is true while a serialising request
     (copy-on-read, read-modify-write) is under way: writes that start then enter ``tracked``; those that are under way already
-    are counted in ``untracked_writes``, and the serialising request waits for them (serialising.py). ``to_check``: the node was
+    are counted in ``untracked_writes``, and the serialising request waits for them (serialising.py). While there are
+    ``read_watchers``, reads enter ``tracked_reads``. ``to_check``: the node was
     opened to be checked and repaired, so that damage which a repair mends does not forbid writing.
     """
 
@@ -97,6 +98,8 @@ class BlockDriverState:
     quiesce_counter: int = 0
     idle_waiters: list[asyncio.Future[None]] = attrs.field(factory=list, repr=False)
     tracked: dict[int, Any] = attrs.field(factory=dict, repr=False)
+    tracked_reads: dict[int, Any] = attrs.field(factory=dict, repr=False)
+    read_watchers: int = 0
     tracking: bool = False
     serialising: int = 0
     untracked_writes: int = 0

@@ -20,6 +20,7 @@ OWN_DRIVERS: Final = {
     "blkdebug": "qblock.drivers.blkdebug:BlkdebugDriver",
     "blkmirror": "qblock.drivers.blkmirror:BlkmirrorDriver",
     "compress": "qblock.drivers.compress:CompressDriver",
+    "copy-before-write": "qblock.drivers.copy_before_write:CopyBeforeWriteDriver",
     "copy-on-read": "qblock.drivers.copy_on_read:CopyOnReadDriver",
     "file": "qblock.drivers.file:FileDriver",
     "memory": "qblock.drivers.memory:MemoryDriver",
@@ -29,6 +30,7 @@ OWN_DRIVERS: Final = {
     "qcow2": "qblock.drivers.qcow2.driver:Qcow2Driver",
     "raw": "qblock.drivers.raw:RawDriver",
     "throttle": "qblock.drivers.throttle:ThrottleDriver",
+    "snapshot-access": "qblock.drivers.snapshot_access:SnapshotAccessDriver",
 }
 """Our drivers; a test keeps this equal to the entry points in pyproject.toml."""
 

@@ -12,17 +12,20 @@ Block status lives in `status.py` and copy-on-read in `copying_up.py`; both are 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from qblock.alignment import discard_pieces, read_aligned, write_aligned, zero_aligned
 from qblock.chain import skip_filters
 from qblock.copying_up import copy_on_read_into, read_and_copy_up
 from qblock.drain import enter, leave, wake
-from qblock.driver import SupportsVmState
+from qblock.driver import SupportsPointInTime, SupportsVmState
 from qblock.errors import BlockIOError, ImagePoisoned
+from qblock.extents import Extent
 from qblock.node import BlockDriverState
 from qblock.permissions import ChildRole
-from qblock.serialising import TrackedRequest, begin_write, finish_write, wake_waiters
+from qblock.serialising import TrackedRequest, begin_read, begin_write, finish_read, finish_write, wake_waiters
 from qblock.status import ChainExtent, block_status, chain_status, is_allocated_above, is_zero
 from qblock.units import align_down, align_up
 from qblock.zeroes import all_zero, fill_zero
@@ -37,11 +40,14 @@ __all__ = [
     "copy_on_read_into",
     "copy_range",
     "discard",
+    "discard_snapshot",
     "flush",
     "is_allocated_above",
     "is_zero",
     "read_into",
+    "read_snapshot_into",
     "refresh_length",
+    "snapshot_status",
     "truncate",
     "write_compressed",
     "write_from",
@@ -61,7 +67,13 @@ async def read_into(edge: BdrvChild, offset: int, buffer: memoryview) -> None:
     node = edge.node
     driver = node.driver
     limits = driver.limits
-    if offset + len(buffer) > node.length or node.copy_on_read or limits.request_alignment != 1 or limits.max_transfer:
+    if (
+        offset + len(buffer) > node.length
+        or node.copy_on_read
+        or node.read_watchers
+        or limits.request_alignment != 1
+        or limits.max_transfer
+    ):
         await _read_carefully(node, offset, buffer)
         return
     node.in_flight += 1
@@ -80,6 +92,7 @@ async def _read_carefully(node: BlockDriverState, offset: int, buffer: memoryvie
         buffer = buffer[:inside]
     if not inside:
         return
+    request = begin_read(node, offset, offset + inside) if node.read_watchers else None
     enter(node)
     try:
         if node.copy_on_read and not node.read_only:
@@ -88,6 +101,8 @@ async def _read_carefully(node: BlockDriverState, offset: int, buffer: memoryvie
             await read_aligned(node.driver, offset, buffer)
     finally:
         leave(node)
+        if request is not None:
+            finish_read(node, request)
 
 
 # --------------------------------------------------------------------------------------------------------------- writes
@@ -364,6 +379,38 @@ async def truncate(edge: BdrvChild, length: int, *, exact: bool = True, prealloc
         leave(node)
 
 
+# --------------------------------------------------------------------------------------------- what was at one moment
+
+
+async def read_snapshot_into(edge: BdrvChild, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` with what was at ``offset`` when the node began to keep it; ``ENOTSUP`` where nobody does."""
+    with _point_in_time(edge.node) as driver:
+        await driver.read_snapshot_into(offset, buffer)
+
+
+async def snapshot_status(edge: BdrvChild, offset: int, length: int, *, want_zero: bool = True) -> Extent:
+    """What was stored there then, as a block status; ``ENOTSUP`` likewise."""
+    with _point_in_time(edge.node) as driver:
+        return await driver.snapshot_status(offset, length, want_zero=want_zero)
+
+
+async def discard_snapshot(edge: BdrvChild, offset: int, length: int) -> None:
+    """What was there then need not be kept; ``ENOTSUP`` likewise."""
+    with _point_in_time(edge.node) as driver:
+        await driver.discard_snapshot(offset, length)
+
+
+@contextmanager
+def _point_in_time(node: BlockDriverState) -> Iterator[SupportsPointInTime]:
+    if not isinstance(node.driver, SupportsPointInTime):
+        raise BlockIOError(errno.ENOTSUP, f"Node '{node.node_name}' ({node.driver.name}) keeps no snapshot")
+    enter(node)
+    try:
+        yield node.driver
+    finally:
+        leave(node)
+
+
 # ----------------------------------------------------------------------------------------------------------- copy range
 
 
@@ -375,7 +422,7 @@ async def copy_range(source: BdrvChild, source_offset: int, target: BdrvChild, t
     node = source.node
     if not node.driver.supports_copy_range or not target.node.driver.supports_copy_range:
         raise BlockIOError(errno.ENOTSUP)
-    if source_offset + length > node.length:
+    if source_offset + length > node.length or node.read_watchers:
         raise BlockIOError(errno.ENOTSUP)
     enter(node)
     try:

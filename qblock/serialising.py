@@ -9,6 +9,9 @@ Differs from QEMU in that nothing is tracked while no serialising request exists
 costs one counter. A serialising request that starts waits once for the writes that are counted but not tracked (their ranges
 are not known); writes that start later see ``node.tracking`` and register.
 
+Reads are tracked only on nodes that somebody watches (`watch_reads`): a copy of one moment that shows its source through must
+not lose it under a reader.
+
 Waits cannot form a circle: a request waits only for requests that registered before it, and untracked writes wait for nobody.
 """
 
@@ -69,6 +72,36 @@ def finish_write(node: BlockDriverState, request: TrackedRequest | None) -> None
         node.serialising -= 1
         node.tracking = node.serialising > 0
     wake_waiters(request.waiters)
+
+
+def watch_reads(node: BlockDriverState) -> None:
+    """Track the reads of ``node`` from now on, for `reads_ended`; `unwatch_reads` must follow."""
+    node.read_watchers += 1
+
+
+def unwatch_reads(node: BlockDriverState) -> None:
+    """Undo one `watch_reads`."""
+    node.read_watchers -= 1
+
+
+def begin_read(node: BlockDriverState, start: int, end: int) -> TrackedRequest:
+    """Register a read of [start, end) of a watched node; `finish_read` must follow."""
+    request = TrackedRequest(start, end, serialising=False)
+    node.tracked_reads[id(request)] = request
+    return request
+
+
+def finish_read(node: BlockDriverState, request: TrackedRequest) -> None:
+    """The read has ended, well or badly."""
+    del node.tracked_reads[id(request)]
+    wake_waiters(request.waiters)
+
+
+async def reads_ended(node: BlockDriverState, start: int, end: int) -> None:
+    """Wait for the tracked reads of [start, end) that are under way now; later ones are not waited for."""
+    for request in list(node.tracked_reads.values()):
+        if request.start < end and start < request.end and id(request) in node.tracked_reads:
+            await _wait(request.waiters)
 
 
 def wake_waiters(waiters: list[asyncio.Future[None]]) -> None:

@@ -98,8 +98,10 @@ class BlockSystem:
         events = EventBus(clock)
         threads = executor or ThreadPoolExecutor(max_workers=IO_THREADS, thread_name_prefix="qblock-io")
         random = random or random_module.Random()
-        env = Environment(clock=clock, executor=threads, random=random, emit=events.emit, warn=warn)
         graph = Graph(random=random)
+        env = Environment(
+            clock=clock, executor=threads, random=random, emit=events.emit, warn=warn, find_node=graph.lookup
+        )
         registry = DriverRegistry()
         opener = Opener(graph, registry, env, policy or OpenPolicy.deny())
         jobs = JobRunner(graph, clock, events.emit, opener, trace=env.trace)

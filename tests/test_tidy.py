@@ -35,7 +35,7 @@ LAYERS = (
     "copying_up rewriting",
     "requests",
     "filtering backend nodespec",
-    "copying_down naming",
+    "copying_down copying_aside naming",
     "creating reopening",
     "opening",
     "blueprint",

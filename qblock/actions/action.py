@@ -24,6 +24,7 @@ from qblock.errors import CommandError
 from qblock.jobs.txn import JobTransaction
 
 if TYPE_CHECKING:
+    from qblock.jobs.job import Job
     from qblock.node import BlockDriverState
     from qblock.system import BlockSystem
 
@@ -91,6 +92,12 @@ class Abort(Action):
     async def abort(self) -> None:
         """See `Action`."""
         raise AssertionError("it cannot be prepared")
+
+
+async def paused(job: Job) -> None:
+    """Wait until a job whose nodes are drained has come to rest."""
+    while not (job.paused or job.run_ended):
+        await job.noticed()
 
 
 async def perform(system: BlockSystem, actions: Sequence[Action], *, grouped: bool = False) -> None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, ClassVar
 
-from qblock.actions.action import Action
+from qblock.actions.action import Action, paused
 from qblock.errors import DeviceNotFound, NodeNotFound
-from qblock.jobs.job import Job
 from qblock.jobs.mirror import (
     MirrorRequest,
     NewTarget,
@@ -52,7 +51,7 @@ class _StartMirror(Action):
 
     async def afterwards(self) -> None:
         """See `Action`: the job begins with a pause."""
-        await _paused(self._mirror.job)
+        await paused(self._mirror.job)
 
     async def abort(self) -> None:
         """See `Action`."""
@@ -89,12 +88,6 @@ class StartBlockdevMirror(_StartMirror):
         )
 
 
-async def _paused(job: Job) -> None:
-    """Wait until a job whose nodes are drained has come to rest."""
-    while not (job.paused or job.run_ended):
-        await job.noticed()
-
-
 class StartMirror2012(Action):
     """``drive-mirror`` of April 2012. ``speed`` is in bytes per second, 0 for no limit."""
 
@@ -127,7 +120,7 @@ class StartMirror2012(Action):
 
     async def afterwards(self) -> None:
         """See `Action`."""
-        await _paused(self._job)
+        await paused(self._job)
 
     async def abort(self) -> None:
         """See `Action`."""

@@ -140,6 +140,13 @@ class Job(abc.ABC):
                 hit(job=self.id)
         await self.pause_point()
 
+    async def idle(self) -> None:
+        """Wait until somebody wants something of the job; a pause point."""
+        if not (self.pause_count or self.force_cancelled):
+            self.notice()
+            await self._sleep.until_woken()
+        await self.pause_point()
+
     def advance(self, count: int) -> None:
         """``count`` more units are done, and no longer remain."""
         self.progress_done += count

@@ -14,13 +14,12 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.blockers import OpType
-from qblock.creating import create_image_file
 from qblock.drain import drained
-from qblock.driver import BackingLink
-from qblock.errors import CommandError, InvalidParameter, NodeNotFound
+from qblock.errors import CommandError, InvalidParameter
 from qblock.jobs.mirror_job import MirrorJob
 from qblock.jobs.mirror_plan import BackingAtEnd, MirrorPlan
 from qblock.jobs.mirror_top import MirrorTop
+from qblock.jobs.new_copy import NewImageMode, SyncMode, create_target, format_of
 from qblock.jobs.state import OnError
 from qblock.node import BlockDriverState
 from qblock.options import DriverOptions
@@ -40,29 +39,12 @@ _MAX_BUF_SIZE: Final = (1 << 31) - 1
 _READ_WRITE_UNCHANGED: Final = Perm.CONSISTENT_READ | Perm.WRITE | Perm.WRITE_UNCHANGED
 
 
-class SyncMode(enum.Enum):
-    """What is copied, as ``MirrorSyncMode`` on the wire."""
-
-    TOP = "top"
-    FULL = "full"
-    NONE = "none"
-    INCREMENTAL = "incremental"
-    BITMAP = "bitmap"
-
-
 class CopyMode(enum.Enum):
     """When guest writes reach the target, as ``MirrorCopyMode`` on the wire; ``semi-sync`` is ours (`mirror_semisync`)."""
 
     BACKGROUND = "background"
     WRITE_BLOCKING = "write-blocking"
     SEMI_SYNC = "semi-sync"
-
-
-class NewImageMode(enum.Enum):
-    """Whether ``drive-mirror`` makes its target."""
-
-    EXISTING = "existing"
-    ABSOLUTE_PATHS = "absolute-paths"
 
 
 @attrs.frozen(kw_only=True)
@@ -144,8 +126,8 @@ async def prepare_drive_mirror(
     creates = target.mode is NewImageMode.ABSOLUTE_PATHS
     fmt = target.format
     if creates:
-        fmt = fmt or _format_of(source)
-        await _create_target(system, target.filename, fmt, size=source.length, backing=layer_below)
+        fmt = fmt or format_of(source)
+        await create_target(system, target.filename, fmt, size=source.length, backing=layer_below)
     node = await system.opener.open_image(
         target.filename, fmt=fmt, read_only=False, backing=False, node_name=target.node_name
     )
@@ -332,24 +314,3 @@ def check_replaces(system: BlockSystem, source: BlockDriverState, name: str) -> 
         )
     if wanted.length != source.length:
         raise CommandError(f"Node '{name}' cannot be replaced: its size differs from that of '{source.node_name}'")
-
-
-def _format_of(node: BlockDriverState) -> str:
-    from_driver = node.driver
-    return "raw" if from_driver.is_protocol else from_driver.name
-
-
-async def _create_target(
-    system: BlockSystem, filename: str, fmt: str, *, size: int, backing: BlockDriverState | None
-) -> None:
-    """Make an image of ``size`` bytes whose header names ``backing`` as its backing file."""
-    link = None
-    if backing is not None:
-        image = system.graph.skip_filters(backing)
-        name = image.driver.filename()
-        if name is None:
-            raise NodeNotFound(image.node_name, detail="No file name for a header to name the backing node by:")
-        link = BackingLink(name, _format_of(image))
-        if fmt == "raw":
-            raise CommandError("A raw image cannot have a backing file; choose another format or sync=full")
-    await create_image_file(system.opener, filename, fmt, size=size, backing=link, announce=system.announce)

@@ -397,6 +397,7 @@ class JobRunner:
     async def _conclude(self, job: Job, event: str) -> None:
         """Clean up, drop the nodes that nobody holds any more, then the final events."""
         job.clean()
+        await self.resumed()
         await job.afterwards()
         await self.opener.close_orphans()
         failed = job.error is not None and event == "BLOCK_JOB_COMPLETED"

@@ -148,6 +148,24 @@ async def drive_mirror(call: HmpCall) -> None:
     )  # fmt: skip
 
 
+@hmp_command(
+    "drive_backup",
+    "reuse:-n,full:-f,compress:-c,device:B,target:s,format:s?",
+    "[-n] [-f] [-c] device target [format]",
+    "copy a device as it is now to a new image (-n: the image exists; -f: copy the whole disk, not only the top image; "
+    "-c: compress the copy)",
+    since="1.6",
+)
+async def drive_backup(call: HmpCall) -> None:
+    """drive-backup with the device's name as job id."""
+    device = call.text("device")
+    await call.qmp(
+        "drive-backup", job_id=device, device=device, target=call.text("target"), format=call.text("format"),
+        sync="full" if call.flag("full") else "top", mode="existing" if call.flag("reuse") else "absolute-paths",
+        compress=call.flag("compress"),
+    )  # fmt: skip
+
+
 # -------------------------------------------------------------------------------------------------------------- graph
 
 

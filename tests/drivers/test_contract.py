@@ -109,6 +109,7 @@ SUBJECTS: dict[str, tuple[Callable[[Path], OpenNode], Keeps]] = {
     "compress": (lambda tmp: described(driver="compress", file=PACKED), Keeps.UNTIL_CLOSED),
     "preallocate": (lambda tmp: described(driver="preallocate", file=MEMORY), Keeps.UNTIL_CLOSED),
     "throttle": (throttled, Keeps.UNTIL_CLOSED),
+    "copy-before-write": (lambda tmp: described(driver="copy-before-write", file=MEMORY, target=MEMORY), Keeps.UNTIL_CLOSED),
     "qcow2": (lambda tmp: image(tmp / "disk.qcow2"), Keeps.FOREVER),
     "qcow2 small clusters": (lambda tmp: image(tmp / "disk.qcow2", cluster_size=512), Keeps.FOREVER),
     "qcow2 version 2": (lambda tmp: image(tmp / "disk.qcow2", version="v2"), Keeps.FOREVER),
@@ -125,8 +126,8 @@ def test_our_drivers_keep_the_contract(name: str, seed: int, tmp_path: Path) -> 
 
 
 def test_no_driver_of_ours_is_left_out() -> None:
-    """A new driver has to be added to the table above."""
-    assert {name.partition(" ")[0] for name in SUBJECTS} == set(OWN_DRIVERS)
+    """A new driver has to be added to the table above, unless nothing can be written to it."""
+    assert {name.partition(" ")[0] for name in SUBJECTS} == set(OWN_DRIVERS) - {"snapshot-access"}
 
 
 # ------------------------------------------------------------------------------------------------- drivers that break it

@@ -10,8 +10,9 @@ import pytest
 
 from qblock.backend import BlockBackend
 from qblock.clock import LoopClock
-from qblock.jobs.mirror import CopyMode, MirrorRequest, SyncMode, start_blockdev_mirror
+from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror
 from qblock.jobs.mirror_job import MirrorJob
+from qblock.jobs.new_copy import SyncMode
 from qblock.jobs.state import JobStatus, OnError
 from qblock.node import BlockDriverState
 from qblock.testing.jobbench import Faults, JobBench, driver_of

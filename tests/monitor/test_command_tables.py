@@ -100,13 +100,10 @@ def test_what_the_default_dialect_has_beyond_qemu_is_listed() -> None:
 
 ACTIONS_OF_OURS = {"blockdev-mirror", "drive-mirror"}
 """Proposed in the announcement of mirroring, and taken by no QEMU."""
-ACTIONS_TO_COME = {"blockdev-backup", "drive-backup"}
-"""They come with their commands."""
 
 
 def test_actions_of_a_transaction_are_those_of_qemu() -> None:
     """Introspection tells clients which actions they may use, and with which members."""
-    assert ACTIONS_TO_COME.isdisjoint(table(Dialect.SYSTEM)), "an action is missing whose command is there"
     entries = {e["name"]: e for e in introspect(table(Dialect.SYSTEM), DriverRegistry()) if e["meta-type"] == "object"}
     (union,) = (entry for entry in entries.values() if entry.get("tag") == "type")
     ours = {}
@@ -114,7 +111,7 @@ def test_actions_of_a_transaction_are_those_of_qemu() -> None:
         ((data,),) = (entries[variant["type"]]["members"],)
         ours[variant["case"]] = sorted(member["name"] for member in entries[data["type"]]["members"])
     assert ours.keys() - QEMU["actions"].keys() == ACTIONS_OF_OURS
-    assert QEMU["actions"].keys() - ours.keys() == ACTIONS_TO_COME
+    assert QEMU["actions"].keys() <= ours.keys()
     assert all(ours[name] == QEMU["actions"][name] for name in ours.keys() & QEMU["actions"].keys())
 
 

@@ -10,8 +10,9 @@ import attrs
 import pytest
 
 from qblock.errors import QBlockError
-from qblock.jobs.mirror import CopyMode, MirrorRequest, SyncMode, start_blockdev_mirror
+from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror
 from qblock.jobs.mirror_job import MirrorJob
+from qblock.jobs.new_copy import SyncMode
 from qblock.jobs.state import VERBS, JobStatus, JobVerb, OnError
 from qblock.node import BlockDriverState
 from qblock.testing.jobbench import BusyGuest, Faults, JobBench, driver_of

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from qblock.drain import drained
-from qblock.jobs.mirror import CopyMode, MirrorRequest, SyncMode, start_blockdev_mirror
+from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror
 from qblock.jobs.mirror_job import MirrorJob
+from qblock.jobs.new_copy import SyncMode
 from qblock.jobs.state import VERBS, JobStatus, JobVerb
 from qblock.testing.jobbench import BusyGuest, JobBench, driver_of
 from qblock.testing.schedules import Seeded

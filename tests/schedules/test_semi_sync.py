@@ -13,8 +13,9 @@ import pytest
 from qblock.backend import BlockBackend
 from qblock.drain import drain_all, drained
 from qblock.errors import QBlockError
-from qblock.jobs.mirror import CopyMode, MirrorRequest, SyncMode, start_blockdev_mirror
+from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror
 from qblock.jobs.mirror_job import MirrorJob
+from qblock.jobs.new_copy import SyncMode
 from qblock.jobs.state import VERBS, JobStatus, JobVerb, OnError
 from qblock.node import BlockDriverState
 from qblock.requests import refresh_length

@@ -19,8 +19,9 @@ from qblock.actions.bitmaps import AddBitmap, BitmapName, DisableBitmap
 from qblock.actions.mirrors import StartBlockdevMirror
 from qblock.actions.snapshots import Snapshot
 from qblock.backend import BlockBackend
-from qblock.jobs.mirror import CopyMode, MirrorRequest, SyncMode
+from qblock.jobs.mirror import CopyMode, MirrorRequest
 from qblock.jobs.mirror_job import MirrorJob
+from qblock.jobs.new_copy import SyncMode
 from qblock.jobs.state import JobStatus
 from qblock.system import BlockSystem
 from qblock.testing.graphs import assert_consistent

@@ -104,9 +104,10 @@ def test_abdicating_leaves_only_what_was_written_since() -> None:
     """A successful backup consumed the old bits."""
     bitmap = DirtyBitmap(SIZE, GRAIN, "b")
     bitmap.set(0, GRAIN)
-    bitmap.create_successor()
+    successor = bitmap.create_successor()
     assert bitmap.busy and bitmap.recording and not bitmap.enabled
-    bitmap.set(2 * GRAIN, 1)
+    for each in (bitmap, successor):
+        each.set(2 * GRAIN, 1)
     assert bitmap.count == GRAIN
     bitmap.abdicate()
     assert [run.offset for run in bitmap.iterate()] == [2 * GRAIN]
@@ -117,13 +118,11 @@ def test_reclaiming_keeps_old_and_new() -> None:
     """A failed backup must lose nothing; a bitmap that was disabled stays so."""
     bitmap = DirtyBitmap(SIZE, GRAIN, "b")
     bitmap.set(0, GRAIN)
-    bitmap.create_successor()
-    bitmap.set(2 * GRAIN, 1)
+    bitmap.create_successor().set(2 * GRAIN, 1)
     bitmap.reclaim()
     assert bitmap.count == 2 * GRAIN
     still = DirtyBitmap(SIZE, GRAIN, "s", enabled=False)
-    still.create_successor()
-    still.set(0, 1)
+    still.create_successor().set(0, 1)
     still.reclaim()
     assert still.count == 0 and not still.recording
 

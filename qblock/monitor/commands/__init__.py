@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qblock.monitor.command import CommandTable
 from qblock.monitor.commands import (
+    backup,
     bitmaps,
     blkmirror_2012,
     blockdev,
@@ -27,6 +28,7 @@ from qblock.monitor.commands import (
 from qblock.monitor.dialects import Dialect
 
 MODULES = (
+    backup,
     bitmaps,
     blkmirror_2012,
     blockdev,

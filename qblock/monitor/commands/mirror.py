@@ -8,12 +8,11 @@ from qblock.actions.mirrors import StartBlockdevMirror, StartDriveMirror
 from qblock.jobs.mirror import (
     CopyMode,
     MirrorRequest,
-    NewImageMode,
     NewTarget,
-    SyncMode,
     start_blockdev_mirror,
     start_drive_mirror,
 )
+from qblock.jobs.new_copy import NewImageMode, SyncMode
 from qblock.jobs.state import OnError
 from qblock.monitor.command import CommandContext, command
 from qblock.options import option, required

@@ -13,7 +13,8 @@ import attrs
 from qblock.actions.action import perform
 from qblock.actions.internal_snapshots import InternalSnapshot, delete_internal_snapshot
 from qblock.actions.snapshots import Snapshot, SnapshotFile, SnapshotToFile
-from qblock.jobs.mirror import NewImageMode, root_node
+from qblock.jobs.mirror import root_node
+from qblock.jobs.new_copy import NewImageMode
 from qblock.monitor.command import CommandContext, command
 from qblock.monitor.lookup import device_or_node
 from qblock.monitor.replies import SnapshotInfo, snapshot_info

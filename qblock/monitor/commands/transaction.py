@@ -18,7 +18,7 @@ from qblock.actions.action import Abort, Action, perform
 from qblock.driver import Json
 from qblock.errors import InvalidParameter
 from qblock.monitor.command import CommandContext, NoArguments, command
-from qblock.monitor.commands import bitmaps, blkmirror_2012, mirror, rfc_2012, snapshots
+from qblock.monitor.commands import backup, bitmaps, blkmirror_2012, mirror, rfc_2012, snapshots
 from qblock.monitor.dialects import HISTORIC, Dialect
 from qblock.options import option, required
 from qblock.system import BlockSystem
@@ -41,12 +41,14 @@ _OF_7_2: Final[Mapping[str, ActionKind]] = {
     "block-dirty-bitmap-enable": ActionKind(bitmaps.BitmapArguments, bitmaps.enable_action),
     "block-dirty-bitmap-merge": ActionKind(bitmaps.BitmapMergeArguments, bitmaps.merge_action),
     "block-dirty-bitmap-remove": ActionKind(bitmaps.BitmapArguments, bitmaps.remove_action),
+    "blockdev-backup": ActionKind(backup.BlockdevBackupArguments, backup.blockdev_backup_action),
     "blockdev-mirror": ActionKind(mirror.BlockdevMirrorArguments, mirror.blockdev_mirror_action),
     "blockdev-snapshot": ActionKind(snapshots.BlockdevSnapshotArguments, snapshots.snapshot_action),
     "blockdev-snapshot-internal-sync": ActionKind(
         snapshots.InternalSnapshotArguments, snapshots.internal_snapshot_action
     ),
     "blockdev-snapshot-sync": _SNAPSHOT_SYNC,
+    "drive-backup": ActionKind(backup.DriveBackupArguments, backup.drive_backup_action),
     "drive-mirror": ActionKind(mirror.DriveMirrorArguments, mirror.drive_mirror_action),
 }
 

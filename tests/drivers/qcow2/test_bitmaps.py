@@ -13,6 +13,7 @@ import pytest
 
 from qblock import requests
 from qblock.backend import BlockBackend
+from qblock.bitmaps import freeze
 from qblock.dirty import DirtyBitmap
 from qblock.drivers.file.driver import FileDriver, FileOptions
 from qblock.drivers.qcow2 import header as head
@@ -234,7 +235,7 @@ def test_a_bitmap_in_use_is_stored_with_what_its_successor_recorded() -> None:
     async def main() -> None:
         bench = await made()
         disk = await written(bench, "a")
-        bench.node.dirty_bitmaps[0].create_successor()
+        freeze(bench.node, bench.node.dirty_bitmaps[0])
         await disk.write(40 * KiB, b"x")
         await bench.close()
         await bench.open()
