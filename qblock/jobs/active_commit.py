@@ -21,10 +21,11 @@ from qblock.backend import BlockBackend
 from qblock.errors import CommandError
 from qblock.jobs.commit import CommitJob, start_inner_commit
 from qblock.jobs.commit_plan import CommitPlace, CommitRequest, find_place
-from qblock.jobs.mirror import MirrorRequest, PreparedMirror, SyncMode
+from qblock.jobs.mirror import MirrorRequest, PreparedMirror
 from qblock.jobs.mirror_job import MirrorJob
 from qblock.jobs.mirror_plan import MirrorPlan
 from qblock.jobs.mirror_top import MirrorTop
+from qblock.jobs.new_copy import SyncMode
 from qblock.permissions import Perm, PermissionPair
 from qblock.transaction import Transaction
 
