@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qblock.image import open_image as open
     from qblock.jobs.job import Job
     from qblock.monitor.client import QmpClient
+    from qblock.monitor.dialects import Dialect
     from qblock.policy import OpenPolicy
     from qblock.rebasing import rebase
     from qblock.resizing import resize
@@ -39,6 +40,7 @@ __all__ = [
     "CoSleep",
     "CommandError",
     "DeviceDirty",
+    "Dialect",
     "Image",
     "ImageError",
     "ImageFile",
@@ -64,6 +66,7 @@ _HOMES: Final[Mapping[str, str]] = {
     "CoSleep": "qblock.clock:CoSleep",
     "CommandError": "qblock.errors:CommandError",
     "DeviceDirty": "qblock.device_dirty:DeviceDirty",
+    "Dialect": "qblock.monitor.dialects:Dialect",
     "Image": "qblock.image:Image",
     "ImageError": "qblock.errors:ImageError",
     "ImageFile": "qblock.image:ImageFile",

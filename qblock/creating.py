@@ -112,14 +112,15 @@ async def create_image_file(
     nothing is announced or made when the name or the format will not do.
     """
     path = _path_of(opener, filename)
-    _creating_class(opener, "file" if fmt == "raw" else fmt)  # a raw image is nothing but its file
+    plain = fmt in ("raw", "file")  # nothing but the file
+    _creating_class(opener, "file" if plain else fmt)
     shown: dict[str, Json] = {"size": size}
     options: dict[str, Json] = {"size": size}
     if backing is not None:
         shown |= {"backing_file": backing.filename, "backing_fmt": backing.format}
         options |= {"backing-file": backing.filename, "backing-fmt": backing.format}
     announce(formatting_line(filename, fmt, shown))
-    if fmt == "raw":
+    if plain:
         await create_image(opener, "file", {"filename": path, "size": size})
         return
     await create_image(opener, "file", {"filename": path, "size": 0})

@@ -79,7 +79,7 @@ def run_shell(block: Block, document: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=400,
     )
     assert result.returncode == 0, f"{document.name}:{block.line}\n{result.stdout}\n{result.stderr}"
 

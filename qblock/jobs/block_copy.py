@@ -99,6 +99,7 @@ class BlockCopyJob(BlockJob):
         self.source = source
         self.target = target
         self.bitmap = DirtyBitmap(source.length, plan.granularity)
+        self.progress_remaining = source.length  # or a copy that has not begun would look as if it were done
         self.passes = 0
         self.held_ns: int | None = None
         self._pace = _Pace()

@@ -144,7 +144,6 @@ class Mirror2012Job(BlockJob):
         buffer = buffers.take()
         try:
             await self._find_what_to_copy()
-            await self.pause_point()
             while not (self.synced and self.cancel_requested):
                 delay = await self._one_iteration(buffer)
                 if not (self.synced and self.cancel_requested):

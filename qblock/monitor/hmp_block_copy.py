@@ -5,6 +5,7 @@ Models the proposal's command line (rfc-2012.md, "What it is compared with"); th
 
 from __future__ import annotations
 
+from qblock.errors import CommandError
 from qblock.jobs.block_copy import start_block_copy
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.hmp_command import HmpCall, hmp_command
@@ -19,9 +20,12 @@ from qblock.monitor.hmp_command import HmpCall, hmp_command
 )
 async def block_copy(call: HmpCall) -> None:
     """Starts the copy; it goes on in the background."""
+    filename = call.text("filename") or ""
+    if filename.startswith("-"):  # or a disk would end up in a file called -i
+        raise CommandError(f"The file name comes first, then -i; write './{filename}' for a file of that name")
     await start_block_copy(
         call.context.system,
         device=call.text("device") or "",
-        filename=call.text("filename") or "",
+        filename=filename,
         incremental=call.flag("incremental"),
     )

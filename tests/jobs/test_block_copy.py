@@ -284,7 +284,8 @@ def test_a_speed_can_be_set_before_the_first_byte_is_copied(tmp_path: Path) -> N
     async def main() -> None:
         async with desk(tmp_path) as made:
             job = await made.copy()
-            assert not job.progress_done
+            (shown,) = made.system.jobs.query_block_jobs()
+            assert (shown["offset"], shown["len"]) == (0, SIZE), "it does not look as if it were done"
             made.system.jobs.set_speed(job, MiB)
             await asyncio.sleep(3.5)
             assert job.progress_done == 4 * MiB and not job.run_ended
@@ -510,6 +511,7 @@ def test_a_session_of_2011(tmp_path: Path) -> None:
         new = tmp_path / "new.qcow2"
         assert local.qmp.hmp("block_copy virtio1 x") == "Error: There is no device 'virtio1'\n"
         assert "unsupported option -x" in local.qmp.hmp("block_copy virtio0 x -x")
+        assert "file name comes first" in local.qmp.hmp("block_copy virtio0 -i")
         assert local.qmp.hmp(f"block_copy virtio0 {new} -i") == ""
         local.guest_write("virtio0", MiB, 512, 8)
         event = local.qmp.wait_event("BLOCK_JOB_COMPLETED")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from qblock import requests
 from qblock.backend import BlockBackend
 from qblock.drain import drained
 from qblock.errors import (
@@ -24,6 +25,7 @@ from qblock.extents import Extent
 from qblock.jobs.copying import SLICE_NS
 from qblock.jobs.mirror_2012 import Mirror2012Job, Mode2012, Target2012, prepare_mirror_2012, start_mirror_2012
 from qblock.jobs.state import JobStatus
+from qblock.jobs.stream import StreamRequest, start_stream
 from qblock.jobs.txn import JobTransaction
 from qblock.monitor.client import QmpError
 from qblock.monitor.dialects import Dialect
@@ -187,6 +189,7 @@ def test_the_target_is_flushed_once_and_that_at_the_end() -> None:
         flushes = Faults(operation="flush")
         driver_of(job.target.storage.node).faults = flushes
         await disk.flush()
+        await requests.flush(job.target)  # as its format does to order writes
         await bench.system.clock.sleep_ns(10 * SLICE_NS)
         assert flushes.seen == 0
         assert await bench.jobs.cancel_sync(job) is None
@@ -345,6 +348,27 @@ def test_what_is_refused_changes_nothing() -> None:
     run(main)
 
 
+def test_a_chain_that_is_shortened_while_the_target_is_opened_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is above the old base is not what is above the new one, and the new image's header names the old one."""
+    _, top = make_chain(tmp_path, 4 * MiB, [("base", {0: b"base"}), ("top", {MiB: b"top"})])
+    with rfc_2012() as machine:
+        machine.add_drive(top)
+        system, node = machine.machine.system, machine.machine.system.graph.find_backend("virtio0").node
+        opened = system.opener.open_image
+
+        async def meanwhile(filename: str, **options: Any) -> BlockDriverState:
+            monkeypatch.undo()
+            await system.jobs.wait(await start_stream(system, device="virtio0", request=StreamRequest()))
+            return await opened(filename, **options)
+
+        monkeypatch.setattr(system.opener, "open_image", meanwhile)
+        with pytest.raises(QmpError, match="its images have changed meanwhile"):
+            machine.qmp.execute("drive-mirror", device="virtio0", target=str(tmp_path / "copy"), full=False)
+        assert (system.jobs.jobs, node.dirty_bitmaps, node.backing) == ([], [], None)
+
+
 def test_writes_below_the_filters_of_a_device_do_not_escape_it() -> None:
     """The bitmap lies on the image, where all writes come by, and a drained section there holds all writers."""
 
@@ -422,7 +446,7 @@ def test_a_target_that_cannot_be_made_leaves_no_file(
         assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+@pytest.mark.parametrize("fmt", ["raw", "qcow2", "file"])
 def test_a_target_may_be_named_with_the_protocol_of_files(tmp_path: Path, fmt: str) -> None:
     """It is made where it is opened afterwards."""
     make_image(tmp_path / "disk", "4M", {0: b"x"})

@@ -251,6 +251,31 @@ def test_a_cancel_that_comes_during_a_copy_in_sync_is_followed_by_no_sleep() -> 
     run(main)
 
 
+def test_a_cancel_that_comes_with_somebody_elses_drained_section_waits_for_its_end() -> None:
+    """Who drains the target relies on it that nobody writes there, a mirror that ends included."""
+
+    async def main() -> None:
+        bench = JobBench()
+        source, target = await gated(bench)
+        job = await start_mirror_2012(bench.system, device="d", target=ONTO_T, full=True)
+        await eventually(lambda: is_in_sync(job))
+        source.stop("read")
+        await bench.graph.find_backend("d").write(0, b"b" * MiB)
+        await source.stopped.wait()
+        asyncio.get_running_loop().call_later(1, source.go_on.set)
+        await bench.jobs.cancel(job)
+        async with drained(target.node):
+            assert job.paused
+            job.dirty.set(0, MiB)
+            await asyncio.sleep(1)
+            assert job.dirty.count == MiB and not job.run_ended
+        await bench.jobs.wait(job)
+        assert target.content() == b"b" * MiB
+        await bench.close()
+
+    run(main)
+
+
 def test_a_write_that_is_under_way_when_the_job_begins_is_waited_for() -> None:
     """It passed the place where bitmaps are looked at before there was one, so nothing would tell the job of it."""
 

@@ -275,7 +275,8 @@ def recompute(
             if text := disagreement(verdicts[-1], directory / plan.place):
                 told.append(f"{plan.place}: {text}")
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise LabError(f"{directory} does not hold a run of this experiment, or not all of it: {error!r}") from None
+        text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise LabError(f"{directory} does not hold a run of this experiment, or not all of it ({text})") from None
     progress(len(verdicts), len(verdicts))
     return Outcome(scope, verdicts[len(controls) :]), told
 
