@@ -2,7 +2,7 @@
 
 Models QEMU's ``BlockBackend``: an edge to a node that can be changed under its user (or be absent: an empty drive), which
 checks that requests lie inside the disk, waits while the node is drained, and keeps what belongs to the user, not to the
-image: error policies, I/O status, the write-through flag, limits of its rate, statistics.
+image: error policies, I/O status, the write-through flag, limits of its rate.
 
 Requests raise `BlockIOError`: ``ENOMEDIUM`` without a node, ``EIO`` outside of the disk, otherwise what `requests` raises.
 Offsets and lengths are bytes.
@@ -14,7 +14,7 @@ import asyncio
 import errno
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from qblock.drain import kick
 from qblock.errors import BlockIOError
@@ -47,19 +47,6 @@ _LIMITED: Final = ("read", "write", "zero")
 """The operations that wait for the limits of a backend."""
 
 
-class Accounting(Protocol):
-    """Who counts the I/O of a backend (a guest device does; exports, jobs and tools do not)."""
-
-    def start(self) -> int:
-        """A request begins; the result is handed to `finish` (nanoseconds of the system's clock)."""
-
-    def finish(self, operation: str, length: int, started: int, error: BlockIOError | None) -> None:
-        """A ``read``, ``write``, ``zero``, ``discard`` or ``flush`` of ``length`` bytes ended, with ``error`` or well."""
-
-    def refused(self, operation: str) -> None:
-        """A request was invalid (outside of the disk) and never started."""
-
-
 class BlockBackend:
     """A user's handle on a node. ``perm`` and ``shared`` are what its edge takes and shares, also of nodes inserted later.
 
@@ -87,8 +74,8 @@ class BlockBackend:
         self.on_read_error = "report"
         self.on_write_error = "enospc"
         self.device: Any = None
-        self.accounting: Accounting | None = None
         self.changing_medium = False
+        self.closed = False
         self.last_medium: MediumFlags | None = None
         self.throttle: ThrottleMember | None = None
         self._graph = graph
@@ -143,7 +130,8 @@ class BlockBackend:
         self._store_permissions(perm, shared)
 
     def close(self) -> None:
-        """Take the node out and leave the graph; the backend is not used any more."""
+        """Take the node out and leave the graph; the backend is ``closed`` and not used any more."""
+        self.closed = True
         self.remove()
         self.limit(None)
         self._graph.remove_backend(self)
@@ -201,8 +189,8 @@ class BlockBackend:
             await self._until_resumed()
         root = self.root
         if root is None or offset < 0 or offset + len(buffer) > root.node.length:
-            root = self._checked("read", offset, len(buffer))
-        if self.accounting is not None or self.throttle is not None:
+            root = self._checked(offset, len(buffer))
+        if self.throttle is not None:
             await self._counted("read", offset, len(buffer), lambda edge: read_into(edge, offset, buffer))
             return
         self.in_flight += 1
@@ -217,16 +205,16 @@ class BlockBackend:
         """Write all of ``buffer`` at ``offset``; with ``fua`` it is durable on return."""
         if self.quiesce_counter:
             await self._until_resumed()
+        fua = fua or self.writethrough
         root = self.root
         if root is None or offset < 0 or offset + len(buffer) > root.node.length:
-            root = self._checked("write", offset, len(buffer))
-        if self.accounting is not None or fua or self.writethrough or self.throttle is not None:
-            fua = fua or self.writethrough
+            root = self._checked(offset, len(buffer))
+        if self.throttle is not None:
             await self._counted("write", offset, len(buffer), lambda edge: write_from(edge, offset, buffer, fua=fua))
             return
         self.in_flight += 1
         try:
-            await write_from(root, offset, buffer)
+            await write_from(root, offset, buffer, fua=fua)
         finally:
             self.in_flight -= 1
             if not self.in_flight:
@@ -267,8 +255,8 @@ class BlockBackend:
     async def copy_range(self, offset: int, target: BlockBackend, target_offset: int, length: int) -> None:
         """Copy to ``target`` inside the storage. ``BlockIOError(ENOTSUP)``: copy by buffer instead."""
         await self._until_resumed()
-        self._checked("read", offset, length)
-        to = target._checked("write", target_offset, length)
+        self._checked(offset, length)
+        to = target._checked(target_offset, length)
         target.in_flight += 1
         try:
             await self._counted(None, offset, length, lambda edge: copy_range(edge, offset, to, target_offset, length))
@@ -312,13 +300,11 @@ class BlockBackend:
             self._queue.append(future)
             await future
 
-    def _checked(self, operation: str | None, offset: int, length: int) -> BdrvChild:
+    def _checked(self, offset: int, length: int) -> BdrvChild:
         """The root edge, when the range lies inside the disk."""
         root = self._edge()
         size = root.node.length
         if offset < 0 or length < 0 or offset + length > size:
-            if self.accounting is not None and operation is not None:
-                self.accounting.refused(operation)
             raise BlockIOError(
                 errno.EIO, f"{length} bytes at {offset} are not inside {self.describe_user()} of {size} bytes"
             )
@@ -327,24 +313,16 @@ class BlockBackend:
     async def _counted(
         self, operation: str | None, offset: int, length: int, request: Callable[[BdrvChild], Coroutine[Any, Any, None]]
     ) -> None:
-        """Run a request on the root edge; ``operation`` is its name in the statistics, if it has one."""
-        edge = self._checked(operation, offset, length)
-        accounting = self.accounting if operation is not None else None
-        started = accounting.start() if accounting is not None else 0
-        failure: BlockIOError | None = None
+        """Run a request on the root edge, as one of those under way; ``operation`` tells whether limits hold it up."""
+        edge = self._checked(offset, length)
         self.in_flight += 1
         try:
             if self.throttle is not None and operation in _LIMITED:
                 await self.throttle.admit(length, is_write=operation != "read")
-                edge = self._checked(operation, offset, length)  # the medium may have gone meanwhile
+                edge = self._checked(offset, length)  # the medium may have gone meanwhile
             await request(edge)
-        except BlockIOError as error:
-            failure = error
-            raise
         finally:
             self._left()
-            if accounting is not None and operation is not None:
-                accounting.finish(operation, length, started, failure)
 
     def _left(self) -> None:
         self.in_flight -= 1

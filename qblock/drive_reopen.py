@@ -43,7 +43,7 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.blockers import OpBlocker, OpType, block_all, unblock
 from qblock.blueprint import Blueprint, own_nodes
-from qblock.devices import prepare_medium
+from qblock.devices.drives import prepare_medium
 from qblock.drain import drain_all
 from qblock.errors import (
     BlockIOError,

@@ -14,16 +14,18 @@ import errno
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from random import Random
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 from sortedcontainers import SortedDict
 
-from qblock.backend import BlockBackend
 from qblock.clock import Clock, CoSleep
 from qblock.errors import BlockIOError, CommandError, QBlockError
 from qblock.ranges import ByteRange
 from qblock.units import KiB, MiB, align_down
+
+if TYPE_CHECKING:
+    from qblock.node import BdrvChild
 
 SECTOR: Final = 512
 UNKNOWN: Final = -1
@@ -146,11 +148,38 @@ class GuestCounters:
     failed: int = 0
 
 
+class GuestDisk(Protocol):
+    """What a guest sends its requests to: a guest device's disk, or a backend without one. All raise `BlockIOError`."""
+
+    @property
+    def root(self) -> BdrvChild | None:
+        """The edge to the medium, None when there is none."""
+
+    @property
+    def length(self) -> int:
+        """Size in bytes."""
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``."""
+
+    async def write_from(self, offset: int, buffer: memoryview) -> None:
+        """Write ``buffer``."""
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
+        """Make a range read as zeroes."""
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The content of a range is no longer needed."""
+
+    async def flush(self) -> None:
+        """Make all completed writes durable."""
+
+
 @attrs.define(eq=False)
 class Guest:
     """The guest on one disk. ``content`` is what the disk must hold; ``failure`` a wrong answer that it has seen."""
 
-    backend: BlockBackend
+    disk: GuestDisk
     clock: Clock
     random: Random
     content: ContentMap = attrs.field(init=False)
@@ -164,7 +193,7 @@ class Guest:
     _next_tag: int = attrs.field(default=1, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.content = ContentMap(self.backend.length)
+        self.content = ContentMap(self.disk.length)
         self.content.assign(0, self.content.size, UNKNOWN)
         self._sleep = CoSleep(self.clock)
 
@@ -174,8 +203,8 @@ class Guest:
         A guest looks before each request; who changes a size tells it at once, so that it misses no area that was cut off and
         came back.
         """
-        if self.backend.root is not None and self.backend.length != self.content.size:
-            self.content.resize(self.backend.length)
+        if self.disk.root is not None and self.disk.length != self.content.size:
+            self.content.resize(self.disk.length)
 
     # ------------------------------------------------------------------------------------------------ single requests
 
@@ -184,26 +213,26 @@ class Guest:
         tag = self.new_tag() if pattern is None else byte_tag(pattern)
         with self._changing(offset, length):
             data = memoryview(expected_bytes(tag, offset, length))
-            await self._change(self.backend.write_from(offset, data), offset, length, tag)
+            await self._change(self.disk.write_from(offset, data), offset, length, tag)
             self.counters.writes += 1
             self.counters.bytes_written += length
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         """Zero a range. Raises `BlockIOError`."""
         with self._changing(offset, length):
-            await self._change(self.backend.write_zeroes(offset, length, may_unmap=may_unmap), offset, length, 0)
+            await self._change(self.disk.write_zeroes(offset, length, may_unmap=may_unmap), offset, length, 0)
             self.counters.zero_writes += 1
 
     async def discard(self, offset: int, length: int) -> None:
         """Say that the content of a range is no longer needed; what it holds then is not known. Raises `BlockIOError`."""
         with self._changing(offset, length):
-            await self._change(self.backend.discard(offset, length), offset, length, UNKNOWN)
+            await self._change(self.disk.discard(offset, length), offset, length, UNKNOWN)
             self.counters.discards += 1
 
     async def flush(self) -> None:
         """Have everything written so far made durable. Raises `BlockIOError`."""
         try:
-            await self.backend.flush()
+            await self.disk.flush()
         except BlockIOError as error:
             self._note(error)
             raise
@@ -215,7 +244,7 @@ class Guest:
         data = bytearray(length)
         with _Claim(self._busy, ByteRange(offset, length)), memoryview(data) as view:
             try:
-                await self.backend.read_into(offset, view)
+                await self.disk.read_into(offset, view)
             except BlockIOError as error:
                 self._note(error)
                 raise

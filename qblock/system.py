@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 
+from qblock.backend import IO_OK
 from qblock.blockers import OpType
 from qblock.clock import Clock, RealClock
-from qblock.devices import DriveOptions, GuestDevice, attach_drive, parse_drive
+from qblock.devices.board import Board
+from qblock.devices.drives import DriveOptions, attach_drive, parse_drive
+from qblock.devices.plugging import let_go
+from qblock.devices.tree import DeviceTree
 from qblock.driver import Environment, Json
 from qblock.errors import NodeBusy
 from qblock.graph import Graph
@@ -27,6 +31,7 @@ from qblock.jobs.runner import JobRunner
 from qblock.objects import ObjectTable
 from qblock.opening import Opener, OpenPolicy
 from qblock.registry import DriverRegistry
+from qblock.runstate import RunControl
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
@@ -78,7 +83,9 @@ class BlockSystem:
     objects: ObjectTable
     announce: Callable[[str], None]
     """Told in a line which image file a command is making; QEMU prints that to its standard output."""
-    devices: dict[str, GuestDevice] = attrs.field(factory=dict)
+    run: RunControl
+    devices: DeviceTree
+    board: Board = attrs.field(factory=Board)
     _owns_executor: bool = False
     _changes: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
 
@@ -106,7 +113,14 @@ class BlockSystem:
         opener = Opener(graph, registry, env, policy or OpenPolicy.deny())
         jobs = JobRunner(graph, clock, events.emit, opener, trace=env.trace)
         table = ObjectTable(env)
-        return cls(env, events, graph, registry, opener, jobs, table, announce, owns_executor=executor is None)
+        run, devices = RunControl(events.emit), DeviceTree(events.emit)
+        system = cls(
+            env, events, graph, registry, opener, jobs, table, announce, run, devices, owns_executor=executor is None
+        )  # fmt: skip
+        run.before_resume.append(system._forget_errors)
+        run.on_change.append(system._let_devices_go)
+        run.on_reset.append(devices.reset)
+        return system
 
     @property
     def clock(self) -> Clock:
@@ -119,13 +133,18 @@ class BlockSystem:
 
     # -------------------------------------------------------------------------------------------------------- devices
 
-    async def drive_add(self, options: str | Mapping[str, Json], *, default_interface: str = "none") -> BlockBackend:
+    async def drive_add(
+        self, options: str | Mapping[str, Json], *, default_interface: str = "none", connect: bool = True
+    ) -> BlockBackend:
         """Add a drive as ``-drive`` does; ``options`` is its ``key=value`` text or the same as a nested object.
 
-        Gives the drive's backend. Raises `CommandError` and whatever opening its file raises; nothing stays then.
+        Gives the drive's backend; ``connect``: a virtio disk comes with it. Raises `CommandError` and whatever opening its file
+        raises; nothing stays then.
         """
+        if connect and not self.board.built:
+            self.board.build(self)
         drive: DriveOptions = parse_drive(options, default_interface=default_interface)
-        return await attach_drive(self, drive)
+        return await attach_drive(self, drive, connect=connect)
 
     async def drive_del(self, name: str) -> None:
         """Remove a drive: the medium goes away; a device that had it stays behind, empty. Raises `DeviceNotFound`
@@ -142,6 +161,16 @@ class BlockSystem:
             backend.name = ""
         await self.opener.close_orphans()
 
+    def _forget_errors(self) -> None:
+        """What has stopped the guest is tried again: the I/O status of all disks is ok."""
+        for backend in self.graph.backends:
+            backend.io_status = IO_OK
+
+    def _let_devices_go(self, running: bool) -> None:
+        """A guest that runs lets go of what was told to leave."""
+        if running and self.devices.leaving:
+            self.later(let_go(self), "the guest lets devices go")
+
     # -------------------------------------------------------------------------------------------------------- objects
 
     async def add_object(self, options: Mapping[str, Json], *, strings: bool = False) -> None:
@@ -152,10 +181,14 @@ class BlockSystem:
 
     async def uninterrupted(self, change: Coroutine[Any, Any, None], name: str) -> None:
         """Wait for ``change``, which must not stop half-way: it goes on if the caller is cancelled, and `close` waits for it."""
+        await asyncio.shield(self.later(change, name))
+
+    def later(self, change: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Have ``change`` happen soon: not before the caller lets the loop go on, and `close` waits for it."""
         task = self.jobs.spawn(change, name)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
-        await asyncio.shield(task)
+        return task
 
     async def close(self) -> None:
         """Cancel all jobs, flush and close all nodes, end the threads. May be called again."""

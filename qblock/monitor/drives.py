@@ -120,10 +120,7 @@ def find_backend(context: CommandContext, name: str, *, is_qdev: bool) -> BlockB
     """The backend of the drive or (``is_qdev``) of the guest device ``name``; None when ``name`` is a node."""
     system = context.system
     if is_qdev:
-        for device in system.devices.values():
-            if name in (device.id, device.path):
-                return device.backend
-        raise DeviceNotFound(name)
+        return system.devices.find_disk(name).backend
     for backend in system.graph.backends:
         if name and backend.name == name:
             return backend

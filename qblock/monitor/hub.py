@@ -1,13 +1,12 @@
-"""What all monitors of one program share: the commands, the sessions, the run state, and the events for everyone.
+"""What all monitors of one program share: the commands, the sessions, and the events for everyone.
 
-Models the monitor core of QEMU with what it knows of the machine around the block layer (name, run state, character
+Models the monitor core of QEMU with what it knows of the machine around the block layer (name, character
 devices). Events that QEMU limits to one per second are limited here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
@@ -27,14 +26,6 @@ if TYPE_CHECKING:
     from qblock.driver import Json
     from qblock.monitor.session import MonitorSession
     from qblock.system import BlockSystem, EventListener
-
-
-class RunState(enum.Enum):
-    """The states of the guest as query-status tells them."""
-
-    PRELAUNCH = "prelaunch"
-    RUNNING = "running"
-    PAUSED = "paused"
 
 
 class Chardev(Protocol):
@@ -66,19 +57,17 @@ class MonitorHub:
     """The monitor side of a running program.
 
     ``name`` is the machine's name if it has one, ``package`` names the program in the greeting. ``report`` tells the person at
-    the console what went wrong, ``output`` is the program's standard output (HMP's qemu-io prints there). ``on_run_state``
-    are told when the guest stops (False) or goes on (True), ``on_resize`` when a disk may have got another size, and
-    ``before_quit`` are awaited before the jobs are cancelled. Call `open` before use and `close` at the end.
+    the console what went wrong, ``output`` is the program's standard output (HMP's qemu-io prints there). ``on_resize`` are
+    told when a disk may have got another size, ``before_quit`` are awaited before the jobs are cancelled. Call `open` before
+    use and `close` at the end.
     """
 
     system: BlockSystem
     dialect: Dialect = Dialect.SYSTEM
     name: str | None = None
-    run_state: RunState = RunState.RUNNING
     report: Callable[[str], None] = _to_stderr
     output: Callable[[str], None] = _to_stdout
     package: str = "qblock"
-    on_run_state: list[Callable[[bool], None]] = attrs.field(factory=list, init=False, repr=False)
     on_resize: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
     before_quit: list[Callable[[], Awaitable[None]]] = attrs.field(factory=list, init=False, repr=False)
     turns: Turns = attrs.field(factory=Turns, init=False, repr=False)
@@ -126,21 +115,7 @@ class MonitorHub:
         for session in tuple(self.sessions):
             session.event(name, data, when)
 
-    # -------------------------------------------------------------------------------------------------- run state, quit
-
-    @property
-    def running(self) -> bool:
-        """Whether the guest runs."""
-        return self.run_state is RunState.RUNNING
-
-    def set_running(self, running: bool) -> None:
-        """Stop the guest or let it go on, with the event STOP or RESUME; nothing happens when that is so already."""
-        if running is self.running:
-            return
-        self.run_state = RunState.RUNNING if running else RunState.PAUSED
-        for listener in self.on_run_state:
-            listener(running)
-        self.system.emit("RESUME" if running else "STOP", {})
+    # ------------------------------------------------------------------------------------------------------------- quit
 
     async def quit(self) -> None:
         """Stop the guest, cancel all jobs, then let `wait_quit` return; the events of the jobs precede the reply."""

@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qblock.clock import Clock, VirtualTime
-from qblock.errors import CommandError, DeviceNotFound
-from qblock.guest import Guest, GuestMismatch, Workload
+from qblock.errors import CommandError
+from qblock.guest import Guest, GuestDisk, GuestMismatch, Workload
 from qblock.monitor.chardev import ChardevOptions, UnixAddress, parse_short
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.eventlog import EventLog
 from qblock.monitor.events import EVENTS
-from qblock.monitor.hub import MonitorHub, RunState
+from qblock.monitor.hub import MonitorHub
 from qblock.monitor.reports import Reports
 from qblock.monitor.server import MonitorServer
 from qblock.options import parse_keyval
 from qblock.policy import OpenPolicy
+from qblock.runstate import RunState
 from qblock.system import BlockSystem
 from qblock.units import SECOND_NS, format_size
 
@@ -101,11 +102,11 @@ class Machine:
         hub = MonitorHub(system, options.dialect, report=reports.complain, output=reports.say)
         if options.watch is not None:
             options.watch(system)
-        hub.run_state = RunState.PRELAUNCH if options.paused else RunState.RUNNING
+        system.run.state = RunState.PRELAUNCH if options.paused else RunState.RUNNING
         machine = cls(system, hub, clock, random, reports, virtual_time)
         machine.started_ns = clock.now_ns()
         hub.subscribe(machine.events.record)
-        hub.on_run_state.append(machine._follow_run_state)
+        system.run.on_change.append(machine._follow_run_state)
         hub.on_resize.append(machine._tell_guests_their_size)
         hub.before_quit.append(machine._stop_guests)
         hub.open()
@@ -188,13 +189,18 @@ class Machine:
 
     def guest(self, device: str) -> Guest:
         """The guest on a disk; raises `DeviceNotFound`."""
-        backend = next((b for b in self.system.graph.backends if b.name == device and device), None)
-        if backend is None:
-            raise DeviceNotFound(device)
+        disk = self._disk(device)
         guest = self._guests.get(device)
-        if guest is None or guest.backend is not backend:
-            guest = self._guests[device] = Guest(backend, self.clock, random_module.Random(self.random.getrandbits(64)))
+        if guest is None or guest.disk is not disk:
+            guest = self._guests[device] = Guest(disk, self.clock, random_module.Random(self.random.getrandbits(64)))
         return guest
+
+    def _disk(self, name: str) -> GuestDisk:
+        """The disk of that drive or device; a drive without a device is its own disk. Raises `DeviceNotFound`."""
+        for disk in self.system.devices:
+            if name and name in (disk.backend.name, disk.name, disk.id):
+                return disk
+        return self.system.graph.find_backend(name)
 
     def start_guest(self, device: str, *, writes_per_second: int) -> None:
         """Let the guest on a disk work at this pace; raises `CommandError` if it does already."""
@@ -204,7 +210,7 @@ class Machine:
         if device in self._workloads:
             raise CommandError(f"the guest is at work on {device} already")
         workload = self._workloads[device] = Workload(interval_ns=max(1, SECOND_NS // writes_per_second))
-        if self.hub.running:
+        if self.system.run.running:
             guest.start(workload)
 
     async def stop_guest(self, device: str) -> int:

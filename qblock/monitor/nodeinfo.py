@@ -29,7 +29,7 @@ from qblock.throttle_limits import DRIVE_NAMES, NO_LIMITS, RATES
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
-    from qblock.devices import GuestDevice
+    from qblock.devices.device import GuestDevice
     from qblock.dirty import DirtyBitmap
     from qblock.driver import Json
     from qblock.graph import Graph
@@ -181,7 +181,7 @@ def device_stats(backend: BlockBackend) -> BlockStats:
     of_node = None if node is None else node_stats(node, below=True)
     return BlockStats(
         device=backend.name,
-        qdev=None if device is None else device.path,
+        qdev=None if device is None else device.name,
         node_name=None if of_node is None else of_node.node_name,
         stats=_counters(counters, node, counted=True),
         driver_specific=None if of_node is None else of_node.driver_specific,

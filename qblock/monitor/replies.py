@@ -32,6 +32,7 @@ JobStatusName = Literal[
     "concluded",
     "null",
 ]
+RunStateName = Literal["prelaunch", "running", "paused", "io-error", "shutdown"]
 PermissionName = Literal["consistent-read", "write", "write-unchanged", "resize"]
 
 
@@ -78,7 +79,7 @@ class StatusInfo:
 
     running: bool = required(doc="whether the guest runs")
     singlestep: bool = required(doc="always false")
-    status: Literal["prelaunch", "running", "paused"] = required(doc="run state")
+    status: RunStateName = required(doc="run state")
 
 
 @attrs.frozen

@@ -126,7 +126,7 @@ def test_after_stream_and_reopen_the_target_is_the_guests_disk(
         assert qmp.execute("query-block")[0]["inserted"]["drv"] == fmt
         local.advance("50ms")
         local.run(guest.stop())
-        local.run(guest.verify(guest.backend.read_into))
+        local.run(guest.verify(guest.disk.read_into))
         qmp.execute("quit")
     qemu_img("check", str(tmp_path / "top.qcow2"))
     assert guest.counters.writes > 50 and guest.counters.discards > 5 and guest.counters.failed == 0

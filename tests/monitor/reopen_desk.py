@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import pytest
 
+from qblock.backend import BlockBackend
 from qblock.drivers.file import FileDriver
 from qblock.guest import UNKNOWN, ContentMap, Guest
 from qblock.image import open_image
@@ -50,9 +51,11 @@ class Desk:
     path: Path
     steps: list[str] = attrs.field(factory=list)
     guest: Guest = attrs.field(init=False)
+    backend: BlockBackend = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.guest = self.local.machine.guest("virtio0")
+        self.backend = self.local.machine.system.graph.find_backend("virtio0")
 
     def reopen(self, filename: str | Path = "new", **members: Any) -> Any:
         return self.local.qmp.execute(

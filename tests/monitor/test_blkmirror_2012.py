@@ -269,7 +269,7 @@ def test_a_live_snapshot_goes_above_the_mirror_and_silently_ends_the_mirroring(i
         assert overlay.backing.node.driver.name == "blkmirror"
         assert graph.skip_filters(overlay.backing.node).driver.filename() == str(images / "top.qcow2")
         reopen(local, images / "copy.qcow2")
-        lost = local.run(local.machine.guest("virtio0").backend.read(MiB, 512))
+        lost = local.run(local.machine.guest("virtio0").disk.backend.read(MiB, 512))
         assert lost == b"\7" * 512
     assert read(images / "new.qcow2", MiB, 1024) == b"\10" * 512 + b"\7" * 512
 
@@ -281,8 +281,8 @@ def test_moving_before_anything_was_streamed_loses_the_disk(images: Path) -> Non
         local.guest_write("virtio0", MiB, 4096, 7)
         reopen(local, images / "copy.qcow2")
         guest = local.machine.guest("virtio0")
-        assert local.run(guest.backend.read(MiB, 4096)) == b"\7" * 4096
-        assert local.run(guest.backend.read(0, 4096)) == bytes(4096)
+        assert local.run(guest.disk.backend.read(MiB, 4096)) == b"\7" * 4096
+        assert local.run(guest.disk.backend.read(0, 4096)) == bytes(4096)
 
 
 def test_quitting_leaves_both_images_whole(images: Path) -> None:
@@ -299,14 +299,14 @@ def test_quitting_leaves_both_images_whole(images: Path) -> None:
 def test_a_target_that_fails_fails_the_guest(images: Path) -> None:
     """Though the source has the data. The way out is drive-reopen to the source itself."""
     (images / "copy.raw").write_bytes(bytes(SIZE))
-    (images / "rules").write_text('[inject-error]\nevent = "pwritev"\nerrno = "28"\n')
+    (images / "rules").write_text('[inject-error]\nevent = "pwritev"\nerrno = "5"\n')
     with machine(images) as local:
         failing = f"blkdebug:{images}/rules:{images}/copy.raw"
         local.qmp.execute("drive-mirror", device="virtio0", target=failing, format="raw", mode="existing")
         with pytest.raises(BlockIOError) as failure:
             local.guest_write("virtio0", MiB, 4096, 7)
-        assert failure.value.errno == errno.ENOSPC
-        assert local.run(local.machine.guest("virtio0").backend.read(MiB, 4096)) == b"\7" * 4096
+        assert failure.value.errno == errno.EIO
+        assert local.run(local.machine.guest("virtio0").disk.backend.read(MiB, 4096)) == b"\7" * 4096
         local.qmp.execute("block-stream", device="virtio0")
         ended = local.qmp.wait_event("BLOCK_JOB_COMPLETED")
         assert "error" in ended.data and driver_shown(local) == "blkmirror"

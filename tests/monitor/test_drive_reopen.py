@@ -101,7 +101,7 @@ def test_requests_of_the_guest_wait_until_the_witness_is_durable(tmp_path: Path)
 def test_a_write_under_way_ends_in_the_old_image(tmp_path: Path) -> None:
     """It was acknowledged there, and a copy that is complete has it."""
     with desk(tmp_path) as table:
-        node = table.guest.backend.node
+        node = table.backend.node
         write = table.guest.write(4096, 4096, 0x55)
 
         async def both() -> None:
@@ -198,7 +198,7 @@ def test_a_mirror_that_is_not_in_sync_is_killed_and_the_drive_stays(dialect: Dia
     with desk(tmp_path, dialect) as table:
         table.mirror(speed=1)
         table.name_witness()
-        node = table.guest.backend
+        node = table.backend
         with no_descriptor_is_left(table, kept=-1):
             error = error_of(table.reopen, "copy", witness="w")
         assert error.error_class == "DeviceInUse"

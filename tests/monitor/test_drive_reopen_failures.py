@@ -43,20 +43,20 @@ def test_the_witness_is_looked_up_first_and_then_the_device(dialect: Dialect, tm
 def test_the_name_of_a_node_is_no_device(tmp_path: Path) -> None:
     """The medium of a drive is exchanged, and a node has none."""
     with desk(tmp_path) as table:
-        node = table.guest.backend.node.node_name
+        node = table.backend.node.node_name
         error = error_of(table.local.qmp.execute, "drive-reopen", device=node, new_image_file="x")
         assert error.error_class == "DeviceNotFound"
 
 
 def monitors_own(table: Desk) -> str:
-    table.guest.backend.node.monitor_owned = True
+    table.backend.node.monitor_owned = True
     return "monitor"
 
 
 def overlay(table: Desk) -> str:
     make_image(table.path / "above", SIZE)
     table.local.qmp.execute(
-        "blockdev-add", driver="qcow2", node_name="above", backing=table.guest.backend.node.node_name, read_only=True,
+        "blockdev-add", driver="qcow2", node_name="above", backing=table.backend.node.node_name, read_only=True,
         file={"driver": "file", "filename": str(table.path / "above")},
     )  # fmt: skip
     return "node 'above'"
@@ -65,8 +65,8 @@ def overlay(table: Desk) -> str:
 def targeted(table: Desk) -> str:
     make_image(table.path / "second", SIZE, {0: OLD})
     table.local.add_drive(table.path / "second", device="virtio1")
-    table.guest.backend.set_permissions(
-        table.guest.backend.perm & ~table.guest.backend.perm, table.guest.backend.shared
+    table.backend.set_permissions(
+        table.backend.perm & ~table.backend.perm, table.backend.shared
     )
     table.local.qmp.execute("blockdev-mirror", job_id="j", device="virtio1", target="virtio0", sync="full", speed=1)
     return "job 'j'"
@@ -77,11 +77,11 @@ def test_an_image_that_somebody_else_uses_is_not_left(holder: Callable[[Desk], s
     """It would stay open behind the guest's back; the error says who has it."""
     with desk(tmp_path) as table:
         named = holder(table)
-        node = table.guest.backend.node
+        node = table.backend.node
         error = error_of(table.reopen)
         assert error.error_class == "DeviceInUse"
         assert named in str(error)
-        assert table.guest.backend.node is node
+        assert table.backend.node is node
         assert table.steps == ["begin"]
         assert not node.blockers
 
@@ -99,10 +99,10 @@ def test_the_target_of_anothers_mirror_is_not_left_and_the_job_goes_on(tmp_path:
 def test_somebody_who_comes_while_requests_end_is_noticed(tmp_path: Path) -> None:
     """What was checked before a wait is checked again after it."""
     with desk(tmp_path) as table:
-        root = table.guest.backend.node
+        root = table.backend.node
         on_step(table, "flushed", lambda: setattr(root, "monitor_owned", True))
         assert error_of(table.reopen).error_class == "DeviceInUse"
-        assert table.guest.backend.node is root
+        assert table.backend.node is root
         assert not root.blockers
 
 
@@ -110,10 +110,10 @@ def test_an_unknown_format_is_refused_before_anything_is_closed(tmp_path: Path) 
     """The lookup is a step of its own."""
     with desk(tmp_path) as table:
         table.name_witness()
-        node = table.guest.backend.node
+        node = table.backend.node
         with no_descriptor_is_left(table, kept=-1):
             assert "'vhdx9'" in str(error_of(table.reopen, format="vhdx9", witness="w"))
-        assert table.guest.backend.node is node
+        assert table.backend.node is node
         assert table.steps == ["begin"]
 
 
@@ -129,13 +129,13 @@ def test_a_flush_that_fails_closes_nothing(dialect: Dialect, tmp_path: Path) -> 
     ) as local:
         table = Desk(local, tmp_path)
         table.name_witness()
-        node = table.guest.backend.node
+        node = table.backend.node
         local.guest_write("virtio0", 0, 4096, 7)
         with no_descriptor_is_left(table, kept=-1):
             error = error_of(table.reopen, witness="w")
         assert error.error_class == "IOError"
         assert "virtio0" in str(error)
-        assert table.guest.backend.node is node
+        assert table.backend.node is node
         assert local.guest_read("virtio0", 0, 512) == b"\x07" * 512
 
 
@@ -203,7 +203,7 @@ def test_a_failure_behind_the_closing_brings_the_old_image_back(
         assert table.steps[-1] == "rollback"
         assert ("opened" in table.steps) is ("witness" in arguments)
         assert table.medium() == "old"
-        assert table.guest.backend.node.node_name == "mine"
+        assert table.backend.node.node_name == "mine"
         assert without_automatic_names(table.local.qmp.hmp("info block -n -v")) == without_automatic_names(before)
         table.local.advance("100ms")
         table.stop_guest()
@@ -268,8 +268,8 @@ def test_a_drive_whose_old_image_cannot_come_back_is_empty_until_it_gets_another
         table.local.advance("100ms")
         table.stop_guest()
         assert guest.counters.failed == failed
-        assert guest.backend.node.discard_unmap
-        assert guest.backend.perm == guest.backend.node.perm
+        assert guest.disk.backend.node.discard_unmap
+        assert guest.disk.backend.perm == guest.disk.backend.node.perm
 
 
 # ---------------------------------------------------------------------------------------------------- others meanwhile

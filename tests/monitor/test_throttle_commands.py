@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qblock.devices import parse_drive
+from qblock.devices.drives import parse_drive
 from qblock.errors import CommandError
 from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.dialects import Dialect
@@ -117,7 +117,8 @@ def test_drives_have_limits_which_query_block_shows() -> None:
     async def body(client: QmpClient, system: BlockSystem) -> None:
         of_options = {"iops": 100, "iops_max": 200, "iops_max_length": 1, "iops_size": 4096, "group": "d0"}
         assert await limits_shown(client) == {"d0": of_options, "d1": {}, "e": {}}
-        await client.execute("block_set_io_throttle", {**ZERO, "id": "d0", "bps_rd": 5, "group": "both"})
+        device = system.graph.find_backend("d0").device.name
+        await client.execute("block_set_io_throttle", {**ZERO, "id": device, "bps_rd": 5, "group": "both"})
         await client.execute("block_set_io_throttle", {**ZERO, "device": "d1", "bps_rd": 6, "group": "both"})
         shown = {"bps_rd": 6, "group": "both"}
         assert await limits_shown(client) == {"d0": shown, "d1": shown, "e": {}}

@@ -119,12 +119,12 @@ def test_every_acknowledged_write_is_in_the_image_that_the_drive_has(
                 assert ("closed" in steps) is (outcome != "DeviceInUse")
                 steps.clear()
                 current = target if outcome == "moved" else current
-                assert guest.backend.node.driver.filename() == str(tmp_path / current)
+                assert guest.disk.backend.node.driver.filename() == str(tmp_path / current)
                 assert (tmp_path / f"witness{number}").stat().st_size == (outcome == "moved")
             await asyncio.sleep(0.02)
             await guest.stop()
             assert guest.counters.failed == 0
-            assert await guest.verify(guest.backend.read_into)
+            assert await guest.verify(guest.disk.read_into)
 
         local.run(main())
         assert set(outcomes) <= {"moved", "DeviceInUse", "OpenFileFailed"}

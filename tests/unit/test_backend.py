@@ -1,4 +1,4 @@
-"""BlockBackend: ranges, empty drives, drained sections, write-through and accounting."""
+"""BlockBackend: ranges, empty drives, drained sections and write-through."""
 
 from __future__ import annotations
 
@@ -120,44 +120,6 @@ def test_writethrough_makes_each_write_durable() -> None:
         await backend.write(0, b"x")
         await backend.write_zeroes(0, 1)
         assert [call[0] for call in driver.calls] == ["write", "flush", "zero", "flush"]
-
-    run(main)
-
-
-class Ledger:
-    """Keeps what it is told; time is the number of calls."""
-
-    def __init__(self) -> None:
-        self.lines: list[tuple[object, ...]] = []
-
-    def start(self) -> int:
-        return len(self.lines)
-
-    def finish(self, operation: str, length: int, started: int, error: BlockIOError | None) -> None:
-        self.lines.append((operation, length, started, error.errno if error else None))
-
-    def refused(self, operation: str) -> None:
-        self.lines.append(("refused", operation))
-
-
-def test_an_accounting_device_hears_of_every_request() -> None:
-    """Done, failed and invalid requests are counted apart."""
-
-    async def main() -> None:
-        driver, backend = await disk(NodeBench())
-        ledger = Ledger()
-        backend.accounting = ledger
-        await backend.write(0, b"xx")
-        driver.fail_after = 0
-        with pytest.raises(BlockIOError):
-            await backend.read(0, 4)
-        with pytest.raises(BlockIOError):
-            await backend.read(1 << 30, 4)
-        driver.fail_after = None
-        await backend.flush()
-        assert ledger.lines == [
-            ("write", 2, 0, None), ("read", 4, 1, errno.EIO), ("refused", "read"), ("flush", 0, 3, None)
-        ]  # fmt: skip
 
     run(main)
 

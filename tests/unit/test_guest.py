@@ -66,9 +66,9 @@ def test_a_disk_that_holds_what_was_written_is_proved_byte_for_byte() -> None:
         await guest.write(6144, 512, 0x5A)
         await guest.write_zeroes(5120, 512)
         assert await guest.read(6144, 512) == b"\x5a" * 512
-        assert await guest.verify(guest.backend.read_into) == SIZE
+        assert await guest.verify(guest.disk.read_into) == SIZE
         await guest.discard(0, 4096)
-        assert await guest.verify(guest.backend.read_into) == SIZE - 4096
+        assert await guest.verify(guest.disk.read_into) == SIZE - 4096
 
     with_guest(work)
 
@@ -79,10 +79,10 @@ def test_one_wrong_byte_anywhere_is_found_and_its_place_told(offset: int) -> Non
 
     async def work(system: BlockSystem, guest: Guest) -> None:
         await guest.write(4096, 8192)
-        (right,) = await guest.backend.read(offset, 1)
-        await guest.backend.write(offset, bytes([right ^ 1]))
+        (right,) = await guest.disk.read(offset, 1)
+        await guest.disk.write(offset, bytes([right ^ 1]))
         with pytest.raises(GuestMismatch) as found:
-            await guest.verify(guest.backend.read_into)
+            await guest.verify(guest.disk.read_into)
         assert found.value.offset == offset
         with pytest.raises(GuestMismatch):
             await guest.read(offset - offset % SECTOR, SECTOR)
@@ -102,7 +102,7 @@ def test_a_workload_is_the_same_for_the_same_seed_and_proves_its_disk() -> None:
         await system.clock.sleep_ns(500_000_000)
         await guest.stop()
         assert not guest.running and guest.counters.writes > 100 and not guest.counters.failed
-        assert await guest.verify(guest.backend.read_into) > SIZE // 2
+        assert await guest.verify(guest.disk.read_into) > SIZE // 2
         seen.append((guest.counters, list(guest.content.runs())))
 
     for seed in (7, 7, 8):
@@ -123,12 +123,12 @@ def test_a_failed_write_leaves_the_content_unknown_and_the_guest_goes_on() -> No
                 await guest.write(4096, 8192)
             assert guest.counters.failed == 1 and guest.last_error is not None
             assert {tag for _, tag in guest.content.runs(4096, 8192)} == {UNKNOWN}
-            assert await guest.verify(guest.backend.read_into) == 4096
+            assert await guest.verify(guest.disk.read_into) == 4096
             guest.start(Workload(interval_ns=1_000_000, sizes=(4 * KiB,)))
             await system.clock.sleep_ns(100_000_000)
             await guest.stop()
             assert guest.counters.failed > 1
-            await guest.verify(guest.backend.read_into)
+            await guest.verify(guest.disk.read_into)
 
     run(main)
 
@@ -140,7 +140,7 @@ def test_requests_that_no_disk_would_take_are_refused(offset: int, length: int) 
     async def work(system: BlockSystem, guest: Guest) -> None:
         with pytest.raises(BlockIOError):
             await guest.write(offset, length)
-        assert await guest.verify(guest.backend.read_into) == SIZE
+        assert await guest.verify(guest.disk.read_into) == SIZE
 
     with_guest(work)
 
@@ -152,8 +152,8 @@ def test_the_guest_follows_its_device_to_another_node() -> None:
         await guest.write(0, 65536)
         other = await system.opener.open_blockdev({"driver": "memory", "node-name": "other", "size": SIZE})
         other.monitor_owned = True
-        data = await guest.backend.read(0, SIZE)
-        disk: BlockBackend = guest.backend
+        data = await guest.disk.read(0, SIZE)
+        disk: BlockBackend = guest.disk
         disk.remove()
         disk.insert(other)
         await disk.write(0, data)
@@ -182,7 +182,7 @@ def test_the_guest_uses_what_its_disk_has_gained_and_forgets_what_was_cut_off() 
 
     async def resize(system: BlockSystem, guest: Guest, size: int) -> None:
         backend = BlockBackend(system.graph, perm=Perm.RESIZE, shared=Perm.ALL)
-        backend.insert(guest.backend.node)
+        backend.insert(guest.disk.node)
         await backend.truncate(size)
         backend.close()
         guest.notice_size()
@@ -199,6 +199,6 @@ def test_the_guest_uses_what_its_disk_has_gained_and_forgets_what_was_cut_off() 
         await system.clock.sleep_ns(1_000_000_000)
         await guest.stop()
         assert guest.content.size == 2 * SIZE
-        await guest.verify(guest.backend.read_into)
+        await guest.verify(guest.disk.read_into)
 
     with_guest(work)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qblock.clock import LoopClock
-from qblock.devices import DeviceAccounting, GuestDevice
+from qblock.devices.device import GuestDevice
 from qblock.errors import BlockIOError, CommandError, DeviceNotFound, DuplicateName, InvalidParameter
 from qblock.guest import Guest, Workload
 from qblock.opening import OpenPolicy
@@ -116,7 +116,7 @@ def test_closing_waits_for_a_guest_that_is_still_working() -> None:
         guest = Guest(await system.drive_add(f"if=virtio,id=d0,{slow}"), system.clock, Random(1))
         guest.start(Workload(interval_ns=1_000_000, reads=0))
         await system.clock.sleep_ns(200_000_000)
-        assert guest.backend.in_flight
+        assert guest.disk.in_flight
         await system.close()
         assert not system.graph.nodes
         await guest.stop()
@@ -149,8 +149,8 @@ def test_a_virtio_drive_is_a_backend_with_a_device_on_it() -> None:
         assert first.root.perm == Perm.CONSISTENT_READ | Perm.WRITE
         assert first.root.shared == Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED | Perm.RESIZE
         assert isinstance(first.device, GuestDevice)
-        assert first.device.path == "/machine/peripheral-anon/device[0]/virtio-backend"
-        assert second.name == "virtio3" and second.device.path.startswith("/machine/peripheral-anon/device[1]/")
+        assert first.device.name == "/machine/peripheral-anon/device[0]/virtio-backend"
+        assert second.name == "virtio3" and second.device.name.startswith("/machine/peripheral-anon/device[1]/")
         with pytest.raises(DuplicateName):
             await system.drive_add(f"if=virtio,id=d0,{MEMORY}")
 
@@ -216,14 +216,14 @@ def test_a_drive_follows_its_chain_and_takes_its_options(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "culprit"),
     [
-        ("if=floppy,file=x", "if"),
-        ("if=virtio,id=d,werror=stop," + MEMORY, "werror"),
-        ("if=virtio,id=d,snapshot=on," + MEMORY, "snapshot"),
-        ("if=virtio,id=d,media=cdrom," + MEMORY, "media"),
+        ("if=nosuch,file=x", "if"),
+        ("if=virtio,id=d,werror=some," + MEMORY, "werror"),
+        ("if=virtio,id=d,rerror=enospc," + MEMORY, "rerror"),
+        ("if=virtio,id=d,media=tape," + MEMORY, "media"),
         ("if=virtio,id=d,cache=some," + MEMORY, "cache"),
         ("if=virtio,id=d,detect-zeroes=unmap," + MEMORY, "detect-zeroes"),
         ("if=virtio,id=d,serial=x," + MEMORY, "serial"),
-        ("if=none,id=d,bus=1", "bus"),
+        ("if=none,id=d,index=1,bus=1", "index"),
     ],
 )
 def test_what_a_drive_does_not_support_is_refused_by_name(text: str, culprit: str) -> None:
@@ -310,20 +310,35 @@ def test_removing_a_drive_closes_its_image_and_leaves_its_device_empty() -> None
     with_system(work)
 
 
+def test_a_drive_with_snapshot_on_throws_away_what_was_written(tmp_path: Path) -> None:
+    """The guest writes into a temporary image that has no name any more; the image itself is only read."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(64 * 1024))
+
+    async def work(system: BlockSystem) -> None:
+        drive = await system.drive_add(f"if=virtio,format=raw,file={image},snapshot=on")
+        await drive.write(0, b"written")
+        assert await drive.read(0, 7) == b"written"
+        assert not Path(drive.node.driver.filename() or "").exists()
+
+    with_system(work)
+    assert image.read_bytes() == bytes(64 * 1024)
+
+
 def test_a_device_counts_what_the_guest_does_by_its_clock() -> None:
     """As query-blockstats shows it; refused requests count apart."""
 
     async def work(system: BlockSystem) -> None:
         slow = "driver=raw,file.driver=null-co,file.size=1M,file.latency-ns=1000000"
         drive = await system.drive_add(f"if=virtio,id=d0,{slow}")
-        await drive.write(0, bytes(4096))
-        await drive.read(0, 512)
-        await drive.flush()
+        disk = drive.device
+        await disk.write_from(0, memoryview(bytes(4096)))
+        await disk.read_into(0, memoryview(bytearray(512)))
+        await disk.flush()
         with pytest.raises(BlockIOError):
-            await drive.read(1 << 20, 512)
-        accounting = drive.accounting
-        assert isinstance(accounting, DeviceAccounting)
-        counts = accounting.snapshot()
+            await disk.read_into(1 << 20, memoryview(bytearray(512)))
+        await drive.read(0, 512)  # past the device, as qemu-io does
+        counts = disk.accounting.snapshot()
         assert (counts["wr_operations"], counts["wr_bytes"], counts["rd_operations"]) == (1, 4096, 1)
         assert counts["wr_total_time_ns"] >= 1_000_000
         assert (counts["flush_operations"], counts["invalid_rd_operations"]) == (1, 1)

@@ -17,8 +17,8 @@ from typing import Final
 
 import attrs
 
-from qblock.backend import BlockBackend
 from qblock.clock import Clock, CoSleep, LoopClock
+from qblock.guest import GuestDisk
 from qblock.lab.witness.disk import GUEST_JOURNAL, SOURCE, GuestKind, flushed_entry, make_write, write_entry
 from qblock.lab.witness.durability import watch
 from qblock.lab.witness.plan import DEVICE, LONGEST_TICK_NS, TICK_NS, Plan, Victim
@@ -40,7 +40,7 @@ GUEST_GOES_ON: Final = "guest_goes_on"
 class Writer:
     """The guest: writes, flushes, writes that down, and waits for its next tick, or for a `poke`."""
 
-    backend: BlockBackend
+    disk: GuestDisk
     kind: GuestKind
     journal: Path
     clock: Clock
@@ -60,8 +60,8 @@ class Writer:
                 self.number += 1
                 write = make_write(self.kind, self.number)
                 os.write(journal, write_entry(write))
-                await self.backend.write_from(write.offset, memoryview(write.content))
-                await self.backend.flush()
+                await self.disk.write_from(write.offset, memoryview(write.content))
+                await self.disk.flush()
                 os.write(journal, flushed_entry(self.number))
                 stop_at.guest_has_flushed()
                 await self._pause.sleep_ns(self.random.randrange(TICK_NS, LONGEST_TICK_NS))
@@ -140,8 +140,7 @@ async def _run(plan: Plan, directory: Path, socket: Path, wire: Wire) -> None:
     drive = drive_text(directory / SOURCE, DEVICE, "qcow2")
     options = MachineOptions(drives=(drive,), qmp=(qmp_socket(socket),), seed=plan.seed, dialect=Dialect.RFC_2012)
     machine = await Machine.open(options, clock=LoopClock(), virtual_time=loop)
-    backend = machine.guest(DEVICE).backend
-    writer = Writer(backend, plan.guest, directory / GUEST_JOURNAL, machine.clock, Random(plan.seed))
+    writer = Writer(machine.guest(DEVICE).disk, plan.guest, directory / GUEST_JOURNAL, machine.clock, Random(plan.seed))
     stops = Stops(wire, writer)
     for pattern in TRACED:
         machine.system.env.trace.listen(pattern, stops.traced)

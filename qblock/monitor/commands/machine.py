@@ -37,7 +37,7 @@ async def object_del(ctx: CommandContext, args: ObjectArguments) -> None:
 async def query_status(ctx: CommandContext, args: NoArguments) -> StatusInfo:
     """Tell whether the guest runs."""
     del args
-    return StatusInfo(running=ctx.hub.running, singlestep=False, status=ctx.hub.run_state.value)
+    return StatusInfo(running=ctx.system.run.running, singlestep=False, status=ctx.system.run.state.value)
 
 
 @command("query-name", since="0.14", returns=NameInfo, dialects=SYSTEM_ONLY)
@@ -51,11 +51,11 @@ async def query_name(ctx: CommandContext, args: NoArguments) -> NameInfo:
 async def stop(ctx: CommandContext, args: NoArguments) -> None:
     """Stop the guest; jobs go on."""
     del args
-    ctx.hub.set_running(False)
+    ctx.system.run.stop()
 
 
 @command("cont", since="0.14", dialects=SYSTEM_ONLY)
 async def cont(ctx: CommandContext, args: NoArguments) -> None:
     """Let the guest go on; devices that an I/O error has stopped try again."""
     del args
-    ctx.hub.set_running(True)
+    ctx.system.run.resume()

@@ -8,7 +8,7 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.chain import skip_implicit
-from qblock.devices import GuestDevice
+from qblock.devices.device import GuestDevice
 from qblock.jobs.job import BlockJob
 from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.nodeinfo import block_device_info, device_stats, node_stats, nodes_oldest_first, shown_backends
@@ -56,13 +56,13 @@ def _block_info(backend: BlockBackend) -> BlockInfo:
         inserted = block_device_info(skip_implicit(backend.root.node), backend=backend, flat=False)
     return BlockInfo(
         device=backend.name,
-        qdev=None if device is None else device.path,
+        qdev=None if device is None else device.name,
         type="unknown",
         removable=device is None or device.removable,
-        locked=False,
+        locked=device is not None and device.locked,
         inserted=inserted,
-        tray_open=False if device is not None and device.removable else None,
-        io_status=None if device is None else cast(IoStatusName, backend.io_status),
+        tray_open=device.tray_open if device is not None and device.has_tray else None,
+        io_status=cast(IoStatusName, backend.io_status) if device is not None and device.traits.io_status else None,
     )
 
 
@@ -92,7 +92,7 @@ async def x_debug_query_block_graph(ctx: CommandContext, args: NoArguments) -> X
     graph = ctx.system.graph
     nodes = nodes_oldest_first(graph)
     for backend in graph.backends:
-        dump.add(backend, "block-backend", backend.name)
+        dump.add(backend, "block-backend", backend.name or (backend.device.name if backend.device is not None else ""))
     for job in ctx.system.jobs.jobs:
         if isinstance(job, BlockJob):
             dump.add(job, "block-job", job.id or "")

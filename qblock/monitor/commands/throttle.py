@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from qblock.backend import BlockBackend
-from qblock.errors import CommandError, DeviceNotFound
+from qblock.errors import CommandError
 from qblock.monitor.command import CommandContext, command
 from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.options import option, required
@@ -78,7 +78,4 @@ def _backend(ctx: CommandContext, args: BlockIoThrottle) -> BlockBackend:
         raise CommandError("A device must be named in one way: by 'device' or by 'id'")
     if args.device is not None:
         return ctx.system.graph.find_backend(args.device)
-    for device in ctx.system.devices.values():
-        if args.id in (device.id, device.path):
-            return device.backend
-    raise DeviceNotFound(str(args.id))
+    return ctx.system.devices.find_disk(str(args.id)).backend

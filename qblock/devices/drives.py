@@ -1,22 +1,25 @@
-"""Guest devices as far as the block layer sees them, and the ``-drive`` option that makes them.
+"""Drives: the ``-drive`` option, the image that it names, and the device that belongs to its interface.
 
-Models a virtio disk (``if=virtio``) and a drive without a device (``if=none``): what they take of their node, the path under
-which query-block names the device, and the counters that only a device keeps (semantics.md section 14.2). Differs from QEMU
-in that other interfaces, and options that need a machine around the disk (``werror=stop``, ``snapshot=on``), are refused by
-name instead of being emulated in part.
+Models qemu-system-x86_64 7.2: a drive is a backend with a name, made from its interface and its place there; ``if=virtio`` adds a
+virtio disk, ``if=ide``, ``floppy`` and ``pflash`` go where the board has a place for them, ``if=none`` waits for a device.
+Differs from QEMU in that a board without places for an interface refuses it before the image is opened.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
 from qblock.backend import BlockBackend
-from qblock.clock import Clock
+from qblock.devices.board import UNPOLICED, Place
+from qblock.devices.models import MODELS
+from qblock.devices.plugging import Request, plug
 from qblock.driver import Json
-from qblock.errors import BlockIOError, CommandError, InvalidParameter
+from qblock.errors import CommandError, InvalidParameter
 from qblock.graph import check_identifier
 from qblock.node import BlockDriverState
 from qblock.opening import merge
@@ -48,10 +51,14 @@ class DriveOptions:
     """
 
     file: str | None = option(None, doc="the image: a file name or json:{…}")
-    interface: Literal["virtio", "none"] = option("none", doc="what the drive is connected to", name="if")
+    interface: Literal["none", "ide", "scsi", "floppy", "pflash", "mtd", "sd", "virtio", "xen"] = option(
+        "none", doc="what the drive is connected to", name="if"
+    )
     format: str | None = option(None, doc="format of the image; probed when absent")
     id: str | None = option(None, doc="name of the drive; made from interface and index when absent")
     index: int | None = option(None, doc="number of the drive on its interface")
+    bus: int | None = option(None, doc="the interface's bus that it is on")
+    unit: int | None = option(None, doc="its place on that bus")
     cache: CacheMode = option("writeback", doc="cache mode")
     writeback: bool | None = option(None, doc="the disk has a write cache; overrides the mode", name="cache.writeback")
     aio: Literal["threads", "native", "io_uring"] = option("threads", doc="how the file driver runs requests")
@@ -60,13 +67,23 @@ class DriveOptions:
     readonly: bool = option(False, doc="open the image read-only")
     read_only: bool = option(False, doc="the same")
     copy_on_read: bool = option(False, doc="copy what is read from the backing file into the image")
-    media: Literal["disk"] = option("disk", doc="kind of medium")
-    snapshot: Literal["off"] = option("off", doc="throw changes away at the end; not offered")
-    werror: Literal["report"] = option("report", doc="what the device does on a write error")
-    rerror: Literal["report"] = option("report", doc="what the device does on a read error")
+    media: Literal["disk", "cdrom"] = option("disk", doc="kind of medium; a CD-ROM is read-only")
+    snapshot: bool = option(False, doc="write into a temporary image, which is thrown away at the end")
+    werror: Literal["report", "ignore", "stop", "enospc"] | None = option(None, doc="what a device does on a write error")
+    rerror: Literal["report", "ignore", "stop"] | None = option(None, doc="what a device does on a read error")
     rest: Mapping[str, Any] = option({}, doc="options of the image's nodes")
     limits: ThrottleLimits = option(NO_LIMITS, doc="limits of its rate", name="throttling")
     group: str | None = option(None, doc="throttle group to join, by default one of the drive's name")
+
+    @property
+    def is_cdrom(self) -> bool:
+        """Whether the medium is a CD-ROM."""
+        return self.media == "cdrom"
+
+    @property
+    def opens_read_only(self) -> bool:
+        """Whether nothing may be written to the image."""
+        return self.readonly or self.read_only or self.is_cdrom or self.snapshot
 
 
 _OWN: Final = frozenset(field.name.replace("_", "-") for field in attrs.fields(DriveOptions)) - {
@@ -141,87 +158,19 @@ def node_options(drive: DriveOptions) -> dict[str, Any]:
     return merge(options, drive.rest)
 
 
-# -------------------------------------------------------------------------------------------------------- guest devices
+async def attach_drive(system: BlockSystem, drive: DriveOptions, *, connect: bool = True) -> BlockBackend:
+    """Open a drive's image and give the drive its place; with ``connect`` a virtio disk is plugged in for it. On failure nothing
+    stays.
 
-
-@attrs.define(eq=False)
-class DeviceAccounting:
-    """Counts a device's requests as query-blockstats shows them; implements `backend.Accounting`. Times in nanoseconds."""
-
-    clock: Clock
-    counters: dict[str, int] = attrs.field(factory=dict)
-    last_access_ns: int | None = None
-
-    def start(self) -> int:
-        """See `backend.Accounting`."""
-        return self.clock.now_ns()
-
-    def finish(self, operation: str, length: int, started: int, error: BlockIOError | None) -> None:
-        """See `backend.Accounting`."""
-        now = self.clock.now_ns()
-        self.last_access_ns = now
-        prefix = _PREFIXES[operation]
-        if error is not None:
-            self._add(f"failed_{prefix}_operations", 1)
-            return
-        self._add(f"{prefix}_operations", 1)
-        self._add(f"{prefix}_total_time_ns", now - started)
-        if prefix != "flush":
-            self._add(f"{prefix}_bytes", length)
-
-    def refused(self, operation: str) -> None:
-        """See `backend.Accounting`."""
-        self._add(f"invalid_{_PREFIXES[operation]}_operations", 1)
-
-    def snapshot(self) -> dict[str, int]:
-        """The counters now, with ``idle_time_ns`` once there was a request."""
-        idle = {} if self.last_access_ns is None else {"idle_time_ns": self.clock.now_ns() - self.last_access_ns}
-        return {**self.counters, **idle}
-
-    def _add(self, name: str, count: int) -> None:
-        self.counters[name] = self.counters.get(name, 0) + count
-
-
-_PREFIXES: Final = {"read": "rd", "write": "wr", "zero": "wr", "discard": "unmap", "flush": "flush"}
-
-
-@attrs.define(eq=False)
-class GuestDevice:
-    """A device of the guest on a backend. ``path`` is what query-block shows as ``qdev``; ``model`` e.g. ``virtio-blk``."""
-
-    id: str
-    model: str
-    path: str
-    backend: BlockBackend
-    accounting: DeviceAccounting
-    removable: bool = False
-
-    def __repr__(self) -> str:
-        return f"<GuestDevice {self.id!r} {self.model} on {self.backend!r}>"
-
-
-DISK_SHARES: Final = Perm.ALL & ~Perm.WRITE
-"""What a virtio disk lets others do to its node: all but write; it is told when block_resize changes its size."""
-
-
-def attach_disk(system: BlockSystem, backend: BlockBackend) -> GuestDevice:
-    """Connect a virtio disk to ``backend``: it takes reading and writing, and is counted. Raises `PermissionConflict`."""
-    node = backend.node
-    perm = Perm.CONSISTENT_READ if node.read_only else Perm.CONSISTENT_READ | Perm.WRITE
-    backend.set_permissions(perm, DISK_SHARES)
-    number = sum(device.model == "virtio-blk" for device in system.devices.values())
-    path = f"/machine/peripheral-anon/device[{number}]/virtio-backend"
-    device = GuestDevice(backend.name, "virtio-blk", path, backend, DeviceAccounting(system.clock))
-    backend.device = device
-    backend.accounting = device.accounting
-    system.devices[device.id] = device
-    return device
-
-
-async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend:
-    """Open a drive's image and connect it as its interface says. On failure nothing stays."""
-    name = drive.id or _free_name(system, drive)
-    _, _, writethrough = CACHE_MODES[drive.cache]
+    Drives of other interfaces have to be there before the board is built, which connects them.
+    """
+    board = system.board
+    place = board.place_for(drive.interface, drive.index, drive.bus, drive.unit)
+    if board.built and drive.interface not in ("none", "virtio"):
+        raise CommandError(f"A drive with if={drive.interface} cannot be added any more; use if=none and device_add")
+    if drive.interface in UNPOLICED and (drive.werror or drive.rerror):
+        raise InvalidParameter("werror" if drive.werror else "rerror", f"is not for drives with if={drive.interface}")
+    name = drive.id or board.name_for(drive.interface, place, is_cdrom=drive.is_cdrom)
     check_identifier(name, parameter="id")
     system.graph.check_name_is_free(name, kind="device")
     node = await _open_medium(system, drive)
@@ -229,9 +178,10 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend
     try:
         # The name may have been taken since it was looked at.
         backend = BlockBackend(system.graph, name, perm=Perm.CONSISTENT_READ, shared=Perm.ALL)
-        backend.writethrough = writethrough if drive.writeback is None else not drive.writeback
-        backend.on_write_error = drive.werror
-        backend.on_read_error = drive.rerror
+        board.drives.append(Place(drive.interface, *place, drive.is_cdrom, backend))
+        backend.writethrough = CACHE_MODES[drive.cache][2] if drive.writeback is None else not drive.writeback
+        backend.on_write_error = drive.werror or "enospc"
+        backend.on_read_error = drive.rerror or "report"
         if drive.limits.are_set:
             throttle = system.env.throttle_groups.join(drive.group or name)
             throttle.group.set_limits(drive.limits)
@@ -239,11 +189,12 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions) -> BlockBackend
         if node is not None:
             backend.insert(node)
             prepare_medium(system, node, filename=drive.file or node.node_name, copy_on_read=drive.copy_on_read)
-        if drive.interface != "none":
-            attach_disk(system, backend)
+        if connect and drive.interface == "virtio":
+            plug(system, Request(MODELS["virtio-blk-pci"], "", None, {"drive": name}), hot=False)
     except BaseException:
         if backend is not None:
             backend.close()
+            board.forget(backend)
         await system.opener.close_orphans()
         raise
     return backend
@@ -263,15 +214,35 @@ def prepare_medium(system: BlockSystem, node: BlockDriverState, *, filename: str
 
 
 async def _open_medium(system: BlockSystem, drive: DriveOptions) -> BlockDriverState | None:
+    node = await _open_image(system, drive)
+    return node if node is None or not drive.snapshot else await _put_above(system, node)
+
+
+async def _put_above(system: BlockSystem, node: BlockDriverState) -> BlockDriverState:
+    """A temporary image above ``node``, which goes when it is closed: its file has lost its name already."""
+    handle, path = tempfile.mkstemp(prefix="vl.", dir=os.environ.get("TMPDIR", "/var/tmp"))
+    os.close(handle)
+    file = {"driver": "file", "filename": path}
+    node.monitor_owned = True  # until the image above uses it
+    try:
+        await system.opener.create_image("qcow2", {"file": file, "size": node.length})
+        options = {"driver": "qcow2", "file": file, "backing": node.node_name, "cache": {"no-flush": "on"}}
+        return await system.opener.open_described(options)
+    finally:
+        node.monitor_owned = False
+        os.unlink(path)
+
+
+async def _open_image(system: BlockSystem, drive: DriveOptions) -> BlockDriverState | None:
     options = node_options(drive)
     if drive.file is not None:
-        read_only = drive.readonly or drive.read_only
+        read_only = drive.opens_read_only
         return await system.opener.open_image(drive.file, fmt=drive.format, read_only=read_only, options=options)
     if isinstance(drive.rest.get("file"), Mapping) or drive.format is not None:
         return await _open_described(system, drive, options)
     if drive.rest:
         raise InvalidParameter(next(iter(drive.rest)), "is unexpected in a drive without a medium")
-    if drive.interface != "none":
+    if drive.interface == "virtio":
         raise CommandError(f"A disk with if={drive.interface} needs a medium: give file=…")
     return None
 
@@ -280,16 +251,5 @@ async def _open_described(system: BlockSystem, drive: DriveOptions, options: dic
     """A medium given by node options (``file.driver=…``) instead of a file name."""
     if drive.format is not None:
         options["driver"] = drive.format
-    options["read-only"] = drive.readonly or drive.read_only
+    options["read-only"] = drive.opens_read_only
     return await system.opener.open_described(options)
-
-
-def _free_name(system: BlockSystem, drive: DriveOptions) -> str:
-    """``virtio0``, ``none0``, …: the name of a drive without an id."""
-    taken = {backend.name for backend in system.graph.backends}
-    if drive.index is not None:
-        return f"{drive.interface}{drive.index}"
-    number = 0
-    while f"{drive.interface}{number}" in taken:
-        number += 1
-    return f"{drive.interface}{number}"
