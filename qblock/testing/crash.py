@@ -148,16 +148,24 @@ class CrashStorage(Driver):
         return max((effect.offset for effect in self.effects[:moment] if effect.kind == "flush"), default=0)
 
     def after_power_cut(self, moment: int, random: Random) -> bytes:
-        """As `after_kill`, but of what no flush covered only some sectors, drawn at random, have reached the medium."""
+        """As `after_kill`, but of what no flush covered only a part, drawn at random, has reached the medium.
+
+        Sectors of one write are kept or lost by themselves; so is a new length of the file. Which order they went in is
+        covered by that: of two writes to a sector the later one may be lost. How much is lost differs from draw to draw,
+        from nearly nothing to nearly everything.
+        """
         durable = self.last_flush(moment)
         image = bytearray(self.after_kill(durable))
+        kept = random.choice((0.05, 0.5, 0.95))
         for effect in self.effects[durable:moment]:
+            if effect.kind == "truncate" and random.random() < kept:
+                apply_effect(image, effect)
             if effect.kind != "write":
                 continue
             start = effect.offset
             while start < effect.offset + len(effect.data):
                 end = min((start // SECTOR + 1) * SECTOR, effect.offset + len(effect.data))
-                if random.random() < 0.5:
+                if random.random() < kept:
                     apply_effect(image, Effect("write", start, effect.data[start - effect.offset : end - effect.offset]))
                 start = end
         return bytes(image)

@@ -18,6 +18,8 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from qblock import requests
@@ -100,13 +102,24 @@ class Payload:
 class Allocator:
     """Changes the mapping of one image that is open for writing."""
 
-    def __init__(self, clusters: ClusterMap, refcounts: Refcounts, writeback: WriteBack, *, pass_discard: bool) -> None:
+    def __init__(
+        self,
+        clusters: ClusterMap,
+        refcounts: Refcounts,
+        writeback: WriteBack,
+        *,
+        pass_discard: bool,
+        keep_discarded: bool = False,
+    ) -> None:
         self.map = clusters
         self.refcounts = refcounts
         self.writeback = writeback
         self.file = clusters.file
         self.pass_discard = pass_discard
         """Clusters freed by the guest's discards are discarded in the file too."""
+        self.keep_discarded = keep_discarded
+        """Clusters that the guest gives up keep their places (``discard-no-unref``), unless a snapshot has them, too."""
+        refcounts.empty = self._empty_kept
         self.packer: CompressedWriter | None = None
         """Who writes compressed clusters, once there have been any."""
 
@@ -154,6 +167,18 @@ class Allocator:
                 limit = allocation.first - first
         return limit
 
+    @contextmanager
+    def allocating(self, first: int, count: int) -> Iterator[Allocation]:
+        """Have ``count`` guest clusters from ``first`` on to oneself; `free_to_change` has said that they are free."""
+        allocation = Allocation(first, first + count)
+        self.map.allocations.append(allocation)
+        try:
+            yield allocation
+        finally:
+            self.map.allocations.remove(allocation)
+            if allocation.done is not None:
+                allocation.done.set_result(None)
+
     def _run_to_place(self, table: CachedTable, index: int, limit: int) -> int:
         """How many entries from ``index`` on need a new place for a write."""
         count = 0
@@ -199,9 +224,7 @@ class Allocator:
         clusters, geometry = self.map, self.map.geometry
         start = guest & (geometry.cluster_size - 1)
         first = guest >> geometry.cluster_bits
-        allocation = Allocation(first, first + len(old))
-        clusters.allocations.append(allocation)
-        try:
+        with self.allocating(first, len(old)) as allocation:
             claim = reuse or await self.claim(first, len(old))
             allocation.end = first + claim.clusters
             count = min(claim.clusters * geometry.cluster_size - start, payload.length)
@@ -219,10 +242,6 @@ class Allocator:
             clusters.change(table, clusters.index(guest), array(U64, range(entry, entry + claim.clusters * step, step)))
             if reuse is None:
                 self.drop(old[: claim.clusters], pass_discard=self.refcounts.discard_other)
-        finally:
-            clusters.allocations.remove(allocation)
-            if allocation.done is not None:
-                allocation.done.set_result(None)
         return count
 
     async def _fill(self, claim: Claim, guest: int, payload: Payload, old: array[int]) -> None:
@@ -285,6 +304,35 @@ class Allocator:
             elif run.kind is Kind.DATA or run.kind is Kind.ZERO_ALLOCATED:
                 pending.append(Freed((run.entry & OFFSET_MASK) >> bits, run.clusters, pass_discard))
             at += run.clusters
+
+    def empty_later(self, run: Run, guest: int) -> None:
+        """The run of guest clusters from ``guest`` on reads as zeroes, at the places it has; what these hold is of no use."""
+        if self.pass_discard:
+            first = (run.entry & OFFSET_MASK) >> self.map.geometry.cluster_bits
+            self.refcounts.pending.append(Freed(first, run.clusters, True, guest))
+
+    async def _empty_kept(self, freed: Freed) -> None:
+        """Discard what clusters of one slice hold that are places of zero clusters, by the file as well: see `Freed`.
+
+        Whoever uses the places again meanwhile waits.
+        """
+        clusters, bits = self.map, self.map.geometry.cluster_bits
+        host, count, _, guest = freed
+        assert guest is not None
+        while count:
+            table = await clusters.slice_at(guest << bits)
+            if table is None:
+                return
+            if table.end_dirty or table.writing:
+                # The file may still, or again, say something else.
+                self.refcounts.pending.append(Freed(host, count, True, guest))
+                return
+            run = clusters.places_of_zeroes(table, clusters.index(guest << bits), count)
+            used = any(one.first < guest + run.clusters and one.end > guest for one in clusters.allocations)
+            if run.kind is Kind.ZERO_ALLOCATED and run.entry & OFFSET_MASK == host << bits and not used:
+                with self.allocating(guest, run.clusters):
+                    await requests.discard(self.file.edge, host << bits, run.clusters << bits)
+            host, guest, count = host + run.clusters, guest + run.clusters, count - run.clusters
 
     async def write_back_if_crowded(self) -> None:
         """Start a write-back when much is waiting for one."""
@@ -368,12 +416,13 @@ class Allocator:
             limit = await self.free_to_change(cluster, min(last - cluster, slice_entries - clusters.index(guest)))
             if not limit:
                 continue
-            index, stop = clusters.index(guest), clusters.index(guest) + limit
+            start = index = clusters.index(guest)
+            stop = start + limit
             while index < stop:
                 run = clusters.run_at(table, index, stop - index)
                 if run.kind is Kind.CORRUPT:
                     await self.file.fatal(f"the L2 entry for guest offset {guest:#x} is {run.entry:#x}")
-                entries = rule.apply(run, table.entries[index : index + run.clusters])
+                entries = rule.apply(run, table.entries[index : index + run.clusters], cluster + index - start)
                 if entries is not None:
                     clusters.change(table, index, entries)
                 index += run.clusters
@@ -389,9 +438,23 @@ class _Rule:
     def __init__(self, allocator: Allocator) -> None:
         self.allocator = allocator
 
-    def apply(self, run: Run, old: array[int]) -> array[int] | None:
-        """New entries for the run, or None to leave it; drops what is given up. Never waits."""
+    def apply(self, run: Run, old: array[int], guest: int) -> array[int] | None:
+        """New entries for the run, which begins at guest cluster ``guest``, or None to leave it; drops what is given up.
+
+        Never waits.
+        """
         raise AssertionError("every rule has one")
+
+    def keeps(self, run: Run) -> bool:
+        """Does a run that is given up keep its places, which are its own?"""
+        return self.allocator.keep_discarded and bool(run.entry & COPIED)
+
+    def zeroes_in_place(self, run: Run, guest: int, *, empty: bool) -> array[int]:
+        """Entries by which a run of data reads as zeroes at its places; ``empty``: what these hold is of no use."""
+        if empty:
+            self.allocator.empty_later(run, guest)
+        step = self.allocator.map.geometry.cluster_size
+        return array(U64, range(run.entry | ZERO, (run.entry | ZERO) + run.clusters * step, step))
 
 
 class _Zeroing(_Rule):
@@ -400,17 +463,16 @@ class _Zeroing(_Rule):
         self.unmap = unmap
         self.only_unallocated = only_unallocated
 
-    def apply(self, run: Run, old: array[int]) -> array[int] | None:
-        kind = run.kind
-        if kind is Kind.ZERO or (kind is Kind.ZERO_ALLOCATED and not self.unmap):
+    def apply(self, run: Run, old: array[int], guest: int) -> array[int] | None:
+        kind, keep = run.kind, not self.unmap or self.keeps(run)
+        if kind is Kind.ZERO or (kind is Kind.ZERO_ALLOCATED and keep):
             return None
         if kind is not Kind.UNALLOCATED:
             if self.only_unallocated and kind is not Kind.ZERO_ALLOCATED:
                 # Written since it was looked at: that write and this one are concurrent, the data may stay.
                 return None
-            if kind is Kind.DATA and not self.unmap:
-                step = self.allocator.map.geometry.cluster_size
-                return array(U64, range(run.entry | ZERO, (run.entry | ZERO) + run.clusters * step, step))
+            if kind is Kind.DATA and keep:
+                return self.zeroes_in_place(run, guest, empty=self.unmap)
             self.allocator.drop(old, pass_discard=self.allocator.pass_discard)
         return array(U64, [ZERO]) * run.clusters
 
@@ -423,8 +485,10 @@ class _Discarding(_Rule):
         self.pass_discard = allocator.pass_discard
         self.skips_missing_tables = not leave_zeroes
 
-    def apply(self, run: Run, old: array[int]) -> array[int] | None:
+    def apply(self, run: Run, old: array[int], guest: int) -> array[int] | None:
         kind = run.kind
+        if not self.full and self.keeps(run) and kind in (Kind.DATA, Kind.ZERO_ALLOCATED):
+            return self.zeroes_in_place(run, guest, empty=True) if kind is Kind.DATA else None
         if kind is Kind.UNALLOCATED:
             return self.leave * run.clusters if self.leave[0] else None
         if kind is Kind.ZERO:

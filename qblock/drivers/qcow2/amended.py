@@ -36,7 +36,7 @@ class AmendedDriver(SnapshottedDriver):
             await self._rewrite(lambda header: amending.with_settings(header, wanted))
         if wanted.refcount_order not in (None, self._file.header.refcount_order):
             await self._change_width(wanted, progress)
-        if wanted.size is not None and wanted.size != self.length():
+        if wanted.size is not None:
             await self.truncate(wanted.size)
             requests.refresh_length(self.node)
         if down:

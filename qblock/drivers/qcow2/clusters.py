@@ -222,6 +222,10 @@ class ClusterMap:
         """The run of clusters of one kind that begins at ``index`` of a slice, at most ``limit`` entries."""
         return find_run(table.entries, index, limit, self.geometry)
 
+    def places_of_zeroes(self, table: CachedTable, index: int, limit: int) -> Run:
+        """As `run_at`; of kind ZERO_ALLOCATED are clusters that read as zeroes and have a place."""
+        return self.run_at(table, index, limit)
+
     def change(self, table: CachedTable, index: int, entries: array[int]) -> None:
         """Replace entries of a slice that `writable_slice` has just returned."""
         table.entries[index : index + len(entries)] = entries

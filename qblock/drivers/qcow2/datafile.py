@@ -89,6 +89,9 @@ class DataFileAllocator(Allocator):
     def drop(self, old: array[int], *, pass_discard: bool) -> None:
         """See `Allocator`: nothing was counted; `clear` has emptied the place where that was wanted."""
 
+    def empty_later(self, run: Run, guest: int) -> None:
+        """See `Allocator`: `clear` has done it."""
+
     async def clear(self, offset: int, length: int, *, unmap: bool) -> None:
         """See `Allocator`: always in a raw data file, else where discards are passed on."""
         data = self.file.data

@@ -36,7 +36,7 @@ from qblock.drivers.qcow2.options import (
     Qcow2Options,
     cache_sizes,
     protected_areas,
-    refuse_lazy_refcounts_of_v2,
+    refuse_for_v2,
     refuse_unsupported,
 )
 from qblock.drivers.qcow2.packing import CompressedWriter
@@ -108,7 +108,7 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
         if "data-file" in self.node.children and not header.has(head.DATA_FILE):
             raise InvalidParameter("data-file", f"cannot be given: '{self._image}' keeps its data itself")
         sizes = cache_sizes(self.options, header)
-        refuse_lazy_refcounts_of_v2(self.options, header, self._image)
+        refuse_for_v2(self.options, header, self._image)
         await self._unlock(self._edge, header)
         await self._build(header, sizes)
         self.probes_storage = self._lies_on_holes() and not header.has(head.DATA_FILE)
@@ -213,6 +213,7 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
             refcounts,
             self._writeback,
             pass_discard=self.node.discard_unmap if pass_discard is None else pass_discard,
+            keep_discarded=self.options.discard_no_unref,
         )
         self._metadata = file.metadata.all
 
@@ -547,7 +548,7 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
         if options.encrypt != self.options.encrypt:
             raise InvalidParameter("encrypt", "cannot be changed while the image is open")
         cache_sizes(options, header)
-        refuse_lazy_refcounts_of_v2(options, header, self._image)
+        refuse_for_v2(options, header, self._image)
         if not read_only:
             self._check_may_write(header)
             if self._writer is None and header.has(head.DIRTY):

@@ -63,6 +63,9 @@ class Qcow2Options(DriverOptions):
     pass_discard_request: bool | None = option(None, doc="pass guest discards to the file; default: with discard=unmap")
     pass_discard_snapshot: bool = option(True, doc="discard in the file what deleting a snapshot frees")
     pass_discard_other: bool = option(False, doc="discard in the file what else becomes free")
+    discard_no_unref: bool = option(
+        False, doc="clusters that the guest discards keep their places in the file; needs version 3", since="8.1"
+    )
     overlap_check: OverlapChecks | Template | None = option(None, doc="protection of metadata; default: cached", since="2.2")
     cache_size: int | None = option(None, doc="size of L2 and refcount cache together", since="2.2")
     l2_cache_size: int | None = option(None, doc="size of the L2 cache; default: the whole image, at most 32 MiB", since="2.2")
@@ -176,7 +179,12 @@ def refuse_unsupported(options: Qcow2Options | Qcow2CreateOptions) -> None:
     """Raise for options that stand for features of the format that qblock does not offer."""
 
 
-def refuse_lazy_refcounts_of_v2(options: Qcow2Options, header: Header, image: str) -> None:
-    """``lazy-refcounts=on`` needs the dirty bit, which version 2 lacks."""
-    if options.lazy_refcounts and header.version < 3:
-        raise BlockIOError(errno.EINVAL, f"'{image}' is of version 2 (compat 0.10), which has no lazy refcounts")
+def refuse_for_v2(options: Qcow2Options, header: Header, image: str) -> None:
+    """``lazy-refcounts=on`` needs the dirty bit, ``discard-no-unref=on`` zero clusters with a place: version 2 lacks both."""
+    if header.version < 3:
+        if options.lazy_refcounts:
+            raise BlockIOError(errno.EINVAL, f"'{image}' is of version 2 (compat 0.10), which has no lazy refcounts")
+        if options.discard_no_unref:
+            raise BlockIOError(
+                errno.EINVAL, f"'{image}' is of version 2 (compat 0.10), in which discarded clusters cannot keep their places"
+            )

@@ -24,7 +24,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from qblock import requests
-from qblock.drivers.qcow2.allocation import Allocation, Payload
+from qblock.drivers.qcow2.allocation import Payload
 from qblock.drivers.qcow2.cache import SECTOR
 from qblock.drivers.qcow2.compression import compress
 from qblock.drivers.qcow2.layout import COMPRESSED, U64, Kind, compressed_clusters
@@ -147,14 +147,8 @@ class CompressedWriter:
         if not empty:
             raise BlockIOError(errno.EIO, f"the cluster at {guest:#x} is in use, and can only be overwritten plainly")
         count = empty
-        allocation = Allocation(first, first + count)
-        self.map.allocations.append(allocation)
-        try:
+        with self.allocator.allocating(first, count):
             yield count
-        finally:
-            self.map.allocations.remove(allocation)
-            if allocation.done is not None:
-                allocation.done.set_result(None)
 
     async def _write_packed(self, entries: Sequence[int], forms: Sequence[bytes]) -> None:
         """Write packed data; what lies side by side is written at once."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
+from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
 from qblock import requests
@@ -47,11 +48,15 @@ _ENTRIES_PER_TABLE_SECTOR: Final = SECTOR // 8
 
 
 class Freed(NamedTuple):
-    """Clusters that lost a reference: first index, count, and whether the file should get a discard when they become free."""
+    """Clusters that lost a reference: first index, count, and whether the file should get a discard when they become free.
+
+    ``guest``: they keep their reference, and lose their content only; the first guest cluster whose place they are.
+    """
 
     first: int
     clusters: int
     pass_discard: bool
+    guest: int | None = None
 
 
 class Claim(NamedTuple):
@@ -128,6 +133,8 @@ class Refcounts:
         """The table has a new place that the header on disk does not know of yet."""
         self.dirty_sectors: set[int] = set()
         self.codec = RefcountCodec(geometry.refcount_order)
+        self.empty: Callable[[Freed], Awaitable[None]] | None = None
+        """Discards in the file what clusters held that keep their places (`Freed`)."""
         self.discard_other = discard_other
         """Clusters that become free otherwise than by a guest's discard are discarded in the file too."""
         self.hint = 0
@@ -377,7 +384,12 @@ class Refcounts:
         """Lower counts by one. What reaches zero may be claimed again at once, after the file got its discard."""
         slice_clusters = 1 << self._slice_bits
         self.file.event("cluster_free")
-        for first, count, pass_discard in freed:
+        for run in freed:
+            first, count, pass_discard, guest = run
+            if guest is not None:
+                assert self.empty is not None, "there are places to keep"
+                await self.empty(run)
+                continue
             while count:
                 key = first >> self._slice_bits
                 at = first & (slice_clusters - 1)

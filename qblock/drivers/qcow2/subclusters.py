@@ -213,6 +213,12 @@ class ExtendedMap(ClusterMap):
             return Run(Kind.ZERO, 1, entry)
         return Run(kind, 1, entry)
 
+    def places_of_zeroes(self, table: CachedTable, index: int, limit: int) -> Run:
+        """See `ClusterMap`."""
+        run = self.run_at(table, index, limit)
+        zeroes = run.kind is Kind.DATA and states_of(table)[index] == ALL_ZERO
+        return run._replace(kind=Kind.ZERO_ALLOCATED) if zeroes else run
+
     def change(self, table: CachedTable, index: int, entries: array[int]) -> None:
         """See `ClusterMap`: clusters that are data or zero, by the flag of plain entries, are so throughout."""
         states = array(U64, [_whole_state(entry, self.geometry) for entry in entries])

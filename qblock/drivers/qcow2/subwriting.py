@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from qblock.drivers.qcow2.allocation import JOIN_BELOW, Allocation, Allocator, Payload
+from qblock.drivers.qcow2.allocation import JOIN_BELOW, Allocator, Payload
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.datafile import DataFileAllocator, DataFileMap
 from qblock.drivers.qcow2.layout import (
@@ -120,9 +120,7 @@ class ExtendedAllocator(Allocator):
         clusters, geometry = self.map, self.map.geometry
         start = guest & (geometry.cluster_size - 1)
         first = guest >> geometry.cluster_bits
-        allocation = Allocation(first, first + len(old))
-        clusters.allocations.append(allocation)
-        try:
+        with self.allocating(first, len(old)) as allocation:
             claim = reuse or await self.claim(first, len(old))
             allocation.end = first + claim.clusters
             payload = payload.part(0, min(claim.clusters * geometry.cluster_size - start, payload.length))
@@ -142,10 +140,6 @@ class ExtendedAllocator(Allocator):
             if reuse is None:
                 words = array(U64, [word for word, _ in old[: claim.clusters]])
                 self.drop(words, pass_discard=self.refcounts.discard_other)
-        finally:
-            clusters.allocations.remove(allocation)
-            if allocation.done is not None:
-                allocation.done.set_result(None)
         return payload.length
 
     async def _fill_parts(
@@ -242,11 +236,15 @@ class ExtendedAllocator(Allocator):
             if partial and (kind is Kind.COMPRESSED or states & meant):
                 # Written since it was looked at: that write and this one are concurrent, the data may stay.
                 return None
-            if meant == ALL_DATA and (kind is Kind.COMPRESSED or unmap):
+            if meant == ALL_DATA and (kind is Kind.COMPRESSED or (unmap and not self._keeps(entry))):
                 return 0, ALL_ZERO
             return entry, (states | meant << SUBCLUSTERS) & ~meant
 
-        await self._rewrite_both(offset, end, change, pass_discard=self.pass_discard)
+        await self._rewrite_both(offset, end, change, pass_discard=self.pass_discard, empties=unmap)
+
+    def _keeps(self, entry: int) -> bool:
+        """Does a cluster that is given up keep its place, which is its own?"""
+        return self.keep_discarded and bool(entry & COPIED)
 
     async def discard(self, offset: int, length: int) -> None:
         """See `Allocator`."""
@@ -258,10 +256,14 @@ class ExtendedAllocator(Allocator):
         hides = self.file.node.backing is not None
 
         def change(entry: int, states: int, meant: int) -> Entry | None:
+            if self._keeps(entry):
+                return entry, ALL_ZERO
             kept = classify(entry, self.map.geometry) is Kind.UNALLOCATED and not hides
             return None if kept else (0, ALL_ZERO)
 
-        await self._rewrite_both(offset, end, change, pass_discard=self.pass_discard, skips_missing_tables=not hides)
+        await self._rewrite_both(
+            offset, end, change, pass_discard=self.pass_discard, skips_missing_tables=not hides, empties=True
+        )
 
     async def cut(self, start: int, end: int, *, pass_discard: bool | None = None) -> None:
         """See `Allocator`."""
@@ -273,9 +275,19 @@ class ExtendedAllocator(Allocator):
         await self._rewrite_both(start, end, lambda entry, *_: (entry, ALL_ZERO), pass_discard=False)
 
     async def _rewrite_both(
-        self, offset: int, end: int, change: Change, *, pass_discard: bool, skips_missing_tables: bool = False
+        self,
+        offset: int,
+        end: int,
+        change: Change,
+        *,
+        pass_discard: bool,
+        skips_missing_tables: bool = False,
+        empties: bool = False,
     ) -> None:
-        """Change the entries of all clusters that the range touches, slice by slice; what they lose is given up."""
+        """Change the entries of all clusters that the range touches, slice by slice; what they lose is given up.
+
+        ``empties``: clusters that become zero throughout, at the places they have, hold nothing of use any more.
+        """
         clusters, geometry = self.map, self.map.geometry
         bits = geometry.cluster_bits
         if end >= clusters.length:
@@ -294,13 +306,15 @@ class ExtendedAllocator(Allocator):
             while index < stop:
                 if is_damaged_entry(table.entries[index], states_of(table)[index], clusters):
                     await self.file.fatal(f"the L2 entry for guest offset {offset:#x} is {table.entries[index]:#x}")
-                count = self._change_run(index, stop, offset, end, change, pass_discard=pass_discard)
+                count = self._change_run(
+                    index, stop, offset, end, change, pass_discard=pass_discard, empties=empties
+                )
                 index += count
                 offset = ((offset >> bits) + count) << bits
             await self.write_back_if_crowded()
 
     def _change_run(
-        self, index: int, stop: int, offset: int, end: int, change: Change, *, pass_discard: bool
+        self, index: int, stop: int, offset: int, end: int, change: Change, *, pass_discard: bool, empties: bool
     ) -> int:
         """Change the entries from ``index`` on that are alike; returns how many. Never waits."""
         clusters, geometry = self.map, self.map.geometry
@@ -323,6 +337,8 @@ class ExtendedAllocator(Allocator):
         if entry != old[0]:
             self.drop(old, pass_discard=pass_discard)
             old = array(U64, [entry]) * count
+        elif empties and state == ALL_ZERO and states[index] & ALL_DATA:
+            self.empty_later(Run(Kind.DATA, count, entry), offset >> geometry.cluster_bits)
         clusters.change_both(table, index, old, array(U64, [state]) * count)
         return count
 
