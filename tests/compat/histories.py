@@ -1,8 +1,8 @@
 """Random histories of images, lived twice: by the real programs in one folder, and by ours in another.
 
 A history makes a chain of images with random options, and then gives both sides the same commands: reads and writes, snapshots,
-resizes, rebases, commits, bitmaps, conversions, amendments, repairs. After each of them both images must tell the same of
-themselves, as far as the format determines it, and show the same; and each side goes on with the other's image every now and then.
+resizes, rebases, commits, bitmaps, conversions, amendments, repairs. Both images must tell the same of themselves, as far as the
+format determines it, and show the same; and each side goes on with the other's image every now and then.
 
 As a program it looks for differences as long as it is told to::
 
@@ -106,6 +106,8 @@ class History:
         self.shape = Shape(65536)
         self.chain: list[str] = []
         self.bitmaps = False
+        self.large = False
+        """Some image has clusters so large that they may lie on holes of its file."""
         self.counter = 0
         for name in ("ours", "real"):
             (folder / name).mkdir()
@@ -207,6 +209,7 @@ class History:
             words += [str(self.size(self.shape.cluster))]
         self.both("img", *words)
         self.chain.append(name)
+        self.large |= self.shape.cluster > 1 << 20
         self.bitmaps = False
         for _ in range(self.random.randrange(4)):
             self.write()
@@ -296,6 +299,8 @@ class History:
             words = [f"--preallocation={self.random.choice(('falloc', 'full'))}"]
         if size:
             self.both("img", "resize", "-q", *words, self.top, str(size))
+        if len(self.chain) > 1 and words != ["--shrink"]:
+            self.settle()  # what must hide a longer backing file is zeroed by us, and written by the real one
 
     def rebase(self) -> None:
         """Another backing file of the chain, or none."""
@@ -333,12 +338,16 @@ class History:
         found, _ = self.both("img", "convert", "-q", *words, "-O", "qcow2", "-o", ",".join(options), self.top, name)
         if not found[0]:
             self.chain, self.shape = [name], shape
+            self.large = shape.cluster > 1 << 20
         self.settle()
 
     def amend(self) -> None:
         """Another version, width of refcounts, size or flag."""
+        if self.large:
+            return  # the real one takes minutes
         option = self.random.choice(
-            ("compat=0.10", "compat=1.1", "lazy_refcounts=on", "lazy_refcounts=off", f"refcount_bits={1 << self.random.randrange(7)}",
+            ("compat=0.10", "compat=1.1", "lazy_refcounts=on", "lazy_refcounts=off",
+             f"refcount_bits={1 << self.random.randrange(7)}",
              f"size={self.length() + self.random.randrange(4) * self.shape.cluster}")
         )  # fmt: skip
         found, expected = self.both("img", "amend", "-q", "-o", option, self.top, lenient=True)
@@ -363,8 +372,11 @@ class History:
         )  # fmt: skip
 
     def repair(self) -> None:
-        """There is nothing to be repaired."""
-        self.both("img", "check", "-q", "-r", self.random.choice(("leaks", "all")), self.top)
+        """There is nothing to be repaired. (7.2 loses the snapshots of an image with bitmaps by that, so it is not asked to.)"""
+        with self.at("real"):
+            info = json.loads(self.real.img("info", "--output=json", self.top)[1])
+        if not ("snapshots" in info and "bitmaps" in info["format-specific"]["data"]):
+            self.both("img", "check", "-q", "-r", self.random.choice(("leaks", "all")), self.top)
 
     # ------------------------------------------------------------------------------------------------------- verdicts
 
@@ -381,7 +393,7 @@ class History:
         self.compare_json("info", self.plain_info)
         self.compare_json("map", self.plain_map)
         self.compare_json("check", self.plain_check)
-        if self.random.random() < 0.5 and self.shape.cluster < 1 << 20:
+        if self.random.random() < 0.5 and not self.large:
             # Large clusters may lie on holes, which the programs look for in ways of their own.
             self.compare_json("measure", lambda report: report, "-O", "qcow2")
         self.compare_content()
@@ -394,13 +406,11 @@ class History:
                 for who in (self.real, self.ours):
                     code, text = who.img(command, "--output=json", *words, self.top)
                     if code:
-                        raise Difference(f"{command} of {side} by {type(who).__name__}: exit code {code}\n{text}")
-                    reports[side, type(who).__name__] = plain(json.loads(text))
-        for side in ("real", "ours"):
-            if reports[side, "Real"] != reports[side, "Ours"]:
-                raise Difference(f"{command} of the image of {side}, by real and ours:\n{reports[side, 'Real']}\n{reports[side, 'Ours']}")
-        if reports["real", "Real"] != reports["ours", "Ours"]:
-            raise Difference(f"{command} of both images:\nreal {reports['real', 'Real']}\nours {reports['ours', 'Ours']}")
+                        raise Difference(f"{command} of the image of {side} by {type(who).__name__}: exit code {code}\n{text}")
+                    reports[f"image of {side} by {type(who).__name__}"] = plain(json.loads(text))
+        first, *others = reports.values()
+        if any(other != first for other in others):
+            raise Difference(f"{command}:\n" + "\n".join(f"{key}: {report}" for key, report in reports.items()))
 
     def plain_info(self, info: dict[str, Any]) -> dict[str, Any]:
         """Without what time and place make different."""
@@ -449,12 +459,11 @@ class History:
                             raise Difference(f"cannot be read: {side} by {type(who).__name__} {words} {text}")
                         contents[side, type(who).__name__] = Path("content").read_bytes()
                         Path("content").unlink()
-            if len(set(contents.values())) > 1:
-                first = contents["real", "Real"]
-                for key, content in contents.items():
-                    if content != first:
-                        at = next((i for i, (a, b) in enumerate(zip(first, content, strict=False)) if a != b), -1)
-                        raise Difference(f"content {words}: {key} is not that of real, {len(first)} {len(content)}, from {at:#x} on")
+            first = contents["real", "Real"]
+            for key, content in contents.items():
+                if content != first:
+                    at = next((i for i, (a, b) in enumerate(zip(first, content, strict=False)) if a != b), -1)
+                    raise Difference(f"content {words}: {key} differs from {at:#x} on, lengths {len(first)} {len(content)}")
 
 
 def live(seed: int, steps: int) -> str:
@@ -485,8 +494,9 @@ def main() -> int:
     for seed in range(wanted.seed, wanted.seed + wanted.count):
         if trouble := live(seed, wanted.steps):
             failures += 1
-            print(trouble, flush=True)
-    print(f"{wanted.count} histories from {wanted.seed} on, {failures} failures")
+            sys.stdout.write(f"{trouble}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{wanted.count} histories from {wanted.seed} on, {failures} failures\n")
     return bool(failures)
 
 

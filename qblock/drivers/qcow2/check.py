@@ -138,7 +138,7 @@ class _Checker:
             corruptions_fixed=report.corruptions_fixed,
             leaks_fixed=report.leaks_fixed,
             image_end_offset=max(self.census.end(), self._held) << self.geometry.cluster_bits,
-            total_clusters=self.geometry.clusters(self.file.header.size),
+            total_clusters=self.geometry.clusters(self.file.header.disk_size),
             allocated_clusters=self.counter.allocated,
             fragmented_clusters=self.counter.fragmented,
             compressed_clusters=self.counter.compressed,

@@ -63,7 +63,7 @@ class ClusterMap:
     ) -> None:
         self.file = file
         self.geometry = geometry
-        self.length = file.header.size
+        self.length = file.header.disk_size
         self.l1 = l1
         self.l1_host = file.header.l1_offset
         self.dirty_l1: set[int] = set()

@@ -170,7 +170,7 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
         if self._snapshots.broken is not None:
             self._take_broken_snapshots(self._snapshots.broken)
         self._writer = self._writeback = None
-        self._adopt_size(header.size)
+        self._adopt_size(header.disk_size)
         cluster = geometry.cluster_size
         alignment = 1 if file.crypto is None else _SECTOR
         self.limits = Limits(
@@ -213,7 +213,7 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
             refcounts,
             self._writeback,
             pass_discard=self.node.discard_unmap if pass_discard is None else pass_discard,
-            keep_discarded=self.options.discard_no_unref,
+            keep_discarded=self.options.discard_no_unref and header.version >= 3,
         )
         self._metadata = file.metadata.all
 

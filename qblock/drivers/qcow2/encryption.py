@@ -22,7 +22,7 @@ from qblock import requests
 from qblock.crypto import luks
 from qblock.crypto.sectors import SECTOR, CipherSpec, SectorCipher, require_library
 from qblock.drivers.qcow2 import header as head
-from qblock.errors import BlockIOError, CommandError, CorruptImage, InvalidParameter
+from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.units import KiB
 
 if TYPE_CHECKING:
@@ -147,8 +147,6 @@ async def open_encryption(
     given = options.format if options is not None else None
     if given not in (None, found):
         raise InvalidParameter("encrypt.format", f"is '{given}', but the image is encrypted with '{found}'")
-    if header.size % SECTOR:
-        raise CorruptImage(image, "it is encrypted, and its size is not a multiple of 512", offset=24)
     encryption = ImageEncryption(found, NoKey(image))
     if found == "luks":
         encryption.offset, encryption.length = header.encryption_area

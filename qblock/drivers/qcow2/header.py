@@ -154,6 +154,11 @@ class Header:
         """Bytes per cluster."""
         return 1 << self.cluster_bits
 
+    @property
+    def disk_size(self) -> int:
+        """Bytes of the disk: ``size`` without what is no whole sector at its end."""
+        return self.size // 512 * 512
+
     def has(self, feature: Feature) -> bool:
         """Is this feature bit set?"""
         return bool((self.incompatible, self.compatible, self.autoclear)[feature.word] & feature.mask)
@@ -355,6 +360,8 @@ def _check_features(header: Header, image: str) -> None:
     pointer = header.extension(EXT_ENCRYPTION)
     if (pointer is not None) is not (header.crypt_method == CRYPT_LUKS) or len(pointer or bytes(16)) != 16:
         raise CorruptImage(image, "encryption method and encryption header contradict each other", offset=32)
+    if header.has(DATA_FILE_RAW) and not header.has(DATA_FILE) and header.version >= 3:
+        raise CorruptImage(image, "its data file is said to be raw, but it has none", offset=88)
     if header.compression_type not in COMPRESSION_NAMES:
         raise UnsupportedFeature(image, f"compression type {header.compression_type}")
     if bool(header.compression_type) != header.has(COMPRESSION):
