@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -31,7 +32,8 @@ from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_lin
 from qblock.tools.console import complain, ending_quietly
 from qblock.tools.demo_proofs import collect_proofs
 from qblock.tools.demo_show import JsonPresenter, Presenter, Proof, TextPresenter
-from qblock.tools.machine_line import loop_factory, start_machine
+from qblock.tools.machine_line import answers_trace_help, loop_factory, start_machine
+from qblock.tools.tracing import Tracer
 from qblock.units import MILLISECOND_NS, SECOND_NS, KiB, MiB, align_up, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ Mirrors a running disk to a new image and switches over to it, then proves that 
   --json                tell it as JSON, one object a line
   --dir DIRECTORY       put the files there, and keep them
   --keep                keep the temporary directory
+  --trace PATTERN       write trace events to standard error, as 'mirror_*' (see qblock --help)
   -h, --help            show this
 
 Exit code: 0 all proofs hold, 1 one does not."""
@@ -72,16 +75,19 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        valued, flags = frozenset({"size", "clock", "seed", "dir"}), HELP_FLAGS | {"hmp", "json", "keep"}
+        valued, flags = frozenset({"size", "clock", "seed", "dir", "trace"}), HELP_FLAGS | {"hmp", "json", "keep"}
         line = parse_command_line(argv, valued=valued, flags=flags)
         if line.has("h") or line.has("help"):
             print(HELP)
             return 0
+        if answers_trace_help(line):
+            return 0
         if line.words:
             raise UsageError(f"the demo takes options only, not '{line.words[0]}'")
         clock = line.choice("clock", ("real", "virtual"))
-        with _directory(line) as directory:
-            demo = Demo(directory, _presenter(line), _size(line), line.number("seed") or 1, hmp=line.has("hmp"))
+        with closing(Tracer.of(PROGRAM, line.values.get("trace", ()))) as tracer, _directory(line) as directory:
+            seed, hmp = line.number("seed") or 1, line.has("hmp")
+            demo = Demo(directory, _presenter(line), _size(line), seed, hmp=hmp, tracer=tracer)
             proofs = demo.run(clock)
         return 0 if all(proof.holds for proof in proofs) else 1
     except UsageError as error:
@@ -154,6 +160,7 @@ class Demo:
     size: int
     seed: int
     hmp: bool
+    tracer: Tracer
     known: dict[int, int] = attrs.field(init=False, factory=dict)
     _machine: Machine = attrs.field(init=False)
     _client: QmpClient = attrs.field(init=False)
@@ -186,7 +193,7 @@ class Demo:
 
     async def _tell_over(self, socket: Path) -> tuple[ContentMap, int]:
         drive = f"if=virtio,id={DEVICE},file={str(self.directory / LAYERS[-1]).replace(',', ',,')},format=qcow2"
-        options = MachineOptions(drives=(drive,), qmp=(qmp_socket(socket),), seed=self.seed)
+        options = MachineOptions(drives=(drive,), qmp=(qmp_socket(socket),), seed=self.seed, watch=self.tracer.watch)
         self._machine = await start_machine(options)
         try:
             async with await QmpClient.connect(str(socket)) as self._client:

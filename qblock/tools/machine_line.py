@@ -23,7 +23,7 @@ def machine_options(line: CommandLine, tracer: Tracer) -> MachineOptions:
         seed=line.number("seed"),
         paused=line.has("S"),
         dialect=dialect_named(line.last("dialect", Dialect.SYSTEM.value)),
-        watch=lambda system: tracer.attach(system.env.trace, system.env.clock),
+        watch=tracer.watch,
     )
 
 

@@ -162,7 +162,7 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
         system = await stack.enter_async_context(BlockSystem.create(policy=OpenPolicy.follow(), announce=announce))
         hub = MonitorHub(system, dialect=_dialect(arguments.get("dialect")))
         _declare_events(system.env.trace)
-        tracer.attach(system.env.trace, system.env.clock)
+        tracer.watch(system)
         hub.open()
         stack.push_async_callback(hub.close)
         setup = _Setup(system, hub, stack)

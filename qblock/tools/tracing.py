@@ -27,6 +27,7 @@ from qblock.tracing import Trace
 if TYPE_CHECKING:
     from qblock.clock import Clock
     from qblock.monitor.dialects import Dialect
+    from qblock.system import BlockSystem
 
 HELP_WORDS: Final = frozenset({"help", "?", "list"})
 """What asks for the list of events instead of naming some."""
@@ -92,6 +93,10 @@ class Tracer:
         trace.log = partial(self._write, trace, clock)
         for wish in self._wishes:
             wish.apply(trace, self.program)
+
+    def watch(self, system: BlockSystem) -> None:
+        """Attach this to a system that has just been made."""
+        self.attach(system.env.trace, system.env.clock)
 
     def close(self) -> None:
         """Close the file that was opened for ``file=``."""

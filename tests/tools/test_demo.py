@@ -59,6 +59,18 @@ def test_it_can_be_driven_by_a_persons_commands(capsys: pytest.CaptureFixture[st
     assert "Type mirror, device virtio0: Completed" in text
 
 
+def test_what_happens_inside_can_be_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The story stays on standard output as it was."""
+    assert main(SMALL) == 0
+    untraced = capsys.readouterr().out
+    assert main([*SMALL, "--trace", "mirror_start", "--trace", f"mirror_one_iteration,file={tmp_path}/trace"]) == 0
+    assert capsys.readouterr().out == untraced
+    lines = (tmp_path / "trace").read_text().splitlines()
+    assert lines[0].startswith("mirror_start ") and {line.split()[0] for line in lines[1:]} == {"mirror_one_iteration"}
+    assert main(["--trace", "help"]) == 0
+    assert "mirror_start" in capsys.readouterr().out.splitlines()
+
+
 def test_it_can_be_told_to_programs(capsys: pytest.CaptureFixture[str]) -> None:
     """--json: one object a line."""
     assert main([*SMALL, "--json"]) == 0
