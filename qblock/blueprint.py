@@ -19,7 +19,7 @@ import attrs
 from qblock.driver import Json
 from qblock.node import BlockDriverState, EdgeParent
 from qblock.nodespec import NodeFlags, child_fields
-from qblock.options import dump
+from qblock.options import dump, unflatten_dotted
 from qblock.permissions import ChildRole
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Blueprint:
                 options = dict(entry.options)
                 for child, below in entry.children.items():
                     options[child] = built[below].node_name if isinstance(below, int) else below
-                node = await opener.open_blockdev(options, strings=True, root=False)
+                node = await opener.open_blockdev(unflatten_dotted(options), strings=True, root=False)
                 node.monitor_owned = True  # until its overlay is there
                 for name, mark in entry.marks.items():
                     setattr(node, name, mark)

@@ -70,6 +70,10 @@ def _no_node(name: str) -> BlockDriverState:
     raise NodeNotFound(name)
 
 
+def _fail_request(text: str) -> None:
+    raise BlockIOError(errno.EIO, text)
+
+
 @attrs.frozen
 class Environment:
     """What a driver may use of the world, handed down by the BlockSystem: time, threads, randomness and where to report.
@@ -84,6 +88,9 @@ class Environment:
     random: Random
     emit: Callable[[str, Mapping[str, Json]], None]
     warn: Callable[[str], None]
+    fatal: Callable[[str], None] = attrs.field(default=_fail_request, repr=False)
+    """Told of what ends a program (a difference between disks that must be alike); where it returns, or in a library, only the
+    request fails."""
     loop_is_shared: bool = True
     trace: Trace = attrs.field(factory=Trace)
     secrets: dict[str, bytes] = attrs.field(factory=dict, repr=False)
@@ -120,6 +127,9 @@ class Driver(abc.ABC):
 
     encrypted: bool = False
     """True when what the node shows is stored encrypted."""
+
+    flushes_writes_only: ClassVar[bool] = False
+    """True when a flush without a write since the last one would have nothing to do: the driver is not asked then."""
 
     probes_storage: bool = False
     """True while data of this node may lie on holes of its storage child that read as zeroes (raw, preallocated metadata):
@@ -495,6 +505,19 @@ class SupportsPointInTime(Protocol):
 
     async def discard_snapshot(self, offset: int, length: int) -> None:
         """What was in this range need not be kept any longer."""
+
+
+@runtime_checkable
+class SupportsChildren(Protocol):
+    """The driver has a list of equal children, to which some can be added and from which some can be taken while it is open
+    (``x-blockdev-change``). Who does that changes the edges himself, in a drained section.
+    """
+
+    def new_child(self) -> tuple[str, ChildRole]:
+        """The name and role of a child that is attached next."""
+
+    def check_child_can_go(self, name: str) -> None:
+        """Raise `CommandError` when the child ``name`` is needed."""
 
 
 @runtime_checkable

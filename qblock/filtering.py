@@ -1,4 +1,4 @@
-"""`FilterDriver`: the base of drivers that pass requests on to one child at the same place.
+"""`FilterDriver`: the base of drivers that pass requests on to one child at the same place; `outcomes` for those with several.
 
 Models QEMU's filter drivers (semantics.md sections 7 and 17): a filter has one filtered child, is as long as it, and block
 status and chains look through it. A subclass overrides what it does differently.
@@ -6,14 +6,32 @@ status and chains look through it. A subclass overrides what it does differently
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qblock import requests
 from qblock.driver import Driver, NodeInfo
+from qblock.errors import BlockIOError
 from qblock.extents import Extent
 
 if TYPE_CHECKING:
     from qblock.node import BdrvChild
+
+
+async def outcomes(work: Iterable[Coroutine[Any, Any, None]]) -> list[BlockIOError | None]:
+    """Do all of ``work`` at once, each to its end; the errors, None for what has been done well."""
+
+    async def outcome(one: Coroutine[Any, Any, None]) -> BlockIOError | None:
+        try:
+            await one
+        except BlockIOError as error:
+            return error
+        return None
+
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(outcome(one)) for one in work]
+    return [task.result() for task in running]
 
 
 class FilterDriver(Driver):

@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from qblock.node import BlockDriverState
 
 _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
-_AFTER_DRIVER: Final = ("size", "file", "target", "filename")
+_AFTER_DRIVER: Final = (
+    "size", "log-append", "file", "target", "filename", "blkverify", "rewrite-corrupted", "vote-threshold",
+)  # fmt: skip
 """Options that QEMU prints behind the driver in ``json:`` names; the others come before it."""
+_BEHIND_CHILDREN: Final = ("log-sector-size",)
+"""Options that come behind the children before the driver; the others before it come in their order, then the children."""
 _SHOWN: Final[Mapping[str, frozenset[str]]] = {
+    "blklogwrites": frozenset({"log-append", "log-sector-size"}),
+    "blkverify": frozenset(),
     "compress": frozenset(),
     "copy-before-write": frozenset(),
     "copy-on-read": frozenset(),
@@ -33,6 +39,7 @@ _SHOWN: Final[Mapping[str, frozenset[str]]] = {
     "null-co": frozenset({"read-zeroes", "size"}),
     "preallocate": frozenset(),
     "qcow2": frozenset(),
+    "quorum": frozenset({"blkverify", "read-pattern", "rewrite-corrupted", "vote-threshold"}),
     "raw": frozenset({"offset", "size"}),
     "snapshot-access": frozenset(),
     "throttle": frozenset({"throttle-group"}),
@@ -82,11 +89,17 @@ def _options_of(node: BlockDriverState) -> dict[str, Json]:
     options = {key: values[key] for key in node.options_given if key in shown and key in values}
     shows_backing = not node.driver.is_filter and _backing_differs(node)
     for child, edge in node.children.items():
-        if edge.role is not ChildRole.BACKING or shows_backing:
+        if edge.role is ChildRole.BACKING and not shows_backing:
+            continue
+        name, dot, _ = child.partition(".")
+        if dot:  # one of a list
+            options.setdefault(name, []).append(_options_of(edge.node))
+        else:
             options[child] = _options_of(edge.node)
     if shows_backing and node.driver.supports_backing:
         options.setdefault("backing", None)
-    first = {key: value for key, value in options.items() if key not in _AFTER_DRIVER}
+    early = [key for key in options if key not in _AFTER_DRIVER]
+    first = {key: options[key] for key in sorted(early, key=lambda key: key in _BEHIND_CHILDREN)}
     last = {key: options[key] for key in _AFTER_DRIVER if key in options}
     return first | {"driver": node.driver.name} | last
 

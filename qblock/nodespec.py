@@ -133,7 +133,7 @@ class NodeReference:
 
 @attrs.frozen(eq=False)
 class UnprobedSpec:
-    """A standalone child whose options do not tell its driver, with the flags that it inherits."""
+    """A child that is an image whose options do not tell its driver, with the flags that it inherits."""
 
     given: Mapping[str, Json]
     flags: NodeFlags
@@ -167,6 +167,15 @@ def child_fields(driver: type[Driver]) -> list[Field]:
     return [field for field in fields(driver.options_class) if field.role is not None]
 
 
+def child_names(spec: NodeSpec) -> Iterator[tuple[str, Field]]:
+    """The names that the children of a node can have by its driver and its options, each with its option."""
+    for field in child_fields(spec.driver):
+        if field.many:
+            yield from ((name, field) for name in spec.children if name.startswith(f"{field.wire}."))
+        else:
+            yield field.wire, field
+
+
 _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
 
 
@@ -192,9 +201,8 @@ class SpecReader:
         flags = inherited.apply(common)
         _check_combination(common, flags, prefix)
         children = {
-            field.wire: self._child(field, getattr(options, field.attribute), flags, f"{prefix}{field.wire}", depth)
-            for field in child_fields(driver)
-            if getattr(options, field.attribute) is not ABSENT
+            name: self._child(field, ref, flags, f"{prefix}{name}", depth)
+            for name, field, ref in _references(driver, options)
         }
         return NodeSpec(driver, common, options, flags, children, dict(given))
 
@@ -221,9 +229,24 @@ class SpecReader:
             raise InvalidParameter(
                 f"{path}.backing", "can only be null here: this image is opened without its backing file"
             )
-        if field.standalone and self.strings and "driver" not in ref and isinstance(ref.get("file"), Mapping):
+        is_image = field.standalone or field.probed
+        if is_image and self.strings and "driver" not in ref and isinstance(ref.get("file"), Mapping):
             return UnprobedSpec(ref, flags.for_child(field.role), path)
         return self.read_file(ref, flags.for_child(field.role), path=path, depth=depth + 1)
+
+
+def _references(driver: type[Driver], options: Any) -> Iterator[tuple[str, Field, Any]]:
+    """The children that options give: name, option, and what the option says; raises `InvalidParameter`."""
+    for field in child_fields(driver):
+        given = getattr(options, field.attribute)
+        if not field.many:
+            if given is not ABSENT:
+                yield field.wire, field, given
+            continue
+        for index, ref in enumerate(given):
+            if ref is None:
+                raise InvalidParameter(f"{field.wire}[{index}]", "must not be null")
+            yield f"{field.wire}.{index}", field, ref
 
 
 def _check_combination(common: CommonOptions, flags: NodeFlags, prefix: str) -> None:

@@ -32,7 +32,7 @@ from qblock.nodespec import (
     NodeSpec,
     SpecReader,
     UnprobedSpec,
-    child_fields,
+    child_names,
     specs_of,
 )
 from qblock.options import parse_json_filename, unflatten_dotted
@@ -156,14 +156,14 @@ class Opener:
         node.probed = storage is not None and spec.driver.name == "raw"
         self._pinned.add(node)
         try:
-            for field in child_fields(spec.driver):
+            for name, field in child_names(spec):
                 assert field.role is not None
-                ref = spec.children.get(field.wire)
+                ref = spec.children.get(name)
                 if storage is not None and field.role in (ChildRole.STORAGE, ChildRole.PRIMARY_DATA):
-                    self._attach(node, storage, field.wire, field.role)
+                    self._attach(node, storage, name, field.role)
                 elif ref is not None and field.role is not ChildRole.BACKING:
                     child = await self._open_child(ref, standalone=field.standalone)
-                    self._attach(node, child, field.wire, field.role)
+                    self._attach(node, child, name, field.role)
             await self._open_data_file(node, spec.flags, wanted=data_file)
             if (hit := self.env.trace.bdrv_open_common) is not None:
                 hit(node=node.node_name, filename=node.driver.filename() or "", driver=node.driver.name)
@@ -213,7 +213,8 @@ class Opener:
         if isinstance(ref, NodeReference):
             return self.graph.lookup(ref.name)
         if isinstance(ref, UnprobedSpec):
-            return (await self._open_given(ref.given, ref.flags, shown=ref.path)).node
+            layer = await self._open_given(ref.given, ref.flags, shown=ref.path)
+            return layer.node if standalone else await self._with_backing(layer, {_identity(layer.node)})
         return await (self._open_layer(ref) if standalone else self._open_tree(ref))
 
     def _attach(self, parent: BlockDriverState, child: BlockDriverState, name: str, role: ChildRole) -> None:

@@ -66,6 +66,8 @@ class Field(NamedTuple):
     role: ChildRole | None
     nullable: bool
     standalone: bool
+    many: bool
+    probed: bool
 
     @property
     def required(self) -> bool:
@@ -93,6 +95,7 @@ def child(
     optional: bool = False,
     nullable: bool = False,
     standalone: bool = False,
+    probed: bool = False,
     since: str = "",
     name: str | None = None,
 ) -> Any:
@@ -101,11 +104,21 @@ def child(
     ``nullable``: JSON null is allowed and means that there shall be none, unlike a member left out (`ABSENT`).
     ``standalone``: a whole image beside the node's own, which is opened without its backing file, and probed where text does
     not tell its driver.
+    ``probed``: an image that is probed where text does not tell its driver, and opened with its backing file.
     """
     metadata = {
         "doc": doc, "since": since, "name": name, "role": role, "nullable": nullable, "standalone": standalone,
+        "probed": probed,
     }  # fmt: skip
     return attrs.field(default=ABSENT if optional else attrs.NOTHING, kw_only=True, metadata=metadata)
+
+
+def children(role: ChildRole, *, doc: str, since: str = "") -> Any:
+    """A list of child nodes, each given as by `child`; they are called ``NAME.0``, ``NAME.1`` and so on.
+
+    Annotate the field with ``tuple[ChildRef, ...]``.
+    """
+    return attrs.field(kw_only=True, metadata={"doc": doc, "since": since, "role": role, "many": True})
 
 
 def fields(cls: type[Any]) -> tuple[Field, ...]:
@@ -127,8 +140,8 @@ def _read_fields(cls: type[Any]) -> tuple[Field, ...]:
         if make := getattr(default, "factory", None):
             default = make()
         about = (meta.get("doc", ""), meta.get("since", ""), meta.get("role"), meta.get("nullable", False))
-        standalone = meta.get("standalone", False)
-        result.append(Field(attribute.name, wire, hints[attribute.name], default, *about, standalone))
+        kind = (meta.get("standalone", False), meta.get("many", False), meta.get("probed", False))
+        result.append(Field(attribute.name, wire, hints[attribute.name], default, *about, *kind))
     return tuple(result)
 
 

@@ -18,7 +18,9 @@ GROUP: Final = "qblock.drivers"
 
 OWN_DRIVERS: Final = {
     "blkdebug": "qblock.drivers.blkdebug:BlkdebugDriver",
+    "blklogwrites": "qblock.drivers.blklogwrites:BlklogwritesDriver",
     "blkmirror": "qblock.drivers.blkmirror:BlkmirrorDriver",
+    "blkverify": "qblock.drivers.blkverify:BlkverifyDriver",
     "compress": "qblock.drivers.compress:CompressDriver",
     "copy-before-write": "qblock.drivers.copy_before_write:CopyBeforeWriteDriver",
     "copy-on-read": "qblock.drivers.copy_on_read:CopyOnReadDriver",
@@ -28,6 +30,7 @@ OWN_DRIVERS: Final = {
     "null-co": "qblock.drivers.null:NullCoDriver",
     "preallocate": "qblock.drivers.preallocate:PreallocateDriver",
     "qcow2": "qblock.drivers.qcow2.driver:Qcow2Driver",
+    "quorum": "qblock.drivers.quorum:QuorumDriver",
     "raw": "qblock.drivers.raw:RawDriver",
     "throttle": "qblock.drivers.throttle:ThrottleDriver",
     "snapshot-access": "qblock.drivers.snapshot_access:SnapshotAccessDriver",

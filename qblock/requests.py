@@ -325,12 +325,14 @@ def _report_threshold(node: BlockDriverState, end: int) -> None:
 
 async def flush(node: BlockDriverState) -> None:
     """Make all completed writes durable. A node whose driver is the storage is skipped when nothing was written since the
-    last flush, or with ``cache.no-flush``; format drivers are always asked, they know what they hold back.
+    last flush, or with ``cache.no-flush``; so are filters that say so. Format drivers are always asked, they know what they
+    hold back.
     """
     if node.poisoned is not None:
         raise ImagePoisoned(node.node_name, node.poisoned)
     generation = node.write_generation
-    if node.driver.is_protocol and (node.cache_no_flush or generation == node.flushed_generation):
+    is_clean = generation == node.flushed_generation
+    if (node.driver.is_protocol and (node.cache_no_flush or is_clean)) or (is_clean and node.driver.flushes_writes_only):
         return
     enter(node)
     try:

@@ -99,8 +99,12 @@ class BlockSystem:
         executor: Executor | None = None,
         warn: Callable[[str], None] = _warn_on_stderr,
         announce: Callable[[str], None] = _keep_silent,
+        fatal: Callable[[str], None] | None = None,
     ) -> BlockSystem:
-        """A new, empty system: by default on real time, with threads of its own, opening nothing that images only mention."""
+        """A new, empty system: by default on real time, with threads of its own, opening nothing that images only mention.
+
+        ``fatal`` ends the program, see `Environment`.
+        """
         clock = clock if clock is not None else RealClock()
         events = EventBus(clock)
         threads = executor or ThreadPoolExecutor(max_workers=IO_THREADS, thread_name_prefix="qblock-io")
@@ -109,6 +113,8 @@ class BlockSystem:
         env = Environment(
             clock=clock, executor=threads, random=random, emit=events.emit, warn=warn, find_node=graph.lookup
         )
+        if fatal is not None:
+            env = attrs.evolve(env, fatal=fatal)
         registry = DriverRegistry()
         opener = Opener(graph, registry, env, policy or OpenPolicy.deny())
         jobs = JobRunner(graph, clock, events.emit, opener, trace=env.trace)

@@ -119,6 +119,7 @@ class BlkdebugDriver(FilterDriver):
     options_class: ClassVar[type[DriverOptions]] = BlkdebugOptions
     supports_copy_range: ClassVar[bool] = False
     wants_debug_events: ClassVar[bool] = True
+    flushes_writes_only: ClassVar[bool] = True
 
     options: BlkdebugOptions
 

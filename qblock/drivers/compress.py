@@ -31,6 +31,7 @@ class CompressDriver(FilterDriver):
     name: ClassVar[str] = "compress"
     options_class: ClassVar[type[DriverOptions]] = CompressOptions
     supports_copy_range: ClassVar[bool] = False
+    supports_reopen: ClassVar[bool] = False
 
     async def open(self) -> None:
         """See `Driver`. Raises `CommandError` when the child cannot compress."""

@@ -87,6 +87,26 @@ class BlockImageCorrupted:
 
 
 @attrs.frozen
+class QuorumFailure:
+    """Data of QUORUM_FAILURE."""
+
+    reference: str = required(doc="name of the device, or of the node")
+    sector_num: int = required(doc="first sector of 512 bytes of the request")
+    sectors_count: int = required(doc="how many it touches")
+
+
+@attrs.frozen
+class QuorumReportBad:
+    """Data of QUORUM_REPORT_BAD."""
+
+    type: Literal["read", "write", "flush"] = required(doc="what the child was asked for")
+    error: str | None = option(None, doc="the error; absent when the child's data differ from the others'")
+    node_name: str = required(doc="the child's node")
+    sector_num: int = required(doc="first sector of 512 bytes of the request")
+    sectors_count: int = required(doc="how many it touches")
+
+
+@attrs.frozen
 class Shutdown:
     """Data of SHUTDOWN."""
 
@@ -111,6 +131,8 @@ EVENTS: Final[Mapping[str, EventKind]] = {
     "BLOCK_JOB_PENDING": EventKind(BlockJobPending),
     "BLOCK_JOB_READY": EventKind(BlockJobEnd),
     "JOB_STATUS_CHANGE": EventKind(JobStatusChange),
+    "QUORUM_FAILURE": EventKind(QuorumFailure),
+    "QUORUM_REPORT_BAD": EventKind(QuorumReportBad),
     "RESUME": EventKind(NoArguments, SYSTEM_ONLY),
     "SHUTDOWN": EventKind(Shutdown, SYSTEM_ONLY),
     "STOP": EventKind(NoArguments, SYSTEM_ONLY),

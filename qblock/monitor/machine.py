@@ -46,7 +46,7 @@ class MachineOptions:
     """What a machine starts with, as on the command line: values of -drive, -blockdev and -qmp, and a seed for its chances.
 
     ``paused`` is -S: the guest begins with the command cont. ``dialect`` is what all its monitors speak. ``watch``
-    gets the block system before anything is opened in it, to listen to its trace events.
+    gets the block system before anything is opened in it, to listen to its trace events. ``fatal`` ends the program.
     """
 
     drives: Sequence[str] = ()
@@ -56,6 +56,7 @@ class MachineOptions:
     paused: bool = False
     dialect: Dialect = Dialect.SYSTEM
     watch: Callable[[BlockSystem], object] | None = None
+    fatal: Callable[[str], None] | None = None
 
 
 def qmp_socket(path: str | Path) -> ChardevOptions:
@@ -97,8 +98,9 @@ class Machine:
         random = random_module.Random(options.seed)
         reports = reports or Reports()
         system = BlockSystem.create(
-            clock=clock, policy=OpenPolicy.follow(), random=random, warn=reports.warn, announce=reports.say
-        )
+            clock=clock, policy=OpenPolicy.follow(), random=random, warn=reports.warn, announce=reports.say,
+            fatal=options.fatal,
+        )  # fmt: skip
         hub = MonitorHub(system, options.dialect, report=reports.complain, output=reports.say)
         if options.watch is not None:
             options.watch(system)

@@ -94,8 +94,7 @@ class _Schema:
             return self._names[kind]
         origin = typing.get_origin(kind)
         if origin in (list, tuple, Sequence):
-            element = self.type_name(typing.get_args(kind)[0])
-            return self._once(f"[{element}]", {"name": f"[{element}]", "meta-type": "array", "element-type": element})
+            return self._array_of(self.type_name(typing.get_args(kind)[0]))
         if origin in (Union, types.UnionType):
             return self._alternate(kind, [self.type_name(part) for part in typing.get_args(kind)])
         if origin is Literal:
@@ -107,6 +106,9 @@ class _Schema:
         return self._action() if kind is TransactionAction else self._object(kind)
 
     # ------------------------------------------------------------------------------------------------------ kinds of types
+
+    def _array_of(self, element: str) -> str:
+        return self._once(f"[{element}]", {"name": f"[{element}]", "meta-type": "array", "element-type": element})
 
     def _once(self, name: str, entry: dict[str, Json]) -> str:
         if name not in self._names:
@@ -150,7 +152,8 @@ class _Schema:
     def _member(self, field: Field, owner: type[Any]) -> dict[str, Json]:
         member: dict[str, Json] = {"name": field.wire}
         if field.role is not None:
-            member["type"] = self._child(nullable=field.nullable)
+            one = self._child(nullable=field.nullable)
+            member["type"] = self._array_of(one) if field.many else one
         elif owner is BlockdevCreateArguments and field.wire == "options":
             member["type"] = self._create_options()
         else:

@@ -20,7 +20,7 @@ Deliver: TypeAlias = "Callable[[str, Mapping[str, Json], tuple[int, int]], None]
 
 INTERVAL_NS: Final = 1_000_000_000
 LIMITED: Final[Mapping[str, tuple[str, ...]]] = {
-    "QUORUM_REPORT_BAD": ("type", "node-name"),
+    "QUORUM_REPORT_BAD": ("node-name",),
     "QUORUM_FAILURE": (),
 }
 """The limited events, and the members that tell separately limited kinds of one event apart."""

@@ -31,6 +31,12 @@ def ending_quietly(run: Callable[[], int]) -> int:
     return code
 
 
+def end_program(text: str) -> NoReturn:
+    """End the process with status 1 in the middle of what it does: disks that must be alike differ."""
+    print(text, file=sys.stderr)
+    leave(1)
+
+
 def leave(code: int) -> NoReturn:
     """End the process at once: everything is flushed and closed, and taking the interpreter apart costs milliseconds."""
     sys.stdout.flush()

@@ -29,6 +29,7 @@ from qblock.permissions import Perm
 from qblock.registry import DriverRegistry
 from qblock.snapshots import find_described
 from qblock.tools.arguments import Arguments
+from qblock.tools.console import end_program
 
 T = TypeVar("T")
 
@@ -92,6 +93,7 @@ class ImageSession:
             random=Random(),
             emit=lambda name, data: None,
             warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+            fatal=end_program,
             loop_is_shared=False,
         )
         graph = Graph(random=environment.random)

@@ -11,6 +11,7 @@ from qblock.monitor.machine import Machine, MachineOptions
 from qblock.monitor.reports import Reports
 from qblock.testing.simloop import SimLoop
 from qblock.tools.command_line import CommandLine
+from qblock.tools.console import end_program
 from qblock.tools.tracing import Tracer, asks_for_list, monitor_trace, print_events
 
 
@@ -24,6 +25,7 @@ def machine_options(line: CommandLine, tracer: Tracer) -> MachineOptions:
         paused=line.has("S"),
         dialect=dialect_named(line.last("dialect", Dialect.SYSTEM.value)),
         watch=tracer.watch,
+        fatal=end_program,
     )
 
 

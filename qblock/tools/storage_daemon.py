@@ -22,7 +22,7 @@ import attrs
 from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.options import parse_keyval
 from qblock.tools.arguments import Arguments, UsageError
-from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
+from qblock.tools.console import PROGRAM_VERSION, complain, end_program, ending_quietly
 from qblock.tools.tracing import Tracer, asks_for_list, monitor_trace, print_events
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
         print(text, flush=True, file=sys.stderr if setup.talks_on_stdio else sys.stdout)
 
     async with AsyncExitStack() as stack:
-        system = await stack.enter_async_context(BlockSystem.create(policy=OpenPolicy.follow(), announce=announce))
+        created = BlockSystem.create(policy=OpenPolicy.follow(), announce=announce, fatal=end_program)
+        system = await stack.enter_async_context(created)
         hub = MonitorHub(system, dialect=_dialect(arguments.get("dialect")))
         _declare_events(system.env.trace)
         tracer.watch(system)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,55 @@ def test_preallocate_makes_files_as_long_as_qemu_does(tmp_path: Path) -> None:
     """After every step, and when the format is gone: the lengths of all nodes."""
     real, ours = both(PREALLOCATING, tmp_path, GROWING, IMAGES)
     assert real == ours
+
+
+COMPARING = [
+    add("blkverify", "v", test={"driver": "raw", "file": file("r.raw")}, raw=NULL), *LOOK, do("blockdev-del", node_name="v"),
+    add("blkverify", "v", test=file("r.raw"), raw=file("s.raw")), *LOOK, do("blockdev-del", node_name="v"),
+    add("blkverify", "v", test=file("r.raw")), add("blkverify", "v", raw=NULL, test="nope"),
+    add("blklogwrites", "l", file={"driver": "raw", "file": file("r.raw")}, log=file("log")), *LOOK,
+    do("blockdev-del", node_name="l"), add("blklogwrites", "l", file=NULL, log=NULL, log_sector_size=511),
+    add("blklogwrites", "l", file=NULL, log=NULL, log_sector_size=16),
+    add("blklogwrites", "l", file=NULL, log=NULL, log_sector_size=1 << 24),
+    add("blklogwrites", "l", file=NULL, log=NULL, log_append=True, log_sector_size=512),
+    add("blklogwrites", "l", file=NULL, log=file("s.raw"), log_append=True),
+    add("blklogwrites", "l", file=NULL, log=NULL, log_super_update_interval=0),
+    add("blklogwrites", "l", file=file("r.raw"), log=file("log"), log_append=True), *LOOK, do("blockdev-del", node_name="l"),
+    add("blklogwrites", "l", file=file("r.raw"), log=file("log"), log_sector_size=4096, log_super_update_interval=1), *LOOK,
+    add("blklogwrites", "m", file="l", log=NULL, read_only=True), *LOOK,
+]  # fmt: skip
+
+
+def test_blkverify_and_blklogwrites(tmp_path: Path) -> None:
+    """Added, looked at, refused, removed."""
+    real, ours = both(DAEMONS, tmp_path, COMPARING, [*IMAGES, ["truncate", "-s", "1M", "s.raw"], ["touch", "log"]])
+    assert real == ours
+
+
+LOGGED = (
+    ("write -P 1 1k 512", "flush", "flush", "write -z 8k 4k", "discard 16k 8k", "read 0 4k", "write -P 3 512k 64k"),
+    ("write -P 9 0 1k", "write -P 8 1k 512", "write -z 4k 512"),
+)
+
+
+@pytest.mark.parametrize("sector_size", [512, 64])
+def test_logs_are_the_same_byte_for_byte(sector_size: int, tmp_path: Path) -> None:
+    """Of a run, and of a second one that goes on; the superblock is rewritten after every second entry."""
+    logs = []
+    for name, program in (("real", ["qemu-io"]), ("ours", [sys.executable, "-m", "qblock.tools.io"])):
+        place = tmp_path / name
+        place.mkdir()
+        for number, lines in enumerate(LOGGED):
+            for path, size in (("disk", 1 << 20), ("log", None)):
+                with open(place / path, "ab") as opened:
+                    opened.truncate(size)
+            how = "log-append=on" if number else f"log-sector-size={sector_size},log-super-update-interval=2"
+            image = f"driver=blklogwrites,file.driver=file,file.filename=disk,log.driver=file,log.filename=log,{how}"
+            commands = [part for line in lines for part in ("-c", line)]
+            command = [*program, "-t", "writeback", "--image-opts", *commands, image]
+            subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
+        logs.append((place / "log").read_bytes())
+    assert logs[0] == logs[1] and len(logs[0]) > 64 << 10
 
 
 CHAIN = [

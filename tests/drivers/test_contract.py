@@ -65,6 +65,11 @@ def mirror_with_shared_backing(directory: Path) -> OpenNode:
     return described(driver="blkmirror", file=MEMORY, target=copy)
 
 
+def voting(count: int) -> dict[str, Any]:
+    """A quorum whose children must all agree."""
+    return {"driver": "quorum", "children": [MEMORY] * count, "vote-threshold": count}
+
+
 def throttled(directory: Path) -> OpenNode:
     """A member of a group that is limited in everything; the contract runs on virtual time."""
 
@@ -108,6 +113,10 @@ SUBJECTS: dict[str, tuple[Callable[[Path], OpenNode], Keeps]] = {
     "blkmirror shared backing": (mirror_with_shared_backing, Keeps.UNTIL_CLOSED),
     "compress": (lambda tmp: described(driver="compress", file=PACKED), Keeps.UNTIL_CLOSED),
     "preallocate": (lambda tmp: described(driver="preallocate", file=MEMORY), Keeps.UNTIL_CLOSED),
+    "quorum": (lambda tmp: described(**voting(3)), Keeps.UNTIL_CLOSED),
+    "quorum fifo": (lambda tmp: described(**voting(2), **{"read-pattern": "fifo"}), Keeps.UNTIL_CLOSED),
+    "blkverify": (lambda tmp: described(driver="blkverify", raw=MEMORY, test=MEMORY), Keeps.UNTIL_CLOSED),
+    "blklogwrites": (lambda tmp: described(driver="blklogwrites", file=MEMORY, log={"driver": "memory"}), Keeps.UNTIL_CLOSED),
     "throttle": (throttled, Keeps.UNTIL_CLOSED),
     "copy-before-write": (lambda tmp: described(driver="copy-before-write", file=MEMORY, target=MEMORY), Keeps.UNTIL_CLOSED),
     "qcow2": (lambda tmp: image(tmp / "disk.qcow2"), Keeps.FOREVER),
