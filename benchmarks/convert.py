@@ -1,43 +1,43 @@
-"""qemu-img convert beside qblock-img convert: qcow2 to raw, qcow2 to qcow2, and a three-layer chain to one image.
+"""qemu-img convert beside qblock-img convert: between raw and qcow2, and a three-layer chain to one image.
 
-    python benchmarks/convert.py [--size MIB] [--rounds N]
+python benchmarks/convert.py [--size MIB] [--rounds N] [--only TEXT] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-from pathlib import Path
-
-from harness import BIN, Comparison, MiB, best_of, chain, fill, need_qemu, run_program, workspace
+from harness import BULK, MiB, Table, main, qemu
+from images import chain, fill, fill_with_text
 
 
-def main() -> None:
-    """Make the sources, run both programs in turns, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=2048, help="MiB of the source (default 2048)")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    need_qemu("qemu-img", "qemu-io")
-    with workspace() as folder:
-        fill(folder / "raw", options.size * MiB)
-        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", folder / "raw", folder / "flat"], check=True)
-        (folder / "raw").unlink()
-        top = chain(folder, options.size * MiB)
-        for source, fmt in ((folder / "flat", "raw"), (folder / "flat", "qcow2"), (top, "qcow2")):
-            compare(source, fmt, folder / "target", size=options.size, rounds=options.rounds)
-
-
-def compare(source: Path, fmt: str, target: Path, *, size: int, rounds: int) -> None:
-    """One line of the table."""
-
-    def convert(program: str | Path) -> object:
-        target.unlink(missing_ok=True)
-        return run_program([program, "convert", "-O", fmt, source, target])
-
-    real, ours = best_of(lambda: convert("qemu-img"), lambda: convert(BIN / "qblock-img"), rounds=rounds)
-    Comparison(f"convert {source.name} to {fmt}", real, ours, size, "MiB/s").show()
+def compare_all(table: Table) -> None:
+    """Make the sources, compare."""
+    folder, target = table.folder, table.folder / "target"
+    (folder / "convert").mkdir()
+    raw, flat, text = (folder / "convert" / name for name in ("raw", "flat", "text"))
+    fill(raw, table.size * MiB)
+    qemu("convert", "-f", "raw", "-O", "qcow2", raw, flat)
+    top = chain(folder / "convert", table.size * MiB)
+    for title, source, source_format, target_format in (
+        ("raw to qcow2", raw, "raw", "qcow2"),
+        ("qcow2 to raw", flat, "qcow2", "raw"),
+        ("qcow2 to qcow2", flat, "qcow2", "qcow2"),
+        ("chain of three to qcow2", top, "qcow2", "qcow2"),
+    ):
+        words = ["convert", "-f", source_format, "-O", target_format, source, target]
+        table.compare_tool(f"convert {title}", words, required=BULK, before=lambda: target.unlink(missing_ok=True))
+    fill_with_text(text, table.size * MiB // 2)
+    for kind in ("zlib", "zstd"):
+        words = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", f"compression_type={kind}", text, target]
+        table.compare_tool(f"convert -c, {kind}", words, required=BULK, before=lambda: target.unlink(missing_ok=True))
+        if table.wants(f"convert packed {kind}"):
+            target.unlink(missing_ok=True)
+            qemu(*words[:-1], folder / "packed")
+            words = ["convert", "-f", "qcow2", "-O", "raw", folder / "packed", target]
+            table.compare_tool(
+                f"convert packed {kind} to raw", words, required=BULK, before=lambda: target.unlink(missing_ok=True)
+            )
+    target.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, compare_all)

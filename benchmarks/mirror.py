@@ -1,11 +1,11 @@
 """blockdev-mirror of a three-layer qcow2 chain to a new qcow2, time to READY: the real daemon beside qblock's.
 
-    python benchmarks/mirror.py [--size MIB] [--rounds N]
+python benchmarks/mirror.py [--size MIB] [--rounds N] [--only TEXT] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import os
 import socket
@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import BIN, Comparison, MiB, Run, best_of, chain, compiled_once, need_qemu, workspace
+from harness import BIN, BULK, MiB, Run, Table, compiled_once, main
+from images import chain
 
 
 class Monitor:
@@ -94,28 +95,19 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> None:
-    """Make the chain, mirror it by both in turns, print a line for each setting of the target."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=2048, help="MiB of the disk (default 2048)")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    need_qemu("qemu-img", "qemu-io", "qemu-storage-daemon")
-    with workspace() as folder:
-        top = chain(folder, options.size * MiB)
-        for discard in ("unmap", "ignore"):
-            compare(top, folder, discard=discard, size=options.size, rounds=options.rounds)
-
-
-def compare(top: Path, folder: Path, *, discard: str, size: int, rounds: int) -> None:
-    """One line of the table."""
-    real, ours = best_of(
-        lambda: mirror("qemu-storage-daemon", top, folder, discard=discard),
-        lambda: mirror(BIN / "qblock-storage-daemon", top, folder, discard=discard),
-        rounds=rounds,
-    )
-    Comparison(f"mirror of a chain to READY, discard={discard}", real, ours, size, "MiB/s").show()
+def compare_all(table: Table) -> None:
+    """Make the chain, mirror it by both in turns, for each setting of the target."""
+    folder = table.folder / "mirror"
+    folder.mkdir()
+    top = chain(folder, table.size * MiB)
+    for discard in ("unmap", "ignore"):
+        table.compare(
+            f"mirror of a chain to READY, discard={discard}",
+            functools.partial(mirror, "qemu-storage-daemon", top, folder, discard=discard),
+            functools.partial(mirror, BIN / "qblock-storage-daemon", top, folder, discard=discard),
+            required=BULK,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, compare_all, size=2048)
