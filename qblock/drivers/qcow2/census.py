@@ -18,9 +18,11 @@ class Census:
 
     def __init__(self) -> None:
         self.planes: list[BitMap64] = []
+        self._several: BitMap64 | None = None
 
     def add(self, clusters: BitMap64, level: int = 0) -> None:
         """2^``level`` more references to each of a set of clusters."""
+        self._several = None
         self.planes.extend(BitMap64() for _ in range(level - len(self.planes)))
         for at in range(level, len(self.planes)):
             plane = self.planes[at]
@@ -37,13 +39,14 @@ class Census:
         batch = BitMap64()
         for first, count in runs:
             if batch.range_cardinality(first, first + count):
-                self._add_batch(batch, times)
+                self.add_set(batch, times)
                 batch = BitMap64()
             batch.add_range(first, first + count)
         if batch:
-            self._add_batch(batch, times)
+            self.add_set(batch, times)
 
-    def _add_batch(self, batch: BitMap64, times: int) -> None:
+    def add_set(self, batch: BitMap64, times: int = 1) -> None:
+        """``times`` more references to each of a set of clusters."""
         for level in range(times.bit_length()):
             if times >> level & 1:
                 self.add(batch, level)
@@ -51,6 +54,13 @@ class Census:
     def count(self, cluster: int) -> int:
         """References to one cluster."""
         return sum(1 << level for level, plane in enumerate(self.planes) if cluster in plane)
+
+    @property
+    def several(self) -> BitMap64:
+        """The clusters that are referenced more than once."""
+        if self._several is None:
+            self._several = BitMap64().union(*self.planes[1:])
+        return self._several
 
     def only_once(self, first: int, count: int) -> bool:
         """Is every cluster of a run referenced exactly once?"""

@@ -24,23 +24,27 @@ from pyroaring import BitMap64
 from qblock.driver import CheckFix, CheckResult
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.damage import Damage, Report
+from qblock.drivers.qcow2.lanes import plain_entries
 from qblock.drivers.qcow2.layout import (
     COPIED,
     OFFSET_MASK,
     REFCOUNT_TABLE_OFFSET_MASK,
     REFCOUNT_TABLE_RESERVED,
+    U64,
     Geometry,
     Kind,
     decode_u64,
     encode_u64,
     find_run,
     first_words,
+    ramp_run,
     with_first_words,
     zeroes_u64,
 )
 from qblock.drivers.qcow2.refcounts import RefcountCodec, read_refcount_table
 from qblock.drivers.qcow2.references import ReferenceCounter
 from qblock.ranges import ByteRange
+from qblock.units import MiB
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.census import Census
@@ -48,6 +52,8 @@ if TYPE_CHECKING:
     from qblock.drivers.qcow2.storage import ImageFile
 
 
+_AT_ONCE: Final = MiB
+"""Bytes of adjacent refcount blocks that are compared together."""
 _FARTHEST: Final = (1 << 63) - 1
 """No file has anything behind this offset."""
 
@@ -219,11 +225,16 @@ class _Checker:
 
     async def _compare(self) -> None:
         """Compare stored counts with the references, block by block; correct in place what can be."""
-        bits, end, in_place = self.geometry.block_bits, self._end(), not self._rebuild
+        bits, end, in_place, done = self.geometry.block_bits, self._end(), not self._rebuild, 0
         for block in self._blocks():
+            if block < done:
+                continue
             first, last = block << bits, (block + 1) << bits
             if block in self._unreadable:
                 self.report.check_errors += max(0, min(last, end) - first) * (not self.fix_errors)
+                continue
+            if (equal := await self._ordinary_blocks(block)) > 0:
+                done = block + equal
                 continue
             counts = self.census.counts(first, last)
             stored = await self._stored(block)
@@ -238,6 +249,20 @@ class _Checker:
                 await self.file.write_metadata(
                     self.table[block] & REFCOUNT_TABLE_OFFSET_MASK, self._codec.encode(stored)
                 )
+
+    async def _ordinary_blocks(self, block: int) -> int:
+        """How many blocks from here on lie side by side, and rightly say 1 of each cluster; 0: compare this one in detail."""
+        size, bits = self.geometry.cluster_size, self.geometry.block_bits
+        if block >= len(self.table) or not self.table[block]:
+            return 0
+        count = ramp_run(self.table, block, min(len(self.table) - block, max(_AT_ONCE // size, 1)), size)
+        while not self.census.only_once(block << bits, count << bits):
+            count >>= 1
+            if not count:
+                return 0
+        stored = await self.file.read(self.table[block], count * size)
+        ones = bytes(self._codec.encode(array(self._codec.typecode, [1]) * (1 << bits))) * count
+        return count if stored == ones else 0
 
     def _compare_block(self, first: int, stored: array[int], counts: array[int]) -> bool:
         """Note differences, and correct them in ``stored`` where allowed; True when there were any to be corrected."""
@@ -327,6 +352,8 @@ class _Checker:
 
     async def _check_copied(self) -> None:
         """COPIED must be set exactly where the refcount is 1, in the active tables."""
+        if not self.report.findings and self.counter.all_copied and not self._differ and not self.census.several:
+            return
         bits, size = self.geometry.cluster_bits, self.geometry.cluster_size
         changed, seen = False, BitMap64()
         for index, entry in enumerate(self.l1):
@@ -353,6 +380,8 @@ class _Checker:
         at, changed = 0, False
         raw = decode_u64(await self.file.read(offset, self.geometry.cluster_size))
         entries = first_words(raw, self.geometry)
+        if self._copied_is_right_everywhere(entries):
+            return
         while at < len(entries):
             kind, clusters, entry = find_run(entries, at, len(entries) - at, self.geometry)
             if (kind is Kind.DATA or kind is Kind.ZERO_ALLOCATED) and not self._copied_is_right(clusters, entry):
@@ -361,6 +390,22 @@ class _Checker:
             at += clusters
         if changed:
             await self.file.write_metadata(offset, encode_u64(with_first_words(raw, entries, self.geometry)))
+
+    def _copied_is_right_everywhere(self, entries: array[int]) -> bool:
+        """The quick answer for tables of plain data; False: they must be looked at run by run."""
+        if self._differ or self.geometry.data_file or self.geometry.extended:
+            return False
+        plain = plain_entries(entries, self.geometry.cluster_bits, clusters=self.counter.limit)
+        if plain is None:
+            return False
+        alone, shared = plain.clusters, array(U64)
+        if not plain.copied:
+            pairs = list(zip(plain.entries, plain.clusters, strict=True))
+            alone = array(U64, [cluster for entry, cluster in pairs if entry & COPIED])
+            shared = array(U64, [cluster for entry, cluster in pairs if not entry & COPIED])
+        # All of them are referenced, those of `several` more than once.
+        several = self.census.several
+        return BitMap64(alone).isdisjoint(several) and BitMap64(shared).issubset(several)
 
     def _copied_is_right(self, clusters: int, entry: int) -> bool:
         """The quick answer for runs; False: they must be looked at one by one."""

@@ -4,6 +4,8 @@ Models the counting half of image-formats.md section 1.13. As in QEMU, an entry 
 referenced all the same, as far as they lie in the file: they may be all that is left of somebody's data. Differs from QEMU in
 that a table to which many entries (of snapshots, say) refer is read once more and counted as often: a hostile image cannot
 make a check last longer than reading its file twice.
+
+Tables that lie one after the other are read together, and those of the common form counted as a whole (`lanes.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from pyroaring import BitMap64
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.census import Census
 from qblock.drivers.qcow2.damage import Damage, Report
+from qblock.drivers.qcow2.lanes import plain_entries
 from qblock.drivers.qcow2.layout import (
     COMPRESSED,
     COPIED,
     L1_RESERVED,
     L2_RESERVED,
     OFFSET_MASK,
+    U64,
     ZERO,
     Geometry,
     Kind,
@@ -31,15 +35,22 @@ from qblock.drivers.qcow2.layout import (
     encode_u64,
     find_run,
     first_words,
+    ramp_run,
     with_first_words,
 )
 from qblock.ranges import ByteRange
+from qblock.units import KiB
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.snapshots import SnapshotTable
     from qblock.drivers.qcow2.storage import ImageFile
 
 _LOW: Final = (1 << 32) - 1
+_AT_ONCE: Final = 128 * KiB
+"""Bytes of adjacent tables that are read together."""
+_SHORT_RUN: Final = 32
+"""Clusters of shorter runs are counted one by one."""
+_MANY: Final = 1 << 16
 
 
 class ReferenceCounter:
@@ -65,6 +76,10 @@ class ReferenceCounter:
         self.allocated = 0
         self.fragmented = 0
         self.compressed = 0
+        self.all_copied = True
+        """All entries met that lead to tables or plain data have COPIED set."""
+        self._scattered = array(U64)
+        """Clusters that are referenced once more, and will be counted together: adding many to a set is quicker for each."""
         self._seen = BitMap64()
         """Sectors at which L2 tables begin that were read."""
         self._again: dict[int, list[int]] = {}
@@ -85,6 +100,7 @@ class ReferenceCounter:
         for offset, (active, others, index) in self._again.items():
             await self._add_table(offset, index, active=active, others=others, again=True)
         self._again.clear()
+        self._add_scattered()
         self.add_bytes(header.snapshots_offset, self.snapshots.length)
         self.add_bytes(*header.encryption_area)
         await self._add_bitmaps()
@@ -108,25 +124,58 @@ class ReferenceCounter:
     # ------------------------------------------------------------------------------------------------------------ tables
 
     async def _add_tables(self, l1: array[int], *, active: bool) -> None:
-        for index, entry in enumerate(l1):
-            if not entry & ~COPIED:
-                continue
-            offset = entry & OFFSET_MASK
-            guest = self._guest_of_table(index)
-            if entry & L1_RESERVED:
-                text = f"L1 entry {index} has reserved bits set: {entry:x}"
-                self.report.add(Damage.L1_ENTRY, text, place=self._l1_place(index, active=active), guest=guest)
-            if offset & (self.geometry.cluster_size - 1):
-                text = f"L2 table of L1 entry {index} is not cluster aligned: {entry:x}"
-                self.report.add(Damage.L1_ENTRY, text, place=self._l1_place(index, active=active), guest=guest)
-            if not offset or not self.add_bytes(offset, self.geometry.cluster_size, guest=guest):
-                continue
-            if offset >> 9 in self._seen:
-                users = self._again.setdefault(offset, [0, 0, index])
-                users[0 if active else 1] += 1
-                continue
-            self._seen.add(offset >> 9)
-            await self._add_table(offset, index, active=int(active), others=int(not active))
+        index = 0
+        while index < len(l1):
+            count = self._adjacent_tables(l1, index)
+            if count > 1:
+                await self._add_adjacent(l1[index] & OFFSET_MASK, index, count, active=active)
+            elif l1[index] & ~COPIED:
+                await self._add_entry(l1[index], index, active=active)
+            index += count
+
+    def _adjacent_tables(self, l1: array[int], index: int) -> int:
+        """How many entries of an L1 table lead to tables in a row, none of them read before; 1: this one by itself."""
+        entry, size = l1[index], self.geometry.cluster_size
+        offset = entry & OFFSET_MASK
+        most = min(len(l1) - index, _AT_ONCE // size, (self.file_length - offset) // size)
+        if entry & ~COPIED != offset or not offset or offset & (size - 1) or not entry & COPIED or most < 2:
+            return 1
+        count = ramp_run(l1, index, most, size)
+        return 1 if self._seen.range_cardinality(offset >> 9, offset + count * size >> 9) else count
+
+    async def _add_adjacent(self, offset: int, index: int, count: int, *, active: bool) -> None:
+        """Count ``count`` sound entries of an L1 table from ``index`` on, whose tables lie side by side at ``offset``."""
+        size = self.geometry.cluster_size
+        self.add_bytes(offset, count * size)
+        self._seen |= BitMap64(range(offset >> 9, offset + count * size >> 9, size >> 9))
+        raw = await self.file.read(offset, count * size)
+        if self._add_plain(decode_u64(raw), times=1, active=int(active), tables=count):
+            return
+        for at in range(0, count * size, size):
+            content = raw[at : at + size]
+            await self._add_table(
+                offset + at, index + at // size, active=int(active), others=int(not active), raw=content
+            )
+
+    async def _add_entry(self, entry: int, index: int, *, active: bool) -> None:
+        """Count what one entry of an L1 table leads to."""
+        offset = entry & OFFSET_MASK
+        guest = self._guest_of_table(index)
+        if entry & L1_RESERVED:
+            text = f"L1 entry {index} has reserved bits set: {entry:x}"
+            self.report.add(Damage.L1_ENTRY, text, place=self._l1_place(index, active=active), guest=guest)
+        if offset & (self.geometry.cluster_size - 1):
+            text = f"L2 table of L1 entry {index} is not cluster aligned: {entry:x}"
+            self.report.add(Damage.L1_ENTRY, text, place=self._l1_place(index, active=active), guest=guest)
+        if not offset or not self.add_bytes(offset, self.geometry.cluster_size, guest=guest):
+            return
+        self.all_copied = self.all_copied and bool(entry & COPIED)
+        if offset >> 9 in self._seen:
+            users = self._again.setdefault(offset, [0, 0, index])
+            users[0 if active else 1] += 1
+            return
+        self._seen.add(offset >> 9)
+        await self._add_table(offset, index, active=int(active), others=int(not active))
 
     def _guest_of_table(self, index: int) -> ByteRange:
         size = 1 << self.geometry.l1_shift
@@ -135,22 +184,55 @@ class ReferenceCounter:
     def _l1_place(self, index: int, *, active: bool) -> ByteRange | None:
         return ByteRange(self.file.header.l1_offset + 8 * index, 8) if active else None
 
-    async def _add_table(self, offset: int, index: int, *, active: int, others: int, again: bool = False) -> None:
+    async def _add_table(
+        self, offset: int, index: int, *, active: int, others: int, raw: bytearray | None = None, again: bool = False
+    ) -> None:
         """Count what an L2 table refers to, to which ``active`` and ``others`` entries of L1 tables refer."""
-        raw = decode_u64(await self.file.read(offset, self.geometry.cluster_size))
+        words = decode_u64(raw or await self.file.read(offset, self.geometry.cluster_size))
         if again and active and self.geometry.data_file:
             text = f"the L2 table at {offset:#x} is that of several parts of the disk"
             self.report.add(
                 Damage.SHARED_TABLE, text, place=ByteRange(offset, self.geometry.cluster_size), times=active
             )
-        walk = _TableWalk(self, first_words(raw, self.geometry), offset, index, times=active + others, active=active)
+        if self._add_plain(words, times=active + others, active=active):
+            return
+        walk = _TableWalk(self, first_words(words, self.geometry), offset, index, times=active + others, active=active)
         if self.geometry.extended:
-            walk.check_subclusters(raw[1::2])
+            walk.check_subclusters(words[1::2])
         self.census.add_runs(walk.runs(), active + others)
         if walk.changed:
-            entries = with_first_words(raw, walk.entries, self.geometry)
+            entries = with_first_words(words, walk.entries, self.geometry)
             await self.file.write_metadata(offset, encode_u64(entries))
             self.mended = True
+
+    def _add_plain(self, entries: array[int], *, times: int, active: int, tables: int = 1) -> bool:
+        """Count what one table, or so many together, refers to, if all of it is plain data; False when it is not."""
+        if self.geometry.extended or self.geometry.data_file:
+            return False
+        plain = plain_entries(entries, self.geometry.cluster_bits, clusters=self.limit)
+        if plain is None or (tables > 1 and len(plain.clusters) < len(entries)):
+            return False
+        if times > 1 or plain.breaks.count(b"\x80") * _SHORT_RUN < len(plain.clusters):
+            self.census.add_runs(plain.runs(), times)
+        else:
+            self._scattered.extend(plain.clusters)
+            if len(self._scattered) >= _MANY:
+                self._add_scattered()
+        self.all_copied = self.all_copied and plain.copied
+        self.allocated += active * len(plain.clusters)
+        # The first entry of each table does not follow any other.
+        starts = plain.breaks[:: len(entries) // tables].count(b"\x80")
+        self.fragmented += active * (plain.breaks.count(b"\x80") - starts)
+        return True
+
+    def _add_scattered(self) -> None:
+        """Count the clusters that were put off."""
+        clusters = BitMap64(self._scattered)
+        if len(clusters) == len(self._scattered):
+            self.census.add_set(clusters)
+        else:
+            self.census.add_runs((cluster, 1) for cluster in self._scattered)
+        self._scattered = array(U64)
 
     # ----------------------------------------------------------------------------------------------------------- bitmaps
 
@@ -199,6 +281,7 @@ class _TableWalk:
             if kind is Kind.DATA or kind is Kind.ZERO_ALLOCATED:
                 host = (entry & OFFSET_MASK) >> geometry.cluster_bits
                 self._count(entry & OFFSET_MASK, clusters)
+                self.counter.all_copied = self.counter.all_copied and bool(entry & COPIED)
                 if geometry.data_file:
                     if host != self.first + at:
                         self._bad(at, f"guest cluster {self.first + at} lies elsewhere in the data file: {entry:x}")
