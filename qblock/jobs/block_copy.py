@@ -185,12 +185,8 @@ class BlockCopyJob(BlockJob):
         self.bitmap.reset(run.offset, run.length)
         began = self.runner.clock.now_ns()
         offset = run.offset
-        try:
-            while offset < run.end:
-                offset += await self._copy_piece(offset, run.end - offset, buffer)
-        except BaseException:
-            self.bitmap.mark(run.offset, run.length)
-            raise
+        while offset < run.end:
+            offset += await self._copy_piece(offset, run.end - offset, buffer)
         self._pace.bytes += run.length
         self._pace.ns += self.runner.clock.now_ns() - began
         self.progress_done += run.length

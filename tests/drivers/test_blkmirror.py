@@ -223,18 +223,21 @@ def test_of_writes_that_overlap_the_same_one_wins_on_both_sides(seed: int) -> No
 
 
 def test_a_request_that_is_cancelled_leaves_the_range_to_others() -> None:
-    """Its own and one that waits for it: neither is waited for afterwards."""
+    """One that waits, and one that is waited for: nobody waits for them afterwards."""
 
     async def main() -> None:
         bench = JobBench(1)
         disk = bench.disk(await mirror(bench), "d")
-        first, second = (asyncio.ensure_future(disk.write(0, letter * 4096)) for letter in (b"a", b"b"))
+        first, second = (asyncio.ensure_future(disk.write(0, letters)) for letters in (b"a" * 4096, b"b" * 8192))
+        behind_second = asyncio.ensure_future(disk.write(4096, b"c" * 4096))
         await asyncio.sleep(0.000_001)
         for task in (second, first):
             task.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
-        await disk.write(0, b"c" * 4096)
-        assert content(bench, "source")[:4096] == content(bench, "target")[:4096] == b"c" * 4096
+        async with asyncio.timeout(1):
+            await behind_second
+            await disk.write(0, b"d" * 4096)
+        assert content(bench, "source")[:8192] == content(bench, "target")[:8192] == b"d" * 4096 + b"c" * 4096
         await bench.close()
 
     run(main, Seeded(1))
@@ -276,6 +279,29 @@ def test_the_target_follows_when_the_disk_is_resized() -> None:
             await disk.write(length - 512, bytes([length >> 16]) * 512)
             assert disk.length == length
             assert content(bench, "source") == content(bench, "target")
+        await bench.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize(("failing", "length"), [("target", 2 * SIZE), ("source", SIZE // 2)])
+def test_a_failed_resize_leaves_no_target_that_is_shorter_than_its_source(
+    failing: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target grows first and shrinks last."""
+
+    async def main() -> None:
+        bench = JobBench()
+        disk = bench.disk(await mirror(bench), "d")
+        disk.set_permissions(disk.perm | Perm.RESIZE, disk.shared)
+
+        async def fail(length: int, *, exact: bool = True, preallocation: str = "off") -> None:
+            raise BlockIOError(errno.ENOSPC, "no room")
+
+        monkeypatch.setattr(driver_of(bench.graph.find_node(failing)), "truncate", fail)
+        with pytest.raises(BlockIOError, match="no room"):
+            await disk.truncate(length)
+        assert len(content(bench, "source")) == len(content(bench, "target")) == SIZE
         await bench.close()
 
     run(main)
@@ -351,15 +377,17 @@ def test_clusters_of_a_target_over_a_shared_backing_file_are_never_half(seed: in
         assert not wrong, f"{name}: sectors {wrong}"
 
 
-def test_a_discard_does_not_uncover_the_backing_file_of_the_target(tmp_path: Path) -> None:
-    """Whoever has written and discarded finds the new data or zeroes, and never what was there years ago."""
+@pytest.mark.parametrize("written", [True, False])
+def test_a_discard_does_not_uncover_the_backing_file_of_the_target(written: bool, tmp_path: Path) -> None:
+    """Whoever has discarded finds zeroes there, and never what was there years ago, not even where nothing was written."""
     make_chain(tmp_path, SIZE, [("base.qcow2", {0: b"ancient!" * (SIZE // 8)}), ("copy.qcow2", {})])
 
     async def main() -> None:
         bench = JobBench()
         copy = {"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "copy.qcow2")}}
         disk = bench.disk(await mirror(bench, target=copy), "d")
-        await disk.write(0, b"new!" * (SIZE // 4))
+        if written:
+            await disk.write(0, b"new!" * (SIZE // 4))
         await disk.discard(0, SIZE)
         await bench.close()
 

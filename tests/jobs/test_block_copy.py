@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from qblock.backend import BlockBackend
 from qblock.clock import LoopClock
+from qblock.drain import drained
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import BlockIOError, CommandError, DeviceNotFound, ImageLocked
 from qblock.jobs.block_copy import MAX_PASSES, PAUSE_NS, BlockCopyJob, start_block_copy
@@ -465,6 +466,81 @@ def test_a_guest_that_writes_too_fast_is_held_for_as_long_as_it_takes(monkeypatc
     run(main)
 
 
+def test_in_the_pause_it_makes_room_for_somebody_elses_drained_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who drains the target relies on it that nobody writes there, the job that holds the guest included."""
+
+    async def main() -> None:
+        bench = JobBench()
+        source, target = await bench.node("s", 16 * MiB), await bench.node("t", 16 * MiB)
+        SlowWrites(target, 10_000_000, monkeypatch)
+        monkeypatch.setattr("qblock.jobs.block_copy.MAX_PASSES", 0)
+        disk = bench.disk(source, "d")
+        await disk.write(0, b"x" * (16 * MiB))
+        job = await bench_copy(bench, monkeypatch, target)
+        await asyncio.sleep(0.255)  # the last of 16 chunks is being copied: now all are dirty again
+        await disk.write(0, b"y" * (16 * MiB))
+        await eventually(lambda: source.quiesce_counter)
+        async with drained(target):
+            copied = driver_of(target).content()
+            assert b"x" in copied, "it has not been waited for the end"
+            await asyncio.sleep(1)
+            assert driver_of(target).content() == copied
+        await bench.jobs.wait(job)
+        assert disk.node is target and driver_of(target).content() == b"y" * (16 * MiB)
+        await bench.close()
+
+    run(main)
+
+
+def test_the_target_is_durable_before_the_guest_goes_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the guest had flushed at the source has to survive at the target too."""
+
+    async def main() -> None:
+        bench = JobBench()
+        source, target = await bench.node("s", 2 * MiB), await bench.node("t", 2 * MiB)
+        disk = bench.disk(source, "d")
+        await disk.write(0, b"x" * (2 * MiB))
+        SlowWrites(target, 10_000_000, monkeypatch)
+        monkeypatch.setattr("qblock.jobs.block_copy.MAX_PASSES", 0)
+        requests: list[str] = []
+        for name in ("write_from", "flush"):
+            monkeypatch.setattr(driver_of(target), name, noting(name, requests, getattr(driver_of(target), name)))
+        job = await bench_copy(bench, monkeypatch, target)
+        await asyncio.sleep(0.115)  # the second chunk is being copied: now the first one is dirty again
+        await disk.write(0, b"y" * 512)
+        await bench.jobs.wait(job)
+        assert job.error is None
+        assert requests == ["write_from", "write_from", "flush", "write_from", "flush"]
+        await bench.close()
+
+    run(main)
+
+
+def noting(name: str, into: list[str], request: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """The request, which appends ``name`` when it is made."""
+
+    async def noted(*args: Any, **options: Any) -> None:
+        into.append(name)
+        await request(*args, **options)
+
+    return noted
+
+
+def test_a_disk_that_nobody_may_write_stays_so(tmp_path: Path) -> None:
+    """The target is written by the job alone, and is read-only when it has taken the source's place."""
+
+    async def main() -> None:
+        async with desk(tmp_path) as made:
+            await made.system.drive_del("disk")
+            await made.system.drive_add(
+                {"if": "none", "id": "disk", "file": made.path("top"), "format": "qcow2", "read-only": True}
+            )
+            node = await made.finished(await made.copy())
+            assert node.read_only and node.driver.filename() == made.path("new")
+
+    run(main)
+
+
 def test_a_cancel_in_the_pause_comes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the last chunk is copied there is a way back."""
 
@@ -483,7 +559,9 @@ def test_a_cancel_in_the_pause_comes_in_time(monkeypatch: pytest.MonkeyPatch) ->
         await asyncio.sleep(0.025)
         assert not write.done()
         await bench.jobs.cancel(job)
+        cancelled_at = asyncio.get_running_loop().time()
         await bench.jobs.wait(job)
+        assert asyncio.get_running_loop().time() - cancelled_at <= 0.01, "not all of the rest is copied first"
         await write
         assert job.cancelled and disk.node is source
         assert await disk.read(0, 5) == b"heldy"

@@ -112,6 +112,15 @@ def test_what_cannot_be_written_is_reported_without_waiting(kind: str, action: s
         signal.signal(signal.SIGPIPE, before_action)
 
 
+def test_the_byte_is_made_durable_after_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is only in the page cache does not outlive the host."""
+    synced: list[bytes] = []
+    monkeypatch.setattr("os.fdatasync", lambda fd: synced.append((tmp_path / "witness").read_bytes()))
+    with Witness(os.open(tmp_path / "witness", os.O_WRONLY | os.O_CREAT)) as witness:
+        write(witness)
+    assert synced == [WITNESS_BYTE]
+
+
 def test_a_pipe_gets_its_byte_though_nothing_of_it_can_be_durable() -> None:
     """The result of fdatasync is ignored, as it was proposed."""
 
