@@ -47,6 +47,8 @@ _SHOWN: Final[Mapping[str, frozenset[str]]] = {
 """The options that change what a node of the driver shows; of drivers not listed all are shown."""
 _NAMED_BY_CHILD: Final = frozenset({"commit_top", "copy-before-write", "mirror_top", "snapshot-access"})
 """Drivers whose nodes show the file name of the node they lie on."""
+_INSERTED_BY_JOBS: Final = frozenset({"commit_top", "mirror_top"})
+"""Drivers of nodes that cannot be opened by options."""
 
 
 def filename_of(node: BlockDriverState) -> str:
@@ -56,6 +58,12 @@ def filename_of(node: BlockDriverState) -> str:
     name = node.driver.filename()
     is_enough = name is not None and (node.driver.is_filter or not _backing_differs(node))
     return name if name is not None and is_enough else "json:" + json.dumps(_options_of(node))
+
+
+def _without_filters_of_jobs(node: BlockDriverState) -> BlockDriverState:
+    while node.filtered is not None and (node.implicit or node.driver.name in _INSERTED_BY_JOBS):
+        node = node.filtered.node
+    return node
 
 
 def _backing_differs(node: BlockDriverState) -> bool:
@@ -84,6 +92,7 @@ def link_of(node: BlockDriverState) -> BackingLink | None:
 
 def _options_of(node: BlockDriverState) -> dict[str, Json]:
     """The options from which ``node`` can be opened again, without those that do not change what it shows."""
+    node = _without_filters_of_jobs(node)
     shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
     values = dump(node.driver.options)
     options = {key: values[key] for key in node.options_given if key in shown and key in values}

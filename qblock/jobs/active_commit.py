@@ -44,7 +44,7 @@ class ActiveCommitJob(MirrorJob):
         graph = self.runner.graph
         for layer in place.layers():
             if layer is not place.top:
-                self.hold("intermediate node", layer, Perm.NONE, Perm.WRITE | Perm.WRITE_UNCHANGED, change=change)
+                self.hold("intermediate node", layer, Perm.NONE, place.shared_on(layer), change=change)
         graph.freeze_chain(self.filter.node, place.base)
         change.add(abort=partial(graph.unfreeze_chain, self.filter.node, place.base))
 

@@ -84,7 +84,7 @@ class CommitJob(ScanningJob):
         graph.append(node, onto=place.top, change=change, name="backing")
         self.hold("main node", place.device, Perm.NONE, Perm.ALL, change=change)
         for layer in place.layers():
-            self.hold("intermediate node", layer, Perm.NONE, Perm.WRITE | Perm.WRITE_UNCHANGED, change=change)
+            self.hold("intermediate node", layer, Perm.NONE, place.shared_on(layer), change=change)
         self.hold("base", place.base, Perm.NONE, Perm.ALL, change=change)
         graph.freeze_chain(node, place.base)
         change.add(abort=partial(graph.unfreeze_chain, node, place.base))

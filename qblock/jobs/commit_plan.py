@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qblock.blockers import OpType
-from qblock.chain import base_of, contains, find_backing_image, whole_chain
+from qblock.chain import base_of, contains, find_backing_image, skip_filters, whole_chain
 from qblock.errors import CommandError, DeviceNotFound, InvalidParameter, NodeNotFound
 from qblock.jobs.state import OnError
 from qblock.permissions import Perm
@@ -58,6 +58,11 @@ class CommitPlace:
             if layer is self.base:
                 return
             yield layer
+
+    def shared_on(self, layer: BlockDriverState) -> Perm:
+        """What the job lets others do to one of the layers; filters right above the base show what it has."""
+        shows_base = skip_filters(layer) is skip_filters(self.base)
+        return Perm.WRITE | Perm.WRITE_UNCHANGED | (Perm.CONSISTENT_READ if shows_base else Perm.NONE)
 
     @property
     def is_active(self) -> bool:

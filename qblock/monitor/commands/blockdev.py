@@ -144,7 +144,8 @@ async def change_backing_file(ctx: CommandContext, args: ChangeBackingFileArgume
         await system.opener.reopen(image, read_only=False)
     try:
         async with drained(image):
-            await image.driver.change_backing_link(BackingLink(args.backing_file, image.driver.name))
+            link = BackingLink(args.backing_file, image.driver.name) if args.backing_file else None
+            await image.driver.change_backing_link(link)
     finally:
         if was_read_only:
             await system.opener.reopen(image, read_only=True)
