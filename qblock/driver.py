@@ -424,6 +424,19 @@ class SupportsKeySlots(Protocol):
 
 
 @runtime_checkable
+class SupportsOpenAmend(Protocol):
+    """Something can be changed while the image is in use (``x-blockdev-amend``). The options class is a frozen attrs one."""
+
+    amend_options_class: ClassVar[type[DriverOptions]]
+
+    async def amend_open(self, options: Any, *, force: bool) -> None:
+        """Do what the options ask for; durable on return. ``force`` allows to lose data.
+
+        Raises `CommandError`, then nothing has changed, and `BlockIOError`.
+        """
+
+
+@runtime_checkable
 class SupportsDataFile(Protocol):
     """The format can keep its data in another file, the child ``data-file``, whose name the image may tell."""
 

@@ -30,7 +30,7 @@ EXTENSIONS = {
 """Commands of the default dialect that no QEMU has, each with the reason why it is there."""
 COMMANDS = list(table(Dialect.SYSTEM).values())
 OF_QEMU = [command for command in COMMANDS if command.name not in EXTENSIONS]
-SUBSETS = {("qmp_capabilities", "enable"), ("blockdev-create", "options")}
+SUBSETS = {("qmp_capabilities", "enable"), ("blockdev-create", "options"), ("x-blockdev-amend", "options")}
 """Members whose values QEMU has more of, or spells by other types."""
 MORE = {("drive-mirror", "copy-mode"): ["semi-sync"], ("blockdev-mirror", "copy-mode"): ["semi-sync"]}
 """Values that only we have: semi-synchronous mirroring was proposed in 2012 and never merged."""

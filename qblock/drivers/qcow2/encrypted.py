@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qblock.driver import Driver, Json
-from qblock.drivers.qcow2.options import EncryptionAmend
+from qblock.drivers.qcow2.options import EncryptionAmend, Qcow2AmendOptions
 from qblock.errors import CommandError, InvalidParameter
-from qblock.options import visit
+from qblock.options import DriverOptions, visit
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.encryption import GuestCipher, ImageEncryption
@@ -46,9 +46,22 @@ class EncryptedDriver(Driver):
     def _guest_cipher(self) -> GuestCipher | None:
         return self._encryption.cipher if self._encryption is not None else None
 
+    amend_options_class: ClassVar[type[DriverOptions]] = Qcow2AmendOptions
+
+    async def amend_open(self, options: Qcow2AmendOptions, *, force: bool) -> None:
+        """See `SupportsOpenAmend`."""
+        if options.encrypt is None:
+            return
+        wanted = options.encrypt.for_luks()
+        if wanted is None:
+            raise CommandError("only key slots of LUKS can change: the format of the encryption stays")
+        await self._change_key_slots(wanted, force=force)
+
     async def change_key_slots(self, options: Mapping[str, Json], *, force: bool = False) -> None:
         """See `SupportsKeySlots`."""
-        wanted = visit(EncryptionAmend, options, path="encrypt", strings=True)
+        await self._change_key_slots(visit(EncryptionAmend, options, path="encrypt", strings=True), force=force)
+
+    async def _change_key_slots(self, wanted: EncryptionAmend, *, force: bool) -> None:
         if self._encryption is None:
             raise CommandError("the image is not encrypted: there are no key slots to change")
         if self._encryption.luks is None:

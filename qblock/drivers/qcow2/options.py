@@ -104,6 +104,41 @@ class EncryptionAmend(DriverOptions):
 
 
 @attrs.frozen
+class EncryptionChoice(DriverOptions):
+    """``QCryptoBlockAmendOptions``: for LUKS those of `EncryptionAmend`; the legacy format has none."""
+
+    format: Literal["qcow", "luks"] = required(doc="the image's own")
+    state: Literal["active", "inactive"] | None = option(None, doc="active adds a passphrase, inactive erases key slots")
+    new_secret: str | None = option(None, doc="id of the secret object with the passphrase to add")
+    old_secret: str | None = option(None, doc="id of the secret object with the passphrase to erase")
+    keyslot: int | None = option(None, doc="number of the key slot; default: a free one, or all with the old passphrase")
+    iter_time: int | None = option(None, doc="milliseconds that unlocking is to take; default: 2000")
+
+    def __attrs_post_init__(self) -> None:
+        given = [name for name, value in attrs.asdict(self).items() if name != "format" and value is not None]
+        if self.format == "luks" and self.state is None:
+            raise InvalidParameter("options.encrypt.state", "is missing")
+        if self.format != "luks" and given:
+            member = given[0].replace("_", "-")
+            raise InvalidParameter(f"options.encrypt.{member}", f"is unexpected for the format '{self.format}'")
+
+    def for_luks(self) -> EncryptionAmend | None:
+        """What to do to the key slots; None when the format is another one."""
+        if self.state is None:
+            return None
+        members = attrs.asdict(self)
+        del members["format"]
+        return EncryptionAmend(**members)
+
+
+@attrs.frozen
+class Qcow2AmendOptions(DriverOptions):
+    """``BlockdevAmendOptionsQcow2``."""
+
+    encrypt: EncryptionChoice | None = option(None, doc="what to change about its encryption", since="5.1")
+
+
+@attrs.frozen
 class Qcow2CreateOptions(DriverOptions):
     """``BlockdevCreateOptionsQcow2``. Sizes are bytes."""
 

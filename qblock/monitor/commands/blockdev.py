@@ -13,6 +13,7 @@ from qblock.creating import check_create_options
 from qblock.drain import drained
 from qblock.driver import BackingLink, Json, SupportsBacking
 from qblock.errors import CommandError, InvalidParameter, NodeBusy
+from qblock.jobs.amend import start_amend
 from qblock.jobs.create import start_create
 from qblock.jobs.mirror import root_node
 from qblock.monitor.command import CommandContext, command
@@ -42,6 +43,16 @@ class BlockdevCreateArguments:
 
     job_id: str = required(doc="id of the job")
     options: Mapping[str, Json] = required(doc="the driver, and what it wants to know of the new image")
+
+
+@attrs.frozen
+class BlockdevAmendArguments:
+    """Arguments of x-blockdev-amend."""
+
+    job_id: str = required(doc="id of the job")
+    node_name: str = required(doc="node of the image")
+    options: Mapping[str, Json] = required(doc="the node's driver, and what is to change")
+    force: bool = option(False, doc="allow to erase the last passphrase")
 
 
 @attrs.frozen
@@ -106,6 +117,14 @@ async def blockdev_create(ctx: CommandContext, args: BlockdevCreateArguments) ->
         raise InvalidParameter("options.driver", "is missing" if driver is None else "must be a string")
     check_create_options(ctx.system.opener, driver, options)
     await start_create(ctx.system, job_id=args.job_id, options=args.options)
+
+
+@command("x-blockdev-amend", since="5.1", features=("unstable",))
+async def blockdev_amend(ctx: CommandContext, args: BlockdevAmendArguments) -> None:
+    """Start a job that changes how an open image is stored: the key slots of its encryption."""
+    await start_amend(
+        ctx.system, job_id=args.job_id, node_name=args.node_name, options=args.options, force=args.force
+    )
 
 
 @command("block_resize", since="0.14")
