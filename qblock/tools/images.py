@@ -42,7 +42,8 @@ class ImageArguments:
     """How one image is to be opened: its name or options, its format (None: probe), and the access wanted.
 
     ``writethrough``: every write is durable when it completes. ``copy_on_read``: what is read from the backing file is copied up.
-    ``to_check``: damage that a repair mends does not forbid writing.
+    ``to_check``: damage that a repair mends does not forbid writing. ``resizable``: it may get another size. ``steady``: nobody else
+    may write to it meanwhile (formats ask for that anyway; of raw images QEMU's convert does, and its other commands do not).
     ``extra`` are further options of the node, as dotted keys with strings (``cache.direct``). ``backing`` False leaves the
     backing file closed, ``data_file`` False its data file: then it has no content, but can be asked what it is.
     """
@@ -51,6 +52,8 @@ class ImageArguments:
     fmt: str | None = None
     image_opts: bool = False
     writable: bool = False
+    resizable: bool = False
+    steady: bool = False
     force_share: bool = False
     to_check: bool = False
     backing: bool = True
@@ -120,8 +123,10 @@ class ImageSession:
         """A backend on an image that was opened as `open_node` does; errors name the image."""
         try:
             node = await self.open_node(wanted)
-            perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if wanted.writable else Perm.NONE)
-            backend = BlockBackend(self.graph, perm=perm, shared=Perm.ALL, description=f"the image '{wanted.name}'")
+            perm = Perm.CONSISTENT_READ | (Perm.WRITE if wanted.writable else Perm.NONE)
+            perm |= Perm.RESIZE if wanted.resizable else Perm.NONE
+            shared = Perm.ALL & ~Perm.WRITE if wanted.steady else Perm.ALL
+            backend = BlockBackend(self.graph, perm=perm, shared=shared, description=f"the image '{wanted.name}'")
             self.backends.append(backend)
             backend.insert(node)
             if wanted.snapshot is not None:

@@ -164,6 +164,7 @@ async def _convert(session: ImageSession, request: _Request, progress: Progress)
                 force_share="U" in arguments,
                 extra=cache_options(arguments.get("T"), "source cache option"),
                 snapshot=arguments.get("l"),
+                steady="U" not in arguments,
             )
         )
         for name in request.sources

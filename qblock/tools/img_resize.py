@@ -42,7 +42,13 @@ async def _resize(session: ImageSession, arguments: Arguments, size: str, preall
     # A size that is none is refused before anything is opened.
     wanted_length("+" + size.lstrip("+-"), 1)
     disk = await session.open(
-        ImageArguments(arguments.words[0], fmt=arguments.get("f"), image_opts="image-opts" in arguments, writable=True)
+        ImageArguments(
+            arguments.words[0],
+            fmt=arguments.get("f"),
+            image_opts="image-opts" in arguments,
+            writable=True,
+            resizable=True,
+        )
     )
     length = wanted_length(size, disk.length)
     await resize_disk(disk, length, shrink="shrink" in arguments, preallocation=preallocation)

@@ -107,7 +107,7 @@ class History:
         self.chain: list[str] = []
         self.bitmaps = False
         self.large = False
-        """Some image has clusters so large that they may lie on holes of its file."""
+        """Some image has clusters so large, or mapped so early, that they may lie on holes of its file."""
         self.counter = 0
         for name in ("ours", "real"):
             (folder / name).mkdir()
@@ -209,7 +209,7 @@ class History:
             words += [str(self.size(self.shape.cluster))]
         self.both("img", *words)
         self.chain.append(name)
-        self.large |= self.shape.cluster > 1 << 20
+        self.large |= self.shape.cluster > 1 << 20 or "preallocation=metadata" in words[5]
         self.bitmaps = False
         for _ in range(self.random.randrange(4)):
             self.write()
@@ -240,7 +240,12 @@ class History:
                 words += ["-c", f"{kind} {a} {b - a}"]
         if words:
             discard = random.choice(([], ["-d", "unmap"]))
-            self.both("io", "-f", fmt, *discard, *words, self.top)
+            found, expected = self.both("io", "-f", fmt, *discard, *words, self.top, lenient=True)
+            if found[0] < expected[0] and any("-c -P" in word for word in words):
+                # 7.2 may pack clusters into what has become a table meanwhile; it notices, and marks its image as corrupt.
+                self.copy_all("ours", "real")
+            elif found[0] != expected[0]:
+                raise Difference(f"exit codes: ours {found[0]}, real {expected[0]}\n{found[1]}\n{expected[1]}")
 
     def snapshot(self) -> None:
         """Make, apply or delete an internal snapshot."""
@@ -262,7 +267,7 @@ class History:
                 self.real.img("check", "-q", "-r", "leaks", self.top)
         if found[0] == expected[0]:
             return
-        if not (self.shape.narrow and found[0] == 0):
+        if not self.shape.narrow:
             raise Difference(f"exit codes: ours {found[0]}, real {expected[0]}")
         with self.at("real"):
             self.real.img("check", "-q", "-r", "all", self.top)
@@ -270,8 +275,10 @@ class History:
 
     def copy_all(self, source: str, target: str) -> None:
         """Give one side the files of the other."""
-        shutil.rmtree(self.folder / target)
-        shutil.copytree(self.folder / source, self.folder / target)
+        for one, other in ((source, target), (target, source)):
+            # Both get the same holes, which measure looks at.
+            shutil.rmtree(self.folder / other)
+            subprocess.run(["cp", "-r", "--sparse=always", self.folder / one, self.folder / other], check=True)
 
     def swap(self) -> None:
         """Each side goes on with the images of the other."""
@@ -293,6 +300,8 @@ class History:
     def resize(self) -> None:
         """Another size; shrinking to whole clusters only, since 7.2 brings back what is cut off inside of one."""
         size, words = self.size(self.shape.cluster), ["--shrink"]
+        if self.shape.version == 2 and len(self.chain) > 1:
+            size = min(size, self.length())  # 7.2 cannot make it grow over a longer backing file
         if size < self.length():
             size = size // self.shape.cluster * self.shape.cluster
         elif self.random.random() < 0.3:
@@ -343,8 +352,8 @@ class History:
 
     def amend(self) -> None:
         """Another version, width of refcounts, size or flag."""
-        if self.large:
-            return  # the real one takes minutes
+        if self.large or (self.shape.version == 2 and len(self.chain) > 1):
+            return  # the real one takes minutes, or cannot make it grow
         option = self.random.choice(
             ("compat=0.10", "compat=1.1", "lazy_refcounts=on", "lazy_refcounts=off",
              f"refcount_bits={1 << self.random.randrange(7)}",
@@ -356,6 +365,8 @@ class History:
         if found[0] != expected[0]:
             # We do not lower the version of what would lose something by it.
             self.copy_all("ours", "real")
+        elif "compat" in option:
+            self.settle()  # zero clusters become data, or nothing
         self.look_at_top()
 
     def look_at_top(self) -> None:
@@ -394,7 +405,7 @@ class History:
         self.compare_json("map", self.plain_map)
         self.compare_json("check", self.plain_check)
         if self.random.random() < 0.5 and not self.large:
-            # Large clusters may lie on holes, which the programs look for in ways of their own.
+            # Holes are looked for by each program in a way of its own.
             self.compare_json("measure", lambda report: report, "-O", "qcow2")
         self.compare_content()
 

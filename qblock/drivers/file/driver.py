@@ -503,7 +503,7 @@ class FileDriver(Driver):
 
     @classmethod
     async def create(cls, options: FileCreateOptions, context: CreateContext) -> None:
-        """Make the file, or overwrite the content of an existing one that nobody else uses. Raises `BlockIOError`."""
+        """Make the file, or overwrite an existing one that nobody else has unshared. Raises `BlockIOError`."""
         if options.preallocation == "metadata":
             raise InvalidParameter("preallocation", "cannot be 'metadata': a plain file has none")
         if options.size < 0:
@@ -533,7 +533,7 @@ def _create_file(options: FileCreateOptions) -> list[str]:
         locks = FileLocks(os.dup(fd), filename)
         try:
             if locks.supported():
-                locks.take(Perm.WRITE | Perm.RESIZE, Perm.ALL & ~(Perm.WRITE | Perm.RESIZE))
+                locks.take(Perm.WRITE | Perm.RESIZE, Perm.ALL & ~Perm.RESIZE)
             os.ftruncate(fd, 0)
             warnings = _apply_hints(fd, options)
             space.resize(fd, 0, options.size, options.preallocation)

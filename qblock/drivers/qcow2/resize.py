@@ -86,7 +86,8 @@ async def _grow(writer: Allocator, length: int, preallocation: str) -> None:
     first, end = align_up(clusters.length, geometry.cluster_size), align_up(length, geometry.cluster_size)
     # Whatever somebody left behind the end must not become content of the disk.
     await writer.cut(first, min(end, len(clusters.l1) << geometry.l1_shift))
-    await _clean_last_cluster(writer, allocate=preallocation != "off")
+    # A cluster of subclusters has a place without counting as written.
+    await _clean_last_cluster(writer, allocate=preallocation != "off" and not geometry.extended)
     await grow_l1(writer, geometry.l1_entries(length))
     try:
         if preallocation != "off":
