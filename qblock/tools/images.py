@@ -42,8 +42,8 @@ class ImageArguments:
     """How one image is to be opened: its name or options, its format (None: probe), and the access wanted.
 
     ``writethrough``: every write is durable when it completes. ``copy_on_read``: what is read from the backing file is copied up.
-    ``to_check``: damage that a repair mends does not forbid writing. ``resizable``: it may get another size. ``steady``: nobody else
-    may write to it meanwhile (formats ask for that anyway; of raw images QEMU's convert does, and its other commands do not).
+    ``to_check``: damage that a repair mends does not forbid writing. ``resizable``: it may get another size. ``steady``:
+    nobody else may write to it meanwhile (formats ask for that anyway; of raw images QEMU's convert does, other commands do not).
     ``extra`` are further options of the node, as dotted keys with strings (``cache.direct``). ``backing`` False leaves the
     backing file closed, ``data_file`` False its data file: then it has no content, but can be asked what it is.
     """

@@ -329,7 +329,8 @@ class Allocator:
                 return
             run = clusters.places_of_zeroes(table, clusters.index(guest << bits), count)
             used = any(one.first < guest + run.clusters and one.end > guest for one in clusters.allocations)
-            if run.kind is Kind.ZERO_ALLOCATED and run.entry & OFFSET_MASK == host << bits and not used:
+            own = run.kind is Kind.ZERO_ALLOCATED and run.entry & (OFFSET_MASK | COPIED) == host << bits | COPIED
+            if own and not used:
                 with self.allocating(guest, run.clusters):
                     await requests.discard(self.file.edge, host << bits, run.clusters << bits)
             host, guest, count = host + run.clusters, guest + run.clusters, count - run.clusters

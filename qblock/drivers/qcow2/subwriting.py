@@ -337,7 +337,7 @@ class ExtendedAllocator(Allocator):
         if entry != old[0]:
             self.drop(old, pass_discard=pass_discard)
             old = array(U64, [entry]) * count
-        elif empties and state == ALL_ZERO and states[index] & ALL_DATA:
+        elif empties and self._keeps(entry) and state == ALL_ZERO and states[index] & ALL_DATA:
             self.empty_later(Run(Kind.DATA, count, entry), offset >> geometry.cluster_bits)
         clusters.change_both(table, index, old, array(U64, [state]) * count)
         return count

@@ -160,3 +160,23 @@ def test_what_copying_frees_is_discarded_as_pass_discard_other_says(passed: bool
         await close_soundly(bench)
 
     run(main)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_zeroes_in_parts_of_a_cluster_leave_a_snapshot_what_it_has(kept: bool) -> None:
+    """Subclusters become zero one after the other, until all of a cluster is; its place is the snapshot's as well."""
+
+    async def main() -> None:
+        bench, disk = await filled(extended=True, discard_no_unref=kept)
+        driver = bench.node.driver
+        assert isinstance(driver, Qcow2Driver)
+        info = await driver.create_snapshot("before")
+        for at in range(0, CLUSTER, CLUSTER // 4):
+            await disk.write_zeroes(at, CLUSTER // 4, may_unmap=True)
+        await disk.flush()
+        assert await disk.read(0, SIZE) == bytes(CLUSTER) + b"a" * (SIZE - CLUSTER)
+        await driver.apply_snapshot(info)
+        assert await disk.read(0, SIZE) == b"a" * SIZE
+        await close_soundly(bench)
+
+    run(main)
