@@ -32,8 +32,9 @@ COMMANDS = [
     "io -c 'read 0 512'", "io -r -c 'read 0 512'", "io -r -U -c 'read 0 512'", "io -U -c 'read 0 512'",
     "img info", "img info -U", "img map", "img check -U", "img check -r all", "img compare -U {} {}",
     "img convert -O raw {} copy", "img convert -U -O raw {} copy", "img convert -n -O {fmt} source {}",
-    "img resize -f {fmt} {} 1M", "img snapshot -l", "img snapshot -a none", "img amend -o lazy_refcounts=off", "img create -f {fmt} {} 1M", "img commit", "img bench -c 1 -w",
-    "img dd if={} of=copy", "img dd if=source of={}", "img rebase -u -b base -F qcow2",
+    "img resize -f {fmt} {} 1M", "img snapshot -l", "img snapshot -a none", "img amend -o lazy_refcounts=off",
+    "img create -f {fmt} {} 1M", "img commit", "img bench -c 1 -w", "img dd if={} of=copy", "img dd if=source of={}",
+    "img rebase -u -b base -F qcow2",
 ]  # fmt: skip
 PAIRS = [(held, mode, wanted) for held, mode in HOLDERS for wanted in SECOND[held]]
 
