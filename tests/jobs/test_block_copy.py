@@ -169,6 +169,8 @@ def test_an_existing_image_is_used(tmp_path: Path, incremental: bool, cluster: i
 
     async def main() -> None:
         async with desk(tmp_path) as made:
+            made.disk.set_permissions(made.disk.perm | Perm.WRITE, made.disk.shared)
+            await made.disk.write(5 * MiB, b"beside a MiB of the base")
             before = await made.disk.read(0, SIZE)
             backing = {"backing-file": "base", "backing-fmt": "qcow2"} if incremental else {}
             await made.create("new", **{"cluster-size": cluster}, **backing)
@@ -454,6 +456,28 @@ def test_the_switch_waits_until_the_pause_is_short(monkeypatch: pytest.MonkeyPat
     run(main)
 
 
+def test_the_pause_is_foreseen_from_the_last_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that was slow in the beginning and is fast now is no reason for more passes."""
+
+    async def main() -> None:
+        bench = JobBench()
+        source, target = await bench.node("s", 16 * MiB), await bench.node("t", 16 * MiB)
+        slow = SlowWrites(target, 100_000_000, monkeypatch)
+        disk = bench.disk(source, "d")
+        await disk.write(0, b"x" * (16 * MiB))
+        job = await bench_copy(bench, monkeypatch, target)
+        await asyncio.sleep(1.65)  # the last of 16 chunks is being copied
+        slow.ns_per_mib = 1_000_000
+        for moment in (0, 0.0575):  # now, and while the last of 8 chunks is being copied again
+            await asyncio.sleep(moment)
+            await disk.write(0, b"y" * (8 * MiB))
+        await bench.jobs.wait(job)
+        assert job.passes == 1 and job.held_ns == 8_000_000
+        await bench.close()
+
+    run(main)
+
+
 def test_a_guest_that_writes_too_fast_is_held_for_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A MiB each millisecond: no pass gets shorter, so after ten the rest, all of it, is copied in one long pause."""
 
@@ -462,6 +486,27 @@ def test_a_guest_that_writes_too_fast_is_held_for_as_long_as_it_takes(monkeypatc
         assert job.passes == MAX_PASSES
         assert job.held_ns is not None and job.held_ns >= 15 * 10_000_000
         assert worst > 0.14
+
+    run(main)
+
+
+def test_a_write_that_is_under_way_at_the_beginning_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passed the place where bitmaps are looked at before there was one, so nothing would tell the job of it."""
+
+    async def main() -> None:
+        bench = JobBench()
+        source, target = await bench.node("s", 2 * MiB), await bench.node("t", 2 * MiB)
+        disk = bench.disk(source, "d")
+        await disk.write(0, b"x" * (2 * MiB))
+        SlowWrites(source, 1_000_000_000, monkeypatch)
+        write = asyncio.ensure_future(disk.write(0, b"y" * MiB))
+        await bench.system.clock.sleep_ns(1)
+        assert source.in_flight
+        job = await bench_copy(bench, monkeypatch, target)
+        assert write.done()
+        await bench.jobs.wait(job)
+        assert disk.node is target and await disk.read(0, MiB) == b"y" * MiB
+        await bench.close()
 
     run(main)
 

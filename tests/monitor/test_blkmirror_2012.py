@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from qblock.errors import BlockIOError
 from qblock.monitor.client import QmpError
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import MachineOptions
+from qblock.node import BlockDriverState
 from qblock.testing.images import make_chain, make_image
 from qblock.testing.machines import LocalMachine
 from qblock.units import KiB, MiB
@@ -103,6 +106,41 @@ def test_the_target_is_opened_as_the_source_was(images: Path) -> None:
         assert isinstance(node.driver, BlkmirrorDriver)
         target = node.driver.target.node
         assert node.discard_unmap and target.discard_unmap and target.cache_no_flush
+
+
+def test_a_write_that_comes_while_the_target_is_opened_goes_to_both(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the mirror. On its way to the source alone it could end after that place has been streamed."""
+    with machine(images) as local:
+        system = local.machine.system
+        disk, opened = system.graph.find_backend("virtio0"), system.opener.open_image
+        writes: list[asyncio.Future[None]] = []
+
+        async def meanwhile(filename: str, **options: Any) -> BlockDriverState:
+            writes.append(asyncio.ensure_future(disk.write(0, b"late" * 1024)))
+            await system.clock.sleep_ns(10**9)
+            return await opened(filename, **options)
+
+        monkeypatch.setattr(system.opener, "open_image", meanwhile)
+        mirror(local, images / "copy.qcow2")
+        local.run(asyncio.wait_for(writes[0], 1))
+    assert read(images / "copy.qcow2", 0, 4096) == b"late" * 1024 == read(images / "top.qcow2", 0, 4096)
+
+
+def test_a_disk_that_gets_another_image_meanwhile_gets_no_mirror(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target has been made for the image that was there."""
+    with machine(images) as local:
+        system = local.machine.system
+        disk, opened = system.graph.find_backend("virtio0"), system.opener.open_image
+
+        async def meanwhile(filename: str, **options: Any) -> BlockDriverState:
+            disk.remove()
+            disk.insert(await system.opener.open_blockdev({"driver": "memory", "node-name": "other", "size": SIZE}))
+            return await opened(filename, **options)
+
+        monkeypatch.setattr(system.opener, "open_image", meanwhile)
+        with pytest.raises(QmpError, match="its images have changed meanwhile"):
+            mirror(local, images / "copy.qcow2")
+        assert driver_shown(local) == "memory"
 
 
 def test_a_mirror_can_be_put_over_a_mirror(images: Path) -> None:
