@@ -60,12 +60,11 @@ class Breakpoints:
         """The tags of all requests that are held."""
         return [held.tag for held in self._held]
 
-    async def wait(self, tag: str) -> None:
-        """Return when a request is held as ``tag``."""
-        while not self.holds(tag):
-            arrival = asyncio.get_running_loop().create_future()
-            self._arrivals.append(arrival)
-            await arrival
+    def arrival(self) -> asyncio.Future[None]:
+        """Done when the next request is held."""
+        arrival: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._arrivals.append(arrival)
+        return arrival
 
     def come_to(self, event: str) -> None:
         """The task that runs has come to a step of its work; it is to stop at the next `pause`."""

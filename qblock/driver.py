@@ -290,6 +290,9 @@ class Driver(abc.ABC):
             changed = sorted(key for key in from_ if from_[key] != to.get(key))
             raise CommandError(f"Node '{self.node.node_name}': '{', '.join(changed)}' cannot be changed while it is open")
 
+    def check_cache(self, *, direct: bool) -> None:
+        """Raise `BlockIOError` when the page cache cannot be bypassed from now on; only storage has to do with it."""
+
     async def prepare_reopen(self, options: Any, *, read_only: bool) -> None:
         """Do what may fail before the change (open a second descriptor, flush before going read-only)."""
 

@@ -25,6 +25,10 @@ MAX_NESTING: Final = 200
 """How deep options may be nested; longer chains are opened from headers or built by reference."""
 
 
+DISCARD_WORDS: Final[Mapping[str, str]] = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
+"""The option ``discard`` as command lines may spell it."""
+
+
 @attrs.frozen
 class CacheOptions:
     """``BlockdevCacheOptions``."""

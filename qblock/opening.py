@@ -467,9 +467,9 @@ class Opener:
         """Make a node read-only or writable in place; see `reopening.reopen`."""
         await reopen(self, node, read_only=read_only)
 
-    async def reopen_described(self, descriptions: Sequence[Mapping[str, Json]]) -> None:
+    async def reopen_described(self, descriptions: Sequence[Mapping[str, Json]], *, strings: bool = False) -> None:
         """Give nodes new options in place, all or none; see `reopening.reopen_described`."""
-        await reopen_described(self, descriptions)
+        await reopen_described(self, descriptions, strings=strings)
 
 
 def merge(base: Mapping[str, Json], extra: Mapping[str, Json]) -> dict[str, Json]:

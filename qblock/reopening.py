@@ -61,15 +61,17 @@ async def reopen(opener: Opener, node: BlockDriverState, *, read_only: bool) -> 
     await _perform(opener, [*_followers(node, {"read_only": read_only}), step])
 
 
-async def reopen_described(opener: Opener, descriptions: Sequence[Mapping[str, Json]]) -> None:
+async def reopen_described(
+    opener: Opener, descriptions: Sequence[Mapping[str, Json]], *, strings: bool = False
+) -> None:
     """Give nodes new options, all or none of them: each description is complete and has the ``node-name`` of its node.
 
-    Raises `CommandError` (options that cannot be changed, users that write, loops) and `BlockIOError`; nothing has changed
-    then. Nodes that lose their last user are closed.
+    With ``strings`` leaves may be text. Raises `CommandError` (options that cannot be changed, users that write, loops) and
+    `BlockIOError`; nothing has changed then. Nodes that lose their last user are closed.
     """
     steps: dict[BlockDriverState, _Step] = {}
     for index, given in enumerate(descriptions):
-        step = _described(opener, given, f"options[{index}]")
+        step = _described(opener, given, f"options[{index}]", strings=strings)
         if step.node in steps and steps[step.node].given is not None:
             raise InvalidParameter(f"options[{index}].node-name", f"names '{step.node.node_name}' a second time")
         for follower in _followers(step.node, _passed_on(step)):
@@ -82,12 +84,12 @@ async def reopen_described(opener: Opener, descriptions: Sequence[Mapping[str, J
 # ------------------------------------------------------------------------------------------------- what a node is to be
 
 
-def _described(opener: Opener, given: Mapping[str, Json], path: str) -> _Step:
+def _described(opener: Opener, given: Mapping[str, Json], path: str, *, strings: bool) -> _Step:
     name = given.get("node-name")
     if not isinstance(name, str):
         raise InvalidParameter(f"{path}.node-name", "is missing" if name is None else "must be a string")
     node = opener.graph.find_node(name)
-    spec = SpecReader(opener.registry).read(given, NodeFlags(discard_unmap=node.discard_unmap), path=path)
+    spec = SpecReader(opener.registry, strings=strings).read(given, NodeFlags(discard_unmap=node.discard_unmap), path=path)
     if spec.driver is not type(node.driver):
         raise InvalidParameter(f"{path}.driver", f"cannot be changed: node '{name}' is a {node.driver.name} node")
     if not spec.driver.supports_reopen:
@@ -218,6 +220,7 @@ async def _prepare(steps: Sequence[_Step]) -> None:
     try:
         for step in steps:
             step.node.driver.check_reopen(step.options, read_only=step.flags.read_only)
+            step.node.driver.check_cache(direct=step.flags.cache_direct)
             prepared.append(step)
             await step.node.driver.prepare_reopen(step.options, read_only=step.flags.read_only)
     except BaseException:

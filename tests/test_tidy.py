@@ -48,7 +48,7 @@ LAYERS = (
     "imagebitmaps",
     "objects image imageinfo offline",
     "resizing rebasing committing",
-    "iocmd devices.* guest",
+    "iocmd.* devices.* guest",
     "system",
     "drive_reopen",
     "actions.*",

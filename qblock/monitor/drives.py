@@ -9,7 +9,7 @@ from qblock.backend import BlockBackend
 from qblock.chain import chain_next
 from qblock.committing import commit_in_use
 from qblock.errors import CommandError, DeviceNotFound, NodeNotFound, QBlockError
-from qblock.iocmd import run_command
+from qblock.iocmd.commands import run_command
 from qblock.monitor.command import CommandContext
 from qblock.monitor.commands.blockdev import NodeNameArguments, delete_node
 from qblock.options import parse_keyval
@@ -108,7 +108,7 @@ async def run_io(context: CommandContext, name: str, line: str, *, is_qdev: bool
             raise
     perm, shared = backend.perm, backend.shared
     try:
-        return await run_command(backend, line, context.hub.output, clock=system.env.clock) == 0
+        return await run_command(backend, line, context.hub.output, clock=system.env.clock, opener=system.opener) == 0
     finally:
         if temporary is not None:
             temporary.close()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -23,6 +25,7 @@ from qblock.driver import Environment, SupportsSnapshots
 from qblock.errors import CommandError, QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
+from qblock.nodespec import DISCARD_WORDS
 from qblock.opening import Opener, OpenPolicy
 from qblock.options import fields, parse_keyval, split_items
 from qblock.permissions import Perm
@@ -60,6 +63,8 @@ class ImageArguments:
     data_file: bool = True
     writethrough: bool = False
     copy_on_read: bool = False
+    temporary: bool = False
+    """Writes go to an overlay that is gone with the session; the image itself is opened for reading."""
     extra: Mapping[str, str] = attrs.field(factory=dict)
     snapshot: str | None = None
     """The internal snapshot to show in place of the disk, see `snapshots.find_described`; the size stays the disk's."""
@@ -111,7 +116,7 @@ class ImageSession:
         return await self.opener.open_image(
             name,
             fmt=wanted.fmt,
-            read_only=not wanted.writable,
+            read_only=not wanted.writable or wanted.temporary,
             backing=wanted.backing,
             data_file=wanted.data_file,
             options=dict(wanted.extra),
@@ -123,6 +128,8 @@ class ImageSession:
         """A backend on an image that was opened as `open_node` does; errors name the image."""
         try:
             node = await self.open_node(wanted)
+            if wanted.temporary:
+                node = await self._temporary_overlay(node, wanted)
             perm = Perm.CONSISTENT_READ | (Perm.WRITE if wanted.writable else Perm.NONE)
             perm |= Perm.RESIZE if wanted.resizable else Perm.NONE
             shared = Perm.ALL & ~Perm.WRITE if wanted.steady else Perm.ALL
@@ -137,6 +144,21 @@ class ImageSession:
         if wanted.copy_on_read:
             node.copy_on_read += 1
         return backend
+
+    async def _temporary_overlay(self, node: BlockDriverState, wanted: ImageArguments) -> BlockDriverState:
+        """A qcow2 image over ``node`` in a file that has no name any more."""
+        fd, name = tempfile.mkstemp(prefix="qblock-", dir=os.environ.get("TMPDIR", "/var/tmp"))
+        os.close(fd)
+        keeper = BlockBackend(self.graph, perm=Perm.NONE, shared=Perm.ALL, description="the temporary overlay")
+        keeper.insert(node)
+        try:
+            file = {"driver": "file", "filename": name}
+            await self.opener.create_image("qcow2", {"file": file, "size": node.length})
+            options = {"backing": node.node_name, "discard": wanted.extra.get("discard", "ignore")}
+            return await self.opener.open_image(name, fmt="qcow2", read_only=not wanted.writable, options=options)
+        finally:
+            keeper.close()
+            os.unlink(name)
 
     async def close(self, backend: BlockBackend) -> None:
         """Flush and close one image before the session ends."""
@@ -169,6 +191,8 @@ def _with_drivers(options: Mapping[str, Any], *, root: bool = False) -> dict[str
     nested = {key: _with_drivers(value) if isinstance(value, Mapping) else value for key, value in options.items()}
     if root and nested.get("backing") == "":
         nested["backing"] = None  # QEMU's older way to say that there is none
+    if isinstance(discard := nested.get("discard"), str):
+        nested["discard"] = DISCARD_WORDS.get(discard, discard)
     if "filename" not in nested or "driver" in nested:
         return nested
     if root:

@@ -2,7 +2,7 @@
 
 The commands are those of `qblock.iocmd`, plus ``open`` and ``close``. Without -c they are read from standard input, each behind
 the prompt ``qemu-io> `` (printed also when input is a file, as QEMU does, so that outputs can be compared). Differs from QEMU:
-``-s``, ``-m``, ``-k``, ``-i`` and ``reopen`` are refused or absent.
+files are read and written by threads, so that ``-k`` and ``-i native`` or ``io_uring`` are refused.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ from contextlib import closing
 from typing import Final, NoReturn
 
 from qblock.errors import CommandError, QBlockError
-from qblock.iocmd import COMMANDS, AlreadySaid, CommandFailed, IoCommand, IoShell, command_table
+from qblock.iocmd.commands import COMMANDS
+from qblock.iocmd.shell import AlreadySaid, CommandFailed, IoCommand, IoShell, command_table, options_of
+from qblock.nodespec import DISCARD_WORDS
 from qblock.options import parse_keyval
 from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
-from qblock.tools.images import ImageArguments, ImageSession, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, OnlyHelp, run_session, with_secrets
 from qblock.tools.tracing import Tracer, asks_for_list, print_events
 from qblock.tracing import Trace
 
 PROMPT: Final = "qemu-io> "
-DISCARD_MODES: Final = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
-REFUSED: Final = {
-    "s": "temporary overlays cannot be made here",
-    "m": "buffers are not misaligned on purpose",
-    "k": "files are read and written by threads",
-    "i": "files are read and written by threads",
-}
+AIO_MODES: Final = ("threads", "native", "io_uring")
+MISALIGNMENT: Final = 16
+"""Where in a page the buffers of -m begin."""
 
 HELP: Final = """usage: qblock-io [OPTIONS] [-c COMMAND]... [FILE]
 Reads and writes a disk image by commands.
@@ -38,10 +36,13 @@ Reads and writes a disk image by commands.
   -c, --cmd COMMAND    run this command (may be given several times); otherwise commands come from standard input
   -f, --format FMT     format of the image (otherwise it is probed)
   -r, --read-only      open it read-only
+  -s, --snapshot       write to a temporary overlay, which is gone at the end
   -n, --nocache        same as -t none
   -t, --cache MODE     none, writeback, writethrough, directsync or unsafe
   -d, --discard MODE   ignore (off) or unmap (on)
   -C, --copy-on-read   copy what is read from the backing file into the image
+  -i, --aio MODE       threads (native and io_uring, also called -k, are not there)
+  -m, --misalign       let the buffers of requests begin inside of a block
   -U, --force-share    open it although another program writes to it (needs -r)
   --image-opts         FILE is a list of options: driver=...,file.filename=...
   --object OBJECT      secret,id=NAME,...
@@ -52,6 +53,16 @@ Reads and writes a disk image by commands.
 
 'qblock-io -c help' lists the commands."""
 
+_OPEN_LETTERS: Final = "rsCnkUt:d:i:o:"
+_OPEN: Final = """ -r, -- read-only
+ -s, -- write to a temporary overlay, which is gone when the image is closed
+ -C, -- copy what is read from the backing file into the image
+ -n, -- same as -t none
+ -U, -- although another program writes to it (needs -r)
+ -t, -- the cache mode: none, writeback, writethrough, directsync or unsafe
+ -d, -- what becomes of discards: ignore (off) or unmap (on)
+ -i, -- the aio mode: threads
+ -o, -- options for the block driver, as key=value,..."""
 _LONG: Final = {
     "cmd=": "c", "format=": "f", "read-only": "r", "snapshot": "s", "nocache": "n", "copy-on-read": "C", "misalign": "m",
     "native-aio": "k", "aio=": "i", "cache=": "t", "discard=": "d", "trace=": "T", "force-share": "U", "help": "h",
@@ -79,15 +90,18 @@ def _run(args: list[str]) -> int:
             return 0
         if len(arguments.words) > 1:
             raise UsageError("expecting at most one image file name")
-        arguments.refuse(REFUSED)
+        arguments.check_image_opts()
         wanted = _wanted(arguments, arguments.words[0]) if arguments.words else None
         with closing(Tracer.of("qblock-io", arguments.all("T"))) as tracer:
             return run_session(
                 lambda session: _Program(session).run(arguments, wanted),
                 with_secrets(arguments, lambda env: tracer.attach(env.trace, env.clock)),
             )
+    except OnlyHelp:
+        return 0
     except UsageError as error:
-        complain("qblock-io", f"{error}\n{HELP}")
+        complain("qblock-io", str(error))
+        print(HELP)
     except QBlockError as error:
         complain("qblock-io", str(error))
     return 1
@@ -97,17 +111,25 @@ def _wanted(arguments: Arguments, name: str, *, image_opts: bool = False) -> Ima
     """How to open an image, from the options of the program or of its open command."""
     cache = "none" if "n" in arguments else arguments.get("t", "writeback")
     discard = arguments.get("d", "unmap") or ""
-    if discard not in DISCARD_MODES:
-        raise CommandError(f"Invalid discard option: '{discard}' (choose from {', '.join(DISCARD_MODES)})")
+    if discard not in DISCARD_WORDS:
+        raise CommandError(f"Invalid discard option: '{discard}' (choose from {', '.join(DISCARD_WORDS)})")
+    aio = "native" if "k" in arguments else arguments.get("i", "threads")
+    if aio not in AIO_MODES:
+        raise CommandError(f"Invalid aio mode: '{aio}' (choose from {', '.join(AIO_MODES)})")
+    if aio != "threads":
+        raise CommandError(f"the aio mode '{aio}' is not supported: files are read and written by threads")
+    if "C" in arguments and "r" in arguments:
+        raise CommandError("-C copies into the image, which -r forbids")
     return ImageArguments(
         name,
         fmt=arguments.get("f"),
         image_opts=image_opts or "image-opts" in arguments,
         writable="r" not in arguments,
         force_share="U" in arguments,
-        extra=cache_options(cache) | {"discard": DISCARD_MODES[discard]},
+        extra=cache_options(cache) | {"discard": DISCARD_WORDS[discard]},
         writethrough=is_writethrough(cache),
         copy_on_read="C" in arguments,
+        temporary="s" in arguments,
     )
 
 
@@ -118,24 +140,32 @@ class _Program:
         self._session = session
 
     async def run(self, arguments: Arguments, wanted: ImageArguments | None) -> int:
-        async with asyncio.TaskGroup() as tasks:
-            shell = IoShell(
-                backend=None,
-                clock=self._session.environment.clock,
-                out=print,
-                err=_print_error,
-                tasks=tasks,
-                table={**COMMANDS, **self._commands()},
-            )
-            if wanted is not None and not await self._open_image(shell, wanted):
-                return 1
-            failed = 0
-            lines = _given(arguments.all("c")) if "c" in arguments else _typed()
-            async for line in lines:
-                failed |= await shell.execute(line)
-                if shell.quit:
-                    break
-            await shell.finish()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                return await self._run(arguments, wanted, tasks)
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _run(self, arguments: Arguments, wanted: ImageArguments | None, tasks: asyncio.TaskGroup) -> int:
+        shell = IoShell(
+            backend=None,
+            clock=self._session.environment.clock,
+            out=print,
+            err=_print_error,
+            tasks=tasks,
+            table={**COMMANDS, **self._commands()},
+            opener=self._session.opener,
+            misalign=MISALIGNMENT if "m" in arguments else 0,
+        )
+        if wanted is not None and not await self._open_image(shell, wanted):
+            return 1
+        failed = 0
+        lines = _given(arguments.all("c")) if "c" in arguments else _typed()
+        async for line in lines:
+            failed |= await shell.execute(line)
+            if shell.quit:
+                break
+        await shell.finish_all()
         return failed
 
     async def _open_image(self, shell: IoShell, wanted: ImageArguments) -> bool:
@@ -147,16 +177,17 @@ class _Program:
         return True
 
     def _commands(self) -> dict[str, IoCommand]:
-        usage = "[-rCnU] [-t cache] [-d discard] [-f format | -o options] [path]"
+        usage = "[-rsCnU] [-t cache] [-d discard] [-o options] [path]"
         return command_table(
-            IoCommand("open", self._open, "opens an image", usage, 1, None, ("o",), needs_image=False),
+            IoCommand("open", self._open, "opens an image", usage, 1, None, ("o",), needs_image=False, details=_OPEN),
             IoCommand("close", self._close, "closes the image", aliases=("c",)),
         )
 
     async def _open(self, shell: IoShell, name: str, args: list[str]) -> None:
         if shell.backend is not None:
             raise CommandFailed("an image is open already: close it first", to_stderr=True)
-        given = Arguments(args, "rCnUt:d:f:o:")
+        options_of(shell, name, args, _OPEN_LETTERS)
+        given = Arguments(args, _OPEN_LETTERS)
         options = given.get("o")
         if options is None and len(given.words) != 1:
             raise CommandFailed(shell.table[name].synopsis(name))
@@ -169,7 +200,7 @@ class _Program:
             raise AlreadySaid
 
     async def _close(self, shell: IoShell, name: str, args: list[str]) -> None:
-        await shell.finish()
+        await shell.finish_all()
         backend, shell.backend = shell.image, None
         await self._session.close(backend)
 

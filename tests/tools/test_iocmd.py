@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from qblock.backend import BlockBackend
-from qblock.iocmd import COMMANDS, format_bytes, run_command
+from qblock.iocmd.commands import COMMANDS, run_command
+from qblock.iocmd.words import format_bytes
 from qblock.permissions import Perm
 from qblock.system import BlockSystem
 from qblock.testing.simloop import run
@@ -34,9 +35,9 @@ def test_a_command_takes_the_permissions_it_needs() -> None:
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
         lines: list[str] = []
-        assert await run_command(backend, "read 0 512", lines.append, clock=system.clock) == 0
+        assert await run_command(backend, "read 0 512", lines.append, clock=system.clock, opener=system.opener) == 0
         assert backend.perm == Perm.CONSISTENT_READ
-        assert await run_command(backend, "write -P 3 0 512", lines.append, clock=system.clock) == 0
+        assert await run_command(backend, "write -P 3 0 512", lines.append, clock=system.clock, opener=system.opener) == 0
         assert backend.perm & Perm.WRITE
         assert await backend.read(0, 3) == b"\3\3\3"
 
@@ -48,7 +49,7 @@ def test_a_read_only_disk_refuses_writes_with_a_reason() -> None:
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
         lines: list[str] = []
-        assert await run_command(backend, "write 0 512", lines.append, clock=system.clock) == 1
+        assert await run_command(backend, "write 0 512", lines.append, clock=system.clock, opener=system.opener) == 1
         assert "read-only" in lines[0]
 
     on_a_disk(body, **{"read-only": True})
@@ -59,7 +60,7 @@ def test_aio_requests_are_done_when_the_command_returns_to_a_monitor() -> None:
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
         lines: list[str] = []
-        assert await run_command(backend, "aio_write -P 9 4k 4k", lines.append, clock=system.clock) == 0
+        assert await run_command(backend, "aio_write -P 9 4k 4k", lines.append, clock=system.clock, opener=system.opener) == 0
         assert lines[0] == "wrote 4096/4096 bytes at offset 4096"
         assert await backend.read(4096, 2) == b"\t\t"
 
@@ -70,7 +71,7 @@ def test_sleep_passes_virtual_time() -> None:
     """An hour of sleeping takes no time."""
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
-        assert await run_command(backend, "sleep 3600000", print, clock=system.clock) == 0
+        assert await run_command(backend, "sleep 3600000", print, clock=system.clock, opener=system.opener) == 0
 
     on_a_disk(body)
 
@@ -81,7 +82,7 @@ def test_every_command_has_help(name: str) -> None:
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
         lines: list[str] = []
-        assert await run_command(backend, f"help {name}", lines.append, clock=system.clock) == 0
+        assert await run_command(backend, f"help {name}", lines.append, clock=system.clock, opener=system.opener) == 0
         assert lines[0].startswith(name)
         assert " -- " in lines[0]
 

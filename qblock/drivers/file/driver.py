@@ -15,11 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
-import mmap
 import os
 import stat
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, TypeVarTuple, Unpack
 
@@ -27,6 +24,7 @@ from attrs import evolve, frozen
 
 from qblock.driver import CreateContext, Driver, Json, Limits
 from qblock.drivers.file import space
+from qblock.drivers.file.direct import BOUNCE, Bounce, alignment_of, read_once, set_direct
 from qblock.drivers.file.locks import FileLocks
 from qblock.drivers.file.threads import ThreadQueue
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
@@ -50,9 +48,6 @@ INLINE_ALONE: Final = 16 * MiB
 """Both limits where the loop is not shared: a thread would only add two switches to each copy."""
 _INLINE_SPACE: Final = MiB
 _COPY_PIECE: Final = 64 * MiB
-_BOUNCE: Final = MiB
-_DIRECT_ALIGNMENTS: Final = (512, 4096)
-_BLKSSZGET: Final = 0x1268
 _NOT_SUPPORTED: Final = (
     errno.EOPNOTSUPP,
     errno.ENOSYS,
@@ -128,13 +123,6 @@ def _size_of(fd: int) -> int:
     return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
 
 
-class _Bounce(threading.local):
-    """A thread's aligned buffer for O_DIRECT: making one for each request would cost more than a small request."""
-
-    def __init__(self) -> None:
-        self.buffer = memoryview(mmap.mmap(-1, _BOUNCE))
-
-
 class FileDriver(Driver):
     """One open file. ``discards`` counts discards that worked, failed, and the bytes of the former."""
 
@@ -154,6 +142,9 @@ class FileDriver(Driver):
     _failed_flush = 0
     _locks: FileLocks | None = None
     _new_fd: int | None = None
+    _direct = False
+    _inline_before = 0
+    """What ``_inline_read`` is when the page cache is used."""
     _inline_read = INLINE_READ
     _read_flags = os.RWF_NOWAIT
     _inline_write = INLINE_WRITE
@@ -187,9 +178,7 @@ class FileDriver(Driver):
             if not self._is_device and space.gains_by_reserving(self._fd):
                 self._write = space.write_reserved
             if node.cache_direct:
-                self.limits = Limits(request_alignment=self._probe_alignment())
-                self._inline_read = 0
-                self._bounce = _Bounce()
+                self._bypass_cache(alignment_of(self._fd, is_device=self._is_device))
             self._open_locks()
         except BaseException:
             os.close(self._fd)
@@ -214,17 +203,16 @@ class FileDriver(Driver):
             flags |= os.O_DIRECT
         return _open_storage(self.options.filename, flags)
 
-    def _probe_alignment(self) -> int:
-        """The smallest unit in bytes that O_DIRECT takes for this file."""
-        if self._is_device:
-            answer = fcntl.ioctl(self._fd, _BLKSSZGET, b"\0" * 4)
-            return int.from_bytes(answer, "little")
-        with mmap.mmap(-1, _DIRECT_ALIGNMENTS[-1]) as area, memoryview(area) as page:
-            for alignment in _DIRECT_ALIGNMENTS:
-                with contextlib.suppress(OSError), page[:alignment] as block:
-                    os.preadv(self._fd, (block,), 0)
-                    return alignment
-        return _DIRECT_ALIGNMENTS[-1]
+    def _bypass_cache(self, alignment: int) -> None:
+        self._direct = True
+        self._inline_before, self._inline_read = self._inline_read, 0
+        self.limits = Limits(request_alignment=alignment)
+        self._bounce = Bounce()
+
+    def _use_cache(self) -> None:
+        self._direct = False
+        self._inline_read = self._inline_before
+        self.limits = Limits()
 
     def _open_locks(self) -> None:
         if self.options.locking == "off" or self.node.force_share:
@@ -284,7 +272,7 @@ class FileDriver(Driver):
         await self._read_in_thread(offset + done, buffer[done:])
 
     async def _read_in_thread(self, offset: int, buffer: memoryview) -> None:
-        read = self._read_direct if self.node.cache_direct else _read_fully
+        read = self._read_direct if self._direct else _read_fully
         try:
             await self._run(read, self._fd, offset, buffer)
         except OSError as error:
@@ -294,7 +282,7 @@ class FileDriver(Driver):
         """See `Driver`."""
         end = offset + len(buffer)
         try:
-            if self.node.cache_direct:
+            if self._direct:
                 await self._run(self._write_direct, self._fd, offset, buffer)
             elif len(buffer) > self._inline_write:
                 await self._run(self._write, self._fd, offset, buffer)
@@ -311,15 +299,15 @@ class FileDriver(Driver):
     def _read_direct(self, fd: int, offset: int, buffer: memoryview) -> None:
         """Like `_read_fully`, through a buffer aligned as O_DIRECT needs it; offset and length are aligned."""
         bounce = self._bounce.buffer
-        for start in range(0, len(buffer), _BOUNCE):
-            piece = bounce[: min(_BOUNCE, len(buffer) - start)]
-            _read_once_direct(fd, offset + start, piece)
+        for start in range(0, len(buffer), BOUNCE):
+            piece = bounce[: min(BOUNCE, len(buffer) - start)]
+            read_once(fd, offset + start, piece)
             buffer[start : start + len(piece)] = piece
 
     def _write_direct(self, fd: int, offset: int, buffer: memoryview) -> None:
         bounce = self._bounce.buffer
-        for start in range(0, len(buffer), _BOUNCE):
-            piece = bounce[: min(_BOUNCE, len(buffer) - start)]
+        for start in range(0, len(buffer), BOUNCE):
+            piece = bounce[: min(BOUNCE, len(buffer) - start)]
             piece[:] = buffer[start : start + len(piece)]
             space.write_fully(fd, offset + start, piece)
 
@@ -334,7 +322,7 @@ class FileDriver(Driver):
         try:
             await self._run(os.fdatasync, self._fd)
         except OSError as error:
-            if not self.node.cache_direct:
+            if not self._direct:
                 self._failed_flush = error.errno or errno.EIO
             raise _io_error(error, f"Flushing '{self.options.filename}' failed") from None
 
@@ -472,6 +460,16 @@ class FileDriver(Driver):
         assert isinstance(options, FileOptions)
         super().check_reopen(evolve(options, drop_cache=self.options.drop_cache), read_only=read_only)
 
+    def check_cache(self, *, direct: bool) -> None:
+        """See `Driver`: the file system must be able to do without the page cache."""
+        if not direct or self._direct:
+            return
+        try:
+            set_direct(self._fd, on=True)
+        except OSError as error:
+            raise _io_error(error, f"'{self.options.filename}' cannot be used with cache.direct=on") from None
+        set_direct(self._fd, on=False)
+
     async def prepare_reopen(self, options: Any, *, read_only: bool) -> None:
         """See `Driver`: opens the file anew, which must still be the same one."""
         if read_only and self._is_written():
@@ -492,6 +490,12 @@ class FileDriver(Driver):
             os.close(self._fd)
             self._fd, self._new_fd = self._new_fd, None
             self._failed_flush = 0
+        if self.node.cache_direct and not self._direct:
+            set_direct(self._fd, on=True)
+            self._bypass_cache(alignment_of(self._fd, is_device=self._is_device))
+        elif self._direct and not self.node.cache_direct:
+            set_direct(self._fd, on=False)
+            self._use_cache()
 
     def abort_reopen(self) -> None:
         """See `Driver`."""
@@ -512,17 +516,6 @@ class FileDriver(Driver):
         warnings = await loop.run_in_executor(context.env.executor, _create_file, options)
         for warning in warnings:
             context.env.warn(warning)
-
-
-def _read_once_direct(fd: int, offset: int, piece: memoryview) -> None:
-    """Fill ``piece``; a count that is no whole block is the end of the file."""
-    done = 0
-    while done < len(piece):
-        count = os.preadv(fd, (piece[done:],), offset + done)
-        done += count
-        if not count or done % _DIRECT_ALIGNMENTS[0]:
-            fill_zero(piece[done:])
-            return
 
 
 def _create_file(options: FileCreateOptions) -> list[str]:
