@@ -47,6 +47,7 @@ LAYERS = (
     "jobs.*",
     "imagebitmaps",
     "objects image imageinfo offline",
+    "inspecting",
     "resizing rebasing committing",
     "iocmd.* devices.* guest",
     "system",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, NoReturn
+
+import attrs
 
 PROGRAM_VERSION: Final = "0.1.0 (speaks as QEMU 7.2)"
 
@@ -44,6 +48,35 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+@attrs.frozen
+class Style:
+    """Weights and colours, where there is somebody to see them."""
+
+    colours: bool
+
+    @classmethod
+    def of_terminal(cls) -> Style:
+        """Colours when standard output is a terminal that has them, and nobody asked for none (``NO_COLOR``)."""
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+        return cls(sys.stdout.isatty() and not plain)
+
+    def paint(self, text: str, code: str) -> str:
+        """``text`` with an SGR code."""
+        return f"\x1b[{code}m{text}\x1b[0m" if self.colours and text else text
+
+    def bold(self, text: str) -> str:
+        """What the eye is to find."""
+        return self.paint(text, "1")
+
+    def dim(self, text: str) -> str:
+        """What matters less."""
+        return self.paint(text, "2")
+
+    def warning(self, text: str) -> str:
+        """What is not as it should be."""
+        return self.paint(text, "33")
+
+
 class Progress:
     """The percentage of -p: printed at the start, whenever it has grown by a hundredth, and with a newline at the end.
 
@@ -52,6 +85,7 @@ class Progress:
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
+        self._terminal = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
         self._printed = -1.0
         self._percent = 0.0
         if threading.current_thread() is threading.main_thread():
@@ -69,9 +103,23 @@ class Progress:
         percent = self._percent = 100 * done / total if total else 100.0
         if self.enabled and (percent - self._printed >= 1 or (percent >= 100 > self._printed)):
             self._printed = percent
-            print(f"    ({percent:.2f}/100%)", end="\r", flush=True)
+            print(f"    ({percent:.2f}/100%){self._bar(percent)}", end="\r", flush=True)
 
-    def end(self) -> None:
-        """Leave the line."""
-        if self.enabled:
-            print()
+    def _bar(self, percent: float) -> str:
+        """What stands behind the percentage at a terminal."""
+        if not self._terminal:
+            return ""
+        width = max(min(shutil.get_terminal_size().columns - 24, 60), 0)
+        done = round(width * percent / 100)
+        return f" {'█' * done}{'░' * (width - done)}"
+
+    @contextmanager
+    def line(self, *, from_start: bool = False) -> Iterator[None]:
+        """The work that is told of; the line ends with it, whether it succeeds or fails. ``from_start``: it begins at once."""
+        if from_start:
+            self.show(0, 1)
+        try:
+            yield
+        finally:
+            if self.enabled:
+                print()

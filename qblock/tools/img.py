@@ -36,10 +36,10 @@ SUBCOMMANDS: Final[Mapping[str, str]] = {
     "create": "create [-q] [-f FMT] [-b BACKING [-F FMT]] [-u] [-o OPTIONS] FILE [SIZE]",
     "dd": "dd [-f FMT | --image-opts] [-O FMT] [-U] [bs=BYTES] [count=BLOCKS] [skip=BLOCKS] if=FILE of=FILE",
     "diff": "diff [-f FMT] [-F FMT | --image-opts] [--output=human|json] [-T CACHE] [-q] [-s] [-U] FILE1 FILE2",
-    "info": "info [-f FMT | --image-opts] [--output=human|json] [--backing-chain] [-U] FILE",
+    "info": "info [-f FMT | --image-opts] [--output=human|json] [--backing-chain | --chain] [-U] FILE",
     "measure": "measure [--output=human|json] [-O FMT] [-o OPTIONS]\n"
     "          [--size N | [-f FMT | --image-opts] [-l SNAPSHOT] [-U] FILE]",
-    "map": "map [-f FMT | --image-opts] [--output=human|json] [-s OFFSET] [-l LENGTH] [-U] FILE",
+    "map": "map [-f FMT | --image-opts] [--output=human|json | --graph] [-s OFFSET] [-l LENGTH] [-U] FILE",
     "rebase": "rebase [-f FMT | --image-opts] [-t CACHE] [-T CACHE] [-p] [-q] [-U] [-u] -b BACKING [-F FMT] FILE",
     "resize": "resize [-f FMT | --image-opts] [--preallocation=off|metadata|falloc|full] [-q] [--shrink] FILE [+|-]SIZE",
     "snapshot": "snapshot [--image-opts] [-U] [-q] [-l | -a NAME | -c NAME | -d NAME] FILE",

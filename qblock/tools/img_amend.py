@@ -52,7 +52,8 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Expecting one image file name")
     arguments.check_image_opts()
     progress = Progress("p" in arguments and "q" not in arguments)
-    run_session(lambda session: _amend(session, arguments, texts, progress), with_secrets(arguments, watch))
+    with progress.line():
+        run_session(lambda session: _amend(session, arguments, texts, progress), with_secrets(arguments, watch))
     return 0
 
 
@@ -102,4 +103,3 @@ async def _amend(session: ImageSession, arguments: Arguments, texts: list[str], 
         await driver.amend(others, progress.show)
     await disk.flush()
     progress.show(1, 1)
-    progress.end()

@@ -43,5 +43,5 @@ async def _commit(session: ImageSession, arguments: Arguments, order: CommitOrde
         )
     )
     assert overlay.root is not None
-    await commit_image(session.opener, overlay.root, order, progress.show)
-    progress.end()
+    with progress.line(from_start=True):
+        await commit_image(session.opener, overlay.root, order, progress.show)

@@ -42,16 +42,15 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Expecting two image file names")
     watch = with_secrets(arguments, watch)
     progress = Progress("p" in arguments and "q" not in arguments)
-    try:
-        return run_session(lambda session: _compare(session, arguments, progress), watch)
-    except _Stop as stop:
-        if stop.code != DIFFERENT:
-            complain("qblock-img", str(stop))
-        elif "q" not in arguments:
-            print(stop)
-            if "p" in arguments:
-                print()
-        return stop.code
+    with progress.line():
+        try:
+            return run_session(lambda session: _compare(session, arguments, progress), watch)
+        except _Stop as stop:
+            if stop.code != DIFFERENT:
+                complain("qblock-img", str(stop))
+            elif "q" not in arguments:
+                print(stop)
+            return stop.code
 
 
 async def _compare(session: ImageSession, arguments: Arguments, progress: Progress) -> int:
@@ -62,7 +61,6 @@ async def _compare(session: ImageSession, arguments: Arguments, progress: Progre
     await comparison.run()
     if not quiet:
         print("Images are identical.")
-    comparison.progress.end()
     return IDENTICAL
 
 

@@ -77,7 +77,8 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     existed = os.path.lexists(request.output)
     try:
         progress = Progress("p" in arguments and "q" not in arguments)
-        run_session(lambda session: _convert(session, request, progress), with_secrets(arguments, watch))
+        with progress.line(from_start=True):
+            run_session(lambda session: _convert(session, request, progress), with_secrets(arguments, watch))
     except BaseException:
         if request.creates and not existed:
             remove_file(request.output)
@@ -199,7 +200,6 @@ async def _convert(session: ImageSession, request: _Request, progress: Progress)
     await Converter(sources, target, settings, session.environment.clock, progress).run()
     if "bitmaps" in arguments:
         await copy_bitmaps(sources[0].node, target.node, session.environment)
-    progress.end()
 
 
 def _fitted(request: _Request, source: BlockBackend, target: BlockBackend) -> ConvertSettings:

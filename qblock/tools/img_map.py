@@ -1,21 +1,25 @@
 """``qblock-img map``: which layer of the chain holds what, and where in its file.
 
 Lines and JSON as qemu-img 7.2 prints them; adjacent areas with the same answer are one. The form for people lists only data
-that lie plainly in a file, and fails where data have no plain offset (compressed clusters).
+that lie plainly in a file, and fails where data have no plain offset (compressed clusters). Of ours is ``--graph``, a picture.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Final
 
 import attrs
 
+from qblock.chain import backing_chain
 from qblock.errors import CommandError
 from qblock.status import ChainExtent, chain_status
 from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
-MAX_QUESTION = 1 << 40
+ROOM_FOR_AMOUNTS: Final = 40
+LEAST_COLUMNS: Final = 20
+MAX_QUESTION: Final = 1 << 40
 """How many bytes one question about the chain covers."""
 
 
@@ -45,7 +49,8 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     """The sub-command; returns the exit code. ``watch``: see `images.run_session`."""
     arguments = Arguments(
         args, "f:s:l:U", {"output=": "output", "format=": "f", "start-offset=": "s", "max-length=": "l",
-                          "image-opts": "image-opts", "force-share": "U", "object=": "object"}
+                          "image-opts": "image-opts", "force-share": "U", "object=": "object",
+                          "graph": "graph"}
     )  # fmt: skip
     output = arguments.output_format()
     start = arguments.size("s", "start offset") or 0
@@ -60,7 +65,9 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         image_opts="image-opts" in arguments,
         force_share="U" in arguments,
     )
-    show = _print_json if output == "json" else _print_lines
+    if "graph" in arguments and "output" in arguments:
+        raise CommandError("--graph is a form of its own: it cannot be used with --output")
+    show = _print_graph if "graph" in arguments else _print_json if output == "json" else _print_lines
     run_session(lambda session: show(session, wanted, start, max_length), watch)
     return 0
 
@@ -105,6 +112,22 @@ async def _print_json(session: ImageSession, wanted: ImageArguments, start: int,
         print(f"{before}{{ {text}}}", end="")
         before = ",\n"
     print("]")
+
+
+async def _print_graph(session: ImageSession, wanted: ImageArguments, start: int, max_length: int | None) -> None:
+    import shutil
+
+    from qblock.tools.console import Style
+    from qblock.tools.map_graph import draw, lines
+
+    node = (await session.open(wanted)).node
+    end = node.length if max_length is None else min(node.length, start + max_length)
+    if start >= end:
+        raise CommandError("there is nothing to draw: the range is empty")
+    names = max(len(layer.driver.filename() or layer.node_name) for layer in backing_chain(node))
+    room = shutil.get_terminal_size().columns - names - ROOM_FOR_AMOUNTS
+    rows = await draw(node, start, end, width=max(room, LEAST_COLUMNS))
+    print("\n".join(lines(rows, start, end, Style.of_terminal())))
 
 
 def _hex(number: int) -> str:

@@ -33,7 +33,8 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         writethrough=is_writethrough(cache),
     )
     progress = Progress("p" in arguments and "q" not in arguments)
-    run_session(lambda session: _rebase(session, arguments, order, progress), watch)
+    with progress.line(from_start=True):
+        run_session(lambda session: _rebase(session, arguments, order, progress), watch)
     return 0
 
 
@@ -50,4 +51,3 @@ async def _rebase(session: ImageSession, arguments: Arguments, order: RebaseOrde
     )
     assert overlay.root is not None
     await rebase_image(session.opener, overlay.root, order, progress.show)
-    progress.end()

@@ -14,14 +14,13 @@ import os
 import struct
 from typing import Final
 
+from qblock.drivers.file.holders import UNSHARED, USED, lock_holders
 from qblock.errors import BlockIOError, ImageLocked
 from qblock.permissions import PERMISSION_NAMES, SINGLE_PERMISSIONS, Perm
 
 _OFD_GETLK: Final = 36
 _OFD_SETLK: Final = 37
 _FLOCK: Final = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
-_USED: Final = 100
-_UNSHARED: Final = 200
 _MOST_NAMED: Final = 3
 
 NO_PERMISSIONS: Final = (Perm.NONE, Perm.ALL)
@@ -30,8 +29,8 @@ NO_PERMISSIONS: Final = (Perm.NONE, Perm.ALL)
 
 def _lock_bytes(perm: Perm, shared: Perm) -> frozenset[int]:
     """The bytes that an opener with these permissions keeps locked."""
-    used = {_USED + n for n, single in enumerate(SINGLE_PERMISSIONS) if single in perm}
-    unshared = {_UNSHARED + n for n, single in enumerate(SINGLE_PERMISSIONS) if single not in shared}
+    used = {USED + n for n, single in enumerate(SINGLE_PERMISSIONS) if single in perm}
+    unshared = {UNSHARED + n for n, single in enumerate(SINGLE_PERMISSIONS) if single not in shared}
     return frozenset(used | unshared)
 
 
@@ -47,7 +46,7 @@ class FileLocks:
     def supported(self) -> bool:
         """Whether the file system and the kernel know such locks."""
         try:
-            self._conflicts(_USED)
+            self._conflicts(USED)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 return False
@@ -62,9 +61,9 @@ class FileLocks:
             for byte in sorted(wanted - before):
                 self._set(byte, fcntl.F_RDLCK)
             for n, single in enumerate(SINGLE_PERMISSIONS):
-                for mine, theirs in ((_USED + n, _UNSHARED + n), (_UNSHARED + n, _USED + n)):
+                for mine, theirs in ((USED + n, UNSHARED + n), (UNSHARED + n, USED + n)):
                     if mine in wanted and self._conflicts(theirs):
-                        raise self._refusal(single, needed=mine < _UNSHARED)
+                        raise self._refusal(single, needed=mine < UNSHARED)
         except OSError as error:
             self._keep_only(before)
             raise BlockIOError(error.errno or errno.EIO, f"Cannot lock '{self._filename}'") from error
@@ -107,42 +106,9 @@ class FileLocks:
 
 def holders_of(fd: int) -> str:
     """Who else holds locks on the file of ``fd``, as "process 12 (qemu-img)", …; empty when the system does not tell."""
-    try:
-        wanted = os.fstat(fd)
-        processes = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return ""
     own = os.getpid()
-    holders = [pid for pid in sorted(processes) if _holds_lock(pid, wanted, except_fd=fd if pid == own else None)]
-    named = ["another node of this process" if pid == own else f"process {pid} ({_command_of(pid)})" for pid in holders]
+    holders = [one for one in lock_holders(fd, except_fd=fd) if one.pid is not None]
+    named = ["another node of this process" if one.pid == own else str(one) for one in holders]
     if len(named) > _MOST_NAMED:
         named[_MOST_NAMED:] = [f"{len(named) - _MOST_NAMED} more"]
     return ", ".join(named)
-
-
-def _holds_lock(pid: int, wanted: os.stat_result, *, except_fd: int | None) -> bool:
-    """Whether a descriptor of the process is the same file and carries locks of its open file description."""
-    folder = f"/proc/{pid}"
-    try:
-        names = os.listdir(f"{folder}/fd")
-    except OSError:
-        return False  # it is somebody else's, or gone
-    for name in names:
-        try:
-            found = os.stat(f"{folder}/fd/{name}")
-            if (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino) or int(name) == except_fd:
-                continue
-            with open(f"{folder}/fdinfo/{name}", encoding="utf-8") as stream:
-                if "OFDLCK" in stream.read():
-                    return True
-        except OSError:
-            continue  # closed meanwhile
-    return False
-
-
-def _command_of(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as stream:
-            return stream.read().strip()
-    except OSError:
-        return "?"
