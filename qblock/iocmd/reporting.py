@@ -59,5 +59,5 @@ def all_bytes(data: memoryview, value: int) -> bool:
 def refuse_request(shell: IoShell, operation: str) -> None:
     """What -i does: nothing is requested, and the statistics of the image have one more invalid ``operation``."""
     shell.out(f"injecting invalid {operation} request")
-    if (accounting := shell.image.accounting) is not None:
-        accounting.refused(operation)
+    if (device := shell.image.device) is not None:
+        device.accounting.refused(operation)

@@ -25,6 +25,7 @@ done
 qemu-img info disk.q
 qemu-img convert --bitmaps -O qcow2 disk.q copy.q && qemu-img info --output=json copy.q | grep -c granularity
 qemu-img convert --bitmaps -O raw disk.q copy.raw
+rm -f copy.raw
 for name in b0 b1 b5; do qemu-img bitmap --remove disk.q $name; done
 for options in compat=0.10 compat=1.1 lazy_refcounts=on refcount_bits=8 refcount_bits=7 size=16M size=1M cluster_size=4k nonsense=1 \
     backing_file=no compat=v9 nolazy_refcounts compat=v3, ''; do

@@ -23,7 +23,7 @@ qemu-io -c 'break write_aio A' -c 'aio_write -P 9 0 64k' -c 'wait_break A' -c 'r
     -c 'break no A' -c 'resume A' -c 'remove_break A' -c 'break write_aio B' -c 'remove_break B' -c 'write 0 1k' -c break -c 'resume' blkdebug::disk.q
 qemu-io -c 'break write_aio A' disk.q
 for signal in 0 1 15 x 999; do qemu-io -c "sigraise $signal" -c length disk.q; done
-qemu-io -c 'write 0 1k' -c abort -c length disk.q
+qemu-io -c 'write -q 0 1k' -c abort -c length disk.q
 qemu-io -c length -c quit -c nonsense disk.q
 qemu-io -c help | wc -l
 printf 'length\nnonsense\nread 0 64k\n\n  length  \nquit\nlength\n' | qemu-io disk.q
