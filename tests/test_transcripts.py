@@ -164,6 +164,7 @@ def perform_page(page: str, directory: Path) -> str:
     return performed.replace(str(directory), SHOWN_DIRECTORY)
 
 
+@pytest.mark.timeout(600)  # a page starts some hundred programs
 @pytest.mark.parametrize("name", PAGES)
 def test_transcripts_are_what_the_programs_print(name: str, tmp_path: Path) -> None:
     """Who follows a page sees what it shows, including every number."""
