@@ -1,0 +1,18 @@
+"""Random histories of jobs on one chain: nothing is lost, nothing hangs, nothing is left behind. Thousands more: `histories.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from histories import live
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_happens_to_a_chain_the_guest_keeps_its_data(seed: int) -> None:
+    """Commits, streams, mirrors, backups, snapshots, bitmaps and faults in any order, and people who change their minds."""
+    assert live(seed)
