@@ -1,7 +1,7 @@
 """Random histories of a chain: jobs of all kinds, snapshots, bitmaps and faults, under a guest that always writes.
 
 A history is made from its seed: the images, what the guest writes, which operation comes when, what fails, and the schedule of
-the tasks. A model knows what the disk must hold, and what each image must show as long as nobody writes below it. Run many of them::
+the tasks. A model knows what the disk must hold, and what each image must show as long as nobody writes below it. Run many::
 
     python tests/schedules/histories.py 0 2000
 """

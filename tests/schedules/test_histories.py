@@ -1,4 +1,4 @@
-"""Random histories of jobs on one chain: nothing is lost, nothing hangs, nothing is left behind. Thousands more: `histories.py`."""
+"""Random histories of jobs on one chain: nothing is lost, nothing hangs, nothing is left behind. More: `histories.py`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,140 @@
+"""Every verb, told to every kind of job in every status: what is accepted, what it does, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from chains import SIZE, Chain, chain
+
+from qblock.errors import CommandError, QBlockError
+from qblock.jobs.job import BlockJob
+from qblock.jobs.mirror import MirrorRequest, start_blockdev_mirror
+from qblock.jobs.new_copy import SyncMode
+from qblock.jobs.state import VERBS, JobStatus, JobVerb
+from qblock.testing.jobbench import eventually
+from qblock.testing.simloop import run
+
+Start = Callable[..., Awaitable[BlockJob]]
+
+
+async def _mirror(made: Chain, **members: Any) -> BlockJob:
+    target = await made.system.opener.open_blockdev(
+        {"driver": "null-co", "node-name": "target", "size": SIZE, "read-zeroes": True}
+    )
+    target.monitor_owned = True
+    request = MirrorRequest(job_id="j", sync=SyncMode.FULL, **members)
+    return await start_blockdev_mirror(made.system, device="disk", target="target", request=request)
+
+
+KINDS: Final[Mapping[str, Start]] = {
+    "stream": lambda made, **members: made.stream(**members),
+    "commit": lambda made, **members: made.commit(top_node="mid", **members),
+    "active commit": lambda made, **members: made.commit(**members),
+    "mirror": _mirror,
+}
+BECOME_READY: Final = ("active commit", "mirror")
+S = JobStatus
+STATUSES: Final = (S.RUNNING, S.PAUSED, S.READY, S.STANDBY, S.PENDING, S.CONCLUDED)
+VERBS_TOLD: Final = ("pause", "resume", "cancel", "force-cancel", "complete", "finalize", "dismiss", "set-speed")
+CASES = [
+    (kind, status)
+    for kind in KINDS
+    for status in STATUSES
+    if kind in BECOME_READY or status not in (S.READY, S.STANDBY)
+]
+
+
+async def brought_to(made: Chain, kind: str, status: JobStatus) -> BlockJob:
+    """A job of a kind that rests in a status."""
+    slow = status in (S.RUNNING, S.PAUSED)
+    job = await KINDS[kind](
+        made, speed=1 if slow else 0, auto_finalize=status is not S.PENDING, auto_dismiss=status is not S.CONCLUDED
+    )
+    if slow:
+        await asyncio.sleep(0.01)
+    elif kind in BECOME_READY:
+        await eventually(lambda: job.is_ready)
+    if status in (S.PAUSED, S.STANDBY):
+        await made.system.jobs.pause(job)
+    elif status in (S.PENDING, S.CONCLUDED) and kind in BECOME_READY:
+        made.system.jobs.complete(job)
+    await eventually(lambda: job.status is status)
+    return job
+
+
+async def tell(made: Chain, job: BlockJob, verb: str) -> None:
+    """Tell the job something, as a command does."""
+    jobs = made.system.jobs
+    match verb:
+        case "cancel" | "force-cancel":
+            await jobs.cancel(job, force=verb == "force-cancel")
+        case "set-speed":
+            jobs.set_speed(job, 0)
+        case "complete":
+            jobs.complete(job)
+        case _:
+            await getattr(jobs, verb)(job)
+
+
+def is_accepted(status: JobStatus, verb: str) -> bool:
+    """By the table; and a pause is asked for once, a resume after it, and a paused job is cancelled by force only."""
+    is_paused = status in (S.PAUSED, S.STANDBY)
+    if verb in ("pause", "cancel") and is_paused:
+        return False
+    if verb == "resume" and not is_paused:
+        return False
+    return status in VERBS[JobVerb(verb.removeprefix("force-"))]
+
+
+@pytest.mark.parametrize("verb", VERBS_TOLD)
+@pytest.mark.parametrize(("kind", "status"), CASES, ids=lambda value: getattr(value, "value", value))
+def test_a_verb_is_accepted_where_the_table_says(tmp_path: Path, kind: str, status: JobStatus, verb: str) -> None:
+    """Whatever is told when: it is done or refused, the job comes to an end, and the guest's data are there."""
+
+    async def main() -> None:
+        async with chain(tmp_path) as made:
+            before = await made.disk.read(0, SIZE)
+            job = await brought_to(made, kind, status)
+            try:
+                await tell(made, job, verb)
+            except CommandError:
+                assert not is_accepted(status, verb)
+                assert job.status is status
+            else:
+                assert is_accepted(status, verb)
+            await asyncio.sleep(0.2)
+            if verb == "force-cancel" and is_accepted(status, verb):
+                assert job.cancelled
+                assert "BLOCK_JOB_CANCELLED" in made.story
+            await _ended(made, job)
+            if not (kind == "mirror" and made.disk.node is made.node("target")):
+                assert await made.disk.read(0, SIZE) == before
+            assert made.is_at_rest()
+
+    run(main)
+
+
+async def _ended(made: Chain, job: BlockJob) -> None:
+    """Bring the job to its end."""
+    for verb in ("resume", "set-speed", "complete", "finalize", "dismiss"):
+        if job.status is not S.NULL:
+            try:
+                await tell(made, job, verb)
+            except QBlockError:
+                continue
+            await asyncio.sleep(0.2)
+    if job.is_ready:
+        await tell(made, job, "complete")
+    if not job.concluded.done():
+        await made.system.jobs.wait(job)
+    if job.status is S.CONCLUDED:
+        await tell(made, job, "dismiss")
+    assert job.status is S.NULL
