@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os.path
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from qblock.driver import BackingLink, SupportsBacking
@@ -26,9 +26,15 @@ _AFTER_DRIVER: Final = (
     "size", "log-append", "file", "target", "filename", "blkverify", "rewrite-corrupted", "vote-threshold",
 )  # fmt: skip
 """Options that QEMU prints behind the driver in ``json:`` names; the others come before it."""
+_RULES: Final = ("inject-error", "set-state")
+"""Options that are lists of objects; QEMU gives each of their members a dotted key."""
 _BEHIND_CHILDREN: Final = ("log-sector-size",)
 """Options that come behind the children before the driver; the others before it come in their order, then the children."""
 _SHOWN: Final[Mapping[str, frozenset[str]]] = {
+    "blkdebug": frozenset({
+        "align", "config", "inject-error", "max-discard", "max-transfer", "max-write-zero", "opt-discard", "opt-write-zero",
+        "set-state",
+    }),
     "blklogwrites": frozenset({"log-append", "log-sector-size"}),
     "blkverify": frozenset(),
     "compress": frozenset(),
@@ -95,7 +101,10 @@ def _options_of(node: BlockDriverState) -> dict[str, Json]:
     node = _without_filters_of_jobs(node)
     shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
     values = dump(node.driver.options)
-    options = {key: values[key] for key in node.options_given if key in shown and key in values}
+    options: dict[str, Json] = {}
+    for key in node.options_given:
+        if key in shown and key in values:
+            options |= _flat_rules(key, node.options_given[key]) if key in _RULES else {key: values[key]}
     shows_backing = not node.driver.is_filter and _backing_differs(node)
     for child, edge in node.children.items():
         if edge.role is ChildRole.BACKING and not shows_backing:
@@ -111,6 +120,11 @@ def _options_of(node: BlockDriverState) -> dict[str, Json]:
     first = {key: options[key] for key in sorted(early, key=lambda key: key in _BEHIND_CHILDREN)}
     last = {key: options[key] for key in _AFTER_DRIVER if key in options}
     return first | {"driver": node.driver.name} | last
+
+
+def _flat_rules(key: str, rules: Iterable[Mapping[str, Json]]) -> dict[str, Json]:
+    """``inject-error`` and the like with a key for each member, as they were given."""
+    return {f"{key}.{index}.{name}": value for index, rule in enumerate(rules) for name, value in rule.items()}
 
 
 def link_to(node: BlockDriverState, *, text: str | None = None) -> BackingLink:

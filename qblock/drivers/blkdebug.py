@@ -7,7 +7,7 @@ about it decides. The events ``pwritev``, ``pwritev_zero`` and ``pwritev_done`` 
 ``pwritev_done`` comes also after a write that failed.
 
 Requests can be held at a step (`breakpoints`). Differs from QEMU in that a configuration file takes the members of the two rule
-sections only (but all of them: QEMU's takes no ``iotype``), and that a negative errno is refused. The border raises the events of
+sections only, and that a negative errno is refused. The border raises the events of
 its own work here too: ``pwritev_rmw_*`` (alignment.py), ``cor_write`` (copying_up.py); which others come is for the format above
 to say.
 """
@@ -64,7 +64,7 @@ class InjectError:
     state: int | None = option(None, doc="only in this state; any when absent or 0")
     iotype: IoType | None = option(None, doc="kind of request; all but block-status when absent", since="4.1")
     errno: int = option(errno.EIO, doc="error number (Linux's); 0: the request does not fail")
-    sector: int = option(-1, doc="only requests that touch this sector of 512 bytes; -1: any")
+    sector: int = option(-1, doc="only requests with the first byte of this sector of 512 bytes; -1: any")
     once: bool = option(False, doc="only the first such request fails")
     immediately: bool = option(False, doc="fail without a turn of the event loop in between")
 
@@ -74,8 +74,7 @@ class InjectError:
             return False
         if self.sector < 0:
             return True
-        start = self.sector * _SECTOR
-        return offset < start + _SECTOR and start < offset + length
+        return offset <= self.sector * _SECTOR < offset + length
 
 
 @frozen(eq=False)
@@ -233,7 +232,11 @@ class BlkdebugDriver(FilterDriver):
         """See `Driver`: ``blkdebug:CONFIG:IMAGE``, unless rules or limits were given beside the configuration file."""
         image = self.child.node.driver.filename()
         config = self.options.config
-        named = image is not None and self.options == BlkdebugOptions(image=self.options.image, config=config)
+        plain = BlkdebugOptions(
+            image=self.options.image, config=config, take_child_perms=self.options.take_child_perms,
+            unshare_child_perms=self.options.unshare_child_perms,
+        )  # fmt: skip
+        named = image is not None and self.options == plain
         return f"blkdebug:{config or ''}:{image}" if named else None
 
     @classmethod

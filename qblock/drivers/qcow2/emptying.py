@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 async def make_empty(writer: Allocator, *, has_snapshots: bool) -> None:
     """Give up every cluster of the disk. Durable on return; no request may be under way."""
+    writer.file.event("empty_image_prepare")
     # Without snapshots nearly all of the file is cut off at its end, and discards before that would be work for nothing.
     await drop_tables(writer, 0, pass_discard=has_snapshots)
     await give_back_end(writer.refcounts, writer.writeback)

@@ -126,6 +126,7 @@ class CompressedWriter:
                 except BlockIOError:
                     await self._give_back(entries)
                     raise
+                self.file.event("l2_update_compressed")
                 self.map.change(table, self.map.index(guest), entries)
             done += count
             guest += count * self._cluster
@@ -177,6 +178,7 @@ class CompressedWriter:
 
     async def _place(self, length: int) -> int:
         """The entry for ``length`` bytes (fewer than a cluster) of packed data; they count as users of the file already."""
+        self.file.event("cluster_alloc_bytes")
         host = await self._claim(length)
         x = 62 - (self.map.geometry.cluster_bits - 8)
         sectors = ((host + length - 1) >> 9) - (host >> 9)

@@ -147,6 +147,7 @@ async def _shrink(writer: Allocator, length: int) -> None:
         await writer.cut(first, min(end, whole << geometry.l1_shift), pass_discard=True)
     writer.file.event("l1_shrink_write_table")
     await drop_tables(writer, whole, pass_discard=True)
+    writer.file.event("l1_shrink_free_l2_clusters")
 
 
 async def drop_tables(writer: Allocator, first: int, *, pass_discard: bool) -> None:
