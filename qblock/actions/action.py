@@ -65,7 +65,7 @@ class Action(abc.ABC):
         """Undo what `prepare` did: all actions that were prepared later are undone already. Must not raise."""
 
     def clean(self) -> None:
-        """Called last, also when `prepare` has failed."""
+        """Called last, also when `prepare` has failed: what `drain` has brought to rest goes on."""
         drained_end(self._drained)
         self._drained.clear()
 
@@ -129,7 +129,7 @@ async def _perform(system: BlockSystem, actions: Sequence[Action], *, grouped: b
         for action in actions:
             await action.afterwards()
     finally:
-        for action in reversed(begun):
+        for action in begun:
             if (hit := system.env.trace.transaction_clean) is not None:
                 hit(action=action.kind, index=actions.index(action))
             action.clean()

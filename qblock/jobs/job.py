@@ -21,7 +21,7 @@ from qblock import drain
 from qblock.blockers import OpBlocker, block_all, unblock
 from qblock.clock import CoSleep, RateLimit
 from qblock.errors import CommandError, JobCancelled
-from qblock.jobs.state import PAUSED_FORM, ErrorAction, IoStatus, JobStatus, OnError, error_action
+from qblock.jobs.state import GOING_ON, PAUSED_FORM, ErrorAction, IoStatus, JobStatus, OnError, error_action
 from qblock.permissions import ChildRole, Perm
 from qblock.transaction import Transaction
 
@@ -122,9 +122,9 @@ class Job(abc.ABC):
         """Rest here while paused, then raise `JobCancelled` if a forced cancel was requested."""
         if self._onlookers:
             self.notice()
-        while self.pause_count:
+        while self.pause_count or self.paused:
             await self.before_pause()
-            if self.pause_count:
+            if self.pause_count or self.paused:
                 await self._pause()
         if self.force_cancelled:
             raise JobCancelled
@@ -216,12 +216,16 @@ class Job(abc.ABC):
         if not self.pause_count:
             self.wake()
 
+    def rest(self) -> None:
+        """Be paused from now on; the next pause point is to find it so, and wait until no reason is left."""
+        self.paused = True
+        self.runner.transition(self, PAUSED_FORM[self.status])
+        self.at_rest()
+
     async def _pause(self) -> None:
         """Be paused until no reason is left. The caller's loop looks again: a new reason may come with the wake-up."""
-        before = self.status
-        self.paused = True
-        self.runner.transition(self, PAUSED_FORM[before])
-        self.at_rest()
+        if not self.paused:
+            self.rest()
         try:
             while self.pause_count:
                 self.notice()
@@ -230,7 +234,7 @@ class Job(abc.ABC):
         finally:
             self._rest = None
             self.paused = False
-            self.runner.transition(self, before)
+            self.runner.transition(self, GOING_ON[self.status])
             self.notice()
 
     def at_rest(self) -> None:

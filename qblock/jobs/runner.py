@@ -89,9 +89,14 @@ class JobRunner:
         job.concluded.set_result(None)
 
     def start(self, job: Job) -> None:
-        """Let a created job run (status running, at once); its task takes its first step on the loop's next turn."""
+        """Let a created job run (status running, at once); its task takes its first step on the loop's next turn.
+
+        In a drained section of its nodes it is paused at once, too.
+        """
         self.transition(job, JobStatus.RUNNING)
         job.was_started = True
+        if job.pause_count:
+            job.rest()
         self.spawn(self._drive(job), job.describe_user())
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -384,15 +389,21 @@ class JobRunner:
                 member.run_ended = True
             while not member.run_ended:
                 await member.noticed()
+        self._fail(culprit)
         for member in txn.newest_first():
             await member.settle()
             await member.undisturbed()
-            member.cancelled = cancelled = member.error is None
-            if cancelled:
-                member.error = CommandError(CANCELLED_TEXT)
-            self.transition(member, JobStatus.ABORTING)
+            self._fail(member)
             member.abort()
-            await self._conclude(member, "BLOCK_JOB_CANCELLED" if cancelled else "BLOCK_JOB_COMPLETED")
+            await self._conclude(member, "BLOCK_JOB_CANCELLED" if member.cancelled else "BLOCK_JOB_COMPLETED")
+
+    def _fail(self, job: Job) -> None:
+        """The job has failed, or is cancelled if there is no error; this is so at once, its end may take time."""
+        if job.status is not JobStatus.ABORTING:
+            job.cancelled = job.error is None
+            if job.cancelled:
+                job.error = CommandError(CANCELLED_TEXT)
+            self.transition(job, JobStatus.ABORTING)
 
     async def _conclude(self, job: Job, event: str) -> None:
         """Clean up, drop the nodes that nobody holds any more, then the final events."""

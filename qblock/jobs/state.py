@@ -71,7 +71,9 @@ VERBS: Final[Mapping[JobVerb, frozenset[JobStatus]]] = {
 """The statuses in which each verb is accepted."""
 
 PAUSED_FORM: Final[Mapping[JobStatus, JobStatus]] = {_S.RUNNING: _S.PAUSED, _S.READY: _S.STANDBY}
-"""What a running job is called while it pauses; it returns to the key afterwards."""
+"""What a running job is called while it pauses."""
+GOING_ON: Final[Mapping[JobStatus, JobStatus]] = {paused: running for running, paused in PAUSED_FORM.items()}
+"""What a paused job is called again when it goes on."""
 
 
 class OnError(enum.Enum):

@@ -146,3 +146,152 @@ def described_image(image: Path) -> Any:
     return info, [{key: value for key, value in entry.items() if key != "offset"} for entry in mapped]
 
 
+
+
+# ------------------------------------------------------------------------------------------------ bitmaps and their ends
+
+
+SHA = do("x-debug-block-dirty-bitmap-sha256", node="top", name="b")
+NODES = do("query-named-block-nodes", flat=True)
+ENDS = [
+    (sync, mode, end)
+    for sync in ("full", "top", "bitmap", "incremental")
+    for mode in ("always", "never", "on-success")
+    for end in ("job-finalize", "job-cancel")
+    if not (mode == "never" and sync != "bitmap") and not (sync == "incremental" and mode != "on-success")
+]
+
+
+@pytest.mark.parametrize(("sync", "mode", "end"), ENDS)
+def test_a_bitmap_has_the_same_bits_after_every_end(sync: str, mode: str, end: str, tmp_path: Path) -> None:
+    """The next increment is copied by it: before, during and after the job, finalized or cancelled, under writes."""
+    script = [
+        DRIVE, OUT, ADD_BITMAP, io("d", "write -P 9 1M 64k"), io("d", "write -P 9 3M 4k"), SHA,
+        backup(sync=sync, bitmap="b", bitmap_mode=mode, auto_finalize=False, auto_dismiss=False), PENDING,
+        io("d", "write -P 7 128k 4k"), io("d", "write -P 7 1M 4k"), io("d", "write -z 3584k 64k"), SHA,
+        do("query-block-jobs"), do("block-dirty-bitmap-clear", node="top", name="b"),
+        do("block-dirty-bitmap-remove", node="top", name="b"), do(end, id="j"), CONCLUDED, SHA, NODES, do("query-jobs"),
+    ]  # fmt: skip
+    real, ours = both(SYSTEMS, tmp_path, script, IMAGES)
+    for expected, got in zip(real, ours, strict=True):
+        assert got == expected
+
+
+def failing(name: str, **rule: Any) -> dict[str, Any]:
+    """An image whose storage fails as the rule says."""
+    image = {"driver": "file", "filename": f"{name}.qcow2"}
+    return do("blockdev-add", driver="qcow2", node_name=name, file={"driver": "blkdebug", "image": image, "inject-error": [rule]})
+
+
+@pytest.mark.parametrize("mode", ["always", "never", "on-success"])
+@pytest.mark.parametrize("policy", ["report", "stop", "enospc", "auto"])
+def test_a_target_without_space_is_told_and_answered_alike(policy: str, mode: str, tmp_path: Path) -> None:
+    """The job fails or waits for somebody to make room; the bitmap gets its bits back. A guest's write fails with it."""
+    begin = [
+        DRIVE, failing("out", event="write_aio", errno=28), ADD_BITMAP, io("d", "write -P 9 1M 64k"),
+        backup(sync="bitmap", bitmap="b", bitmap_mode=mode, auto_dismiss=False, on_target_error=policy),
+        wait("BLOCK_JOB_ERROR"),
+    ]  # fmt: skip
+    end = [CONCLUDED, SHA, do("query-jobs"), do("query-block-jobs")]
+    if policy != "report":
+        stopped = [wait("JOB_STATUS_CHANGE", status="paused"), do("query-block-jobs"), io("d", "write -P 7 1M 4k")]
+        end = [*stopped, do("block-job-resume", device="j"), wait("BLOCK_JOB_ERROR"), stopped[0], do("job-cancel", id="j"), *end]
+    real, ours = both(SYSTEMS, tmp_path, [*begin, *end], IMAGES)
+    for expected, got in zip(real, ours, strict=True):
+        assert got == expected
+
+
+# ------------------------------------------------------------------------------------------------------- transactions
+
+
+SOURCE2 = add("src2", "src2.qcow2")
+PAIR = [TOP, OUT, SOURCE2, OUT2]
+TWO_DISKS = [*IMAGES, ["qemu-img", "create", "-q", "-f", "qcow2", "src2.qcow2", "4M"]]
+JOBS = [do("query-jobs"), do("query-block-jobs")]
+ABORT: dict[str, Any] = {"execute": "abort", "arguments": {}}
+
+
+def first(**members: Any) -> dict[str, Any]:
+    """A backup of top, which takes half a second."""
+    return backup(**({"job_id": "j1", "speed": 8 << 20} | members))
+
+
+def second(**members: Any) -> dict[str, Any]:
+    """A backup of an empty disk."""
+    return backup(**({"job_id": "j2", "device": "src2", "target": "out2"} | members))
+
+
+def together(*commands: dict[str, Any], mode: str | None = "grouped") -> dict[str, Any]:
+    """A transaction of these commands."""
+    actions = [{"type": command["execute"], "data": command["arguments"]} for command in commands]
+    properties = {} if mode is None else {"properties": {"completion-mode": mode}}
+    return {"execute": "transaction", "arguments": {"actions": actions, **properties}}
+
+
+WAITING2 = wait("JOB_STATUS_CHANGE", status="waiting", id="j2")
+BITMAP_VERBS = {
+    verb: do(f"block-dirty-bitmap-{verb}", node="top", name="b") for verb in ("add", "clear", "enable", "disable", "remove")
+}
+GROUPS: dict[str, Script] = {
+    "each by itself": [*PAIR, together(first(sync="none"), second(sync="none"), mode=None), *LOOK],
+    "the program ends": [TOP, OUT, first(sync="none", auto_dismiss=False), do("quit")],
+    "all end well": [*PAIR, together(first(), second()), gone("j1"), *LOOK],
+    "one waits for a person": [
+        *PAIR, together(first(auto_finalize=False, auto_dismiss=False), second(auto_dismiss=False)), PENDING, *JOBS,
+        do("job-finalize", id="j2"), *JOBS,
+    ],
+    "all wait for a person": [
+        *PAIR, together(first(auto_finalize=False), second(auto_finalize=False)), wait("BLOCK_JOB_PENDING", id="j1"), *JOBS,
+        do("job-finalize", id="j1"), *JOBS,
+    ],
+    "one is cancelled while pending": [
+        *PAIR, together(first(auto_finalize=False, auto_dismiss=False), second(auto_dismiss=False)), PENDING, *JOBS,
+        do("job-cancel", id="j2"), *JOBS,
+    ],
+    "the one that runs is cancelled": [
+        *PAIR, together(first(sync="none"), second()), WAITING2, *JOBS, do("job-cancel", id="j1"), gone("j1"), *JOBS,
+    ],
+    "the one that waits is cancelled": [
+        *PAIR, together(first(sync="none", auto_dismiss=False), second(auto_dismiss=False)), WAITING2, *JOBS,
+        do("job-cancel", id="j2"), wait("JOB_STATUS_CHANGE", status="concluded", id="j1"), *JOBS,
+    ],
+    "the older one fails": [
+        TOP, failing("out", event="write_aio", errno=5), SOURCE2, OUT2,
+        together(first(speed=0, auto_dismiss=False), second(sync="none", auto_dismiss=False)),
+        wait("JOB_STATUS_CHANGE", status="concluded", id="j1"), *JOBS,
+    ],
+    "the newer one fails": [
+        TOP, failing("out", event="write_aio", errno=5), SOURCE2, OUT2,
+        together(second(sync="none", auto_dismiss=False), first(speed=0, auto_dismiss=False)),
+        wait("JOB_STATUS_CHANGE", status="concluded", id="j2"), *JOBS,
+    ],
+    "beside changes of bitmaps": [
+        *PAIR, OTHER, ADD_BITMAP,
+        together(first(sync="bitmap", bitmap="b", bitmap_mode="on-success"), BITMAP_VERBS["clear"], mode=None), *LOOK,
+        together(BITMAP_VERBS["remove"], first(sync="bitmap", bitmap="b", bitmap_mode="on-success"), mode=None), *LOOK,
+        together(first(bitmap="b", bitmap_mode="on-success"), second(), BITMAP_VERBS["enable"], mode=None), *LOOK,
+        together(do("block-dirty-bitmap-add", node="top", name="c"), first(sync="none"), mode=None), *LOOK,
+        together(do("block-dirty-bitmap-add", node="src2", name="x"), second()),
+        together(second(), do("block-dirty-bitmap-add", node="src2", name="x")), NODES,
+    ],
+    "failures at every position": [
+        *PAIR, OTHER, together(first(), ABORT), together(ABORT, first()), together(first(), second(), ABORT, mode=None),
+        together(first(), first(), mode=None), together(first(), first(job_id="j3"), mode=None),
+        *[
+            together(*actions) for members in (
+                {"target": "nope"}, {"speed": -1}, {"target": "other"}, {"sync": "incremental"}, {"device": "nope"},
+                {"job_id": ""}, {"filter_node_name": "top"}, {"compress": True, "x_perf": {"max-workers": 0}},
+            )
+            for actions in ((first(), second(**members)), (second(**members), first()))
+        ],
+        *LOOK,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_both_end_backups_of_a_transaction_alike(name: str, tmp_path: Path) -> None:
+    """Several disks are backed up as they are at one moment, all of them or none."""
+    real, ours = both(DAEMONS, tmp_path, GROUPS[name], TWO_DISKS)
+    for expected, got in zip(real, ours, strict=True):
+        assert got == expected

@@ -1,4 +1,4 @@
-"""Backups beside writing guests, on storage that takes its time and fails: the copy is the disk of one moment, or says that it is not."""
+"""Backups beside writing guests, on storage that takes its time and fails: the copy is the disk of one moment, or is no copy."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_backup_is_the_disk_at_its_start(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_faults_cost_a_guests_write_or_the_backup_but_never_data(seed: int) -> None:
-    """A request of either side fails: the disk is what the guest's successful writes made it, and a backup that ends well is one."""
+    """A request of either side fails: the disk is what the guest's successful writes made it; a backup that ends well is one."""
 
     async def main() -> None:
         bench, random = JobBench(seed), Random(seed)
