@@ -125,8 +125,6 @@ class CopyAside:
     @property
     def chunk(self) -> int:
         """The most data that one piece should have; zeroes may be longer."""
-        if self.compress:
-            return self.cluster
         return max(self.cluster, _MAX_OFFLOADED if self.offload else MAX_BUFFERED)
 
     # ------------------------------------------------------------------------------------------------------- pieces

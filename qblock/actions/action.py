@@ -129,9 +129,10 @@ async def _perform(system: BlockSystem, actions: Sequence[Action], *, grouped: b
         for action in actions:
             await action.afterwards()
     finally:
-        for action in begun:
+        for action in reversed(begun):
             if (hit := system.env.trace.transaction_clean) is not None:
                 hit(action=action.kind, index=actions.index(action))
+        for action in begun:  # their jobs go on in the order in which they were started
             action.clean()
         drained_end(watched)
         await system.jobs.resumed()

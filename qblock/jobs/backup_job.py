@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qblock.jobs.runner import JobRunner
 
 _MAX_REACH: Final = 256 * MiB
-MAX_PARALLEL: Final = 64
+MAX_PARALLEL: Final = 16
 
 
 class BackupJob(BlockJob):
