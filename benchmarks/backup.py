@@ -2,7 +2,7 @@
 
     python benchmarks/backup.py [--size MIB] [--rounds N]
 
-Measured are a full backup, the same next to 20 bitmaps, one that is compressed, and an increment by a bitmap of which random clusters
+Measured are a full backup, the same next to 20 bitmaps, a compressed one, and an increment by a bitmap in which 256 KiB of every MiB
 are dirty.
 """
 
@@ -74,7 +74,7 @@ def backup(daemon: str | Path, top: Path, folder: Path, *, case: Case, size: int
 
 
 def with_dirty_bitmap(top: Path) -> None:
-    """Give the image a persistent bitmap in which every fourth part of 256 KiB is dirty."""
+    """Give the image a persistent bitmap in which 256 KiB of every MiB are dirty."""
     subprocess.run(["qemu-img", "bitmap", "--add", "-f", "qcow2", top, "dirty"], check=True)
     writes = [word for at in range(0, top_size(top), MiB) for word in ("-c", f"write -q -P 7 {at} 256k")]
     for start in range(0, len(writes), 1000):

@@ -1,7 +1,7 @@
-"""A backup chain under load: a full backup, then increments by a bitmap. At every point in time the chain restores what the disk held.
+"""A backup chain under load: a full backup, then increments by a bitmap. It restores what the disk held at every point in time.
 
 Increments fail, are cancelled and stopped by errors in between; the guest never stops writing; the machine is restarted, with
-the bitmap kept in its image. A copy of the disk is kept at each point, and in the end each image of the chain has to show its own.
+the bitmap kept in its image. A copy of the disk is kept at each point; in the end each image of the chain has to show its own.
 """
 
 from __future__ import annotations
