@@ -2,8 +2,8 @@
 
     python benchmarks/backup.py [--size MIB] [--rounds N]
 
-Measured are a full backup, the same next to 20 bitmaps, a compressed one, and an increment by a bitmap in which 256 KiB of every MiB
-are dirty.
+Measured are a full backup, the same next to 20 bitmaps, a compressed one, and an increment: 256 KiB of every MiB are dirty in its
+bitmap.
 """
 
 from __future__ import annotations
