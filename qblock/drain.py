@@ -16,7 +16,7 @@ Differs from QEMU in that a section does not make the nodes *below* quiesce: the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -53,13 +53,13 @@ def kick(node: BlockDriverState) -> None:
         node.wake_idle_waiters()
 
 
-async def wait_idle(node: BlockDriverState) -> None:
-    """Wait until no request is in ``node`` nor in anything above it; on return that is still so.
+async def wait_idle(*nodes: BlockDriverState) -> None:
+    """Wait until no request is in any of ``nodes`` nor in anything above them; on return that is still so.
 
     Without a drained section new requests may keep it from ending.
     """
-    while node.is_busy():
-        watched = _with_ancestors(node)
+    while is_busy(nodes):
+        watched = _from_below(nodes)
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for watch in watched:
             watch.idle_waiters.append(waiter)
@@ -71,38 +71,88 @@ async def wait_idle(node: BlockDriverState) -> None:
                     watch.idle_waiters.remove(waiter)
 
 
-def _with_ancestors(node: BlockDriverState) -> list[BlockDriverState]:
-    """``node`` and all nodes above it, each once."""
-    found = {node: None}
-    pending = [node]
-    while pending:
-        for edge in pending.pop().parents:
-            parent = edge.parent
-            if isinstance(parent, BlockDriverState) and parent not in found:
-                found[parent] = None
-                pending.append(parent)
-    return list(found)
+def is_busy(nodes: Iterable[BlockDriverState]) -> bool:
+    """Whether a request is in one of ``nodes`` or in anything above them."""
+    return any(
+        node.in_flight or any(not isinstance(edge.parent, BlockDriverState) and edge.parent.is_busy() for edge in node.parents)
+        for node in _from_below(nodes)
+    )
+
+
+def _from_below(nodes: Iterable[BlockDriverState]) -> list[BlockDriverState]:
+    """``nodes`` and all nodes above them, each once, children before their parents."""
+    order: list[BlockDriverState] = []
+    seen: set[BlockDriverState] = set()
+    for start in nodes:
+        if start in seen:
+            continue
+        seen.add(start)
+        stack = [(start, iter(start.parents))]
+        while stack:
+            node, edges = stack[-1]
+            for edge in edges:
+                parent = edge.parent
+                if isinstance(parent, BlockDriverState) and parent not in seen:
+                    seen.add(parent)
+                    stack.append((parent, iter(parent.parents)))
+                    break
+            else:
+                order.append(node)
+                stack.pop()
+    order.reverse()
+    return order
+
+
+def _sections(nodes: Sequence[BlockDriverState]) -> dict[BlockDriverState, int]:
+    """In how many more sections each node is when one begins on each of ``nodes``; children before their parents.
+
+    A section counts once for each way up, as if every node passed it on by itself; but this is one walk, however many nodes.
+    """
+    counts = dict.fromkeys(_from_below(nodes), 0)
+    for node in nodes:
+        counts[node] += 1
+    for node, count in counts.items():
+        for edge in node.parents:
+            if isinstance(edge.parent, BlockDriverState):
+                counts[edge.parent] += count
+    return counts
+
+
+def quiesce(nodes: Sequence[BlockDriverState]) -> None:
+    """Begin a section on each of ``nodes``, without waiting; `resume` ends it."""
+    for node, count in _sections(nodes).items():
+        node.quiesce_counter += count
+        for edge in node.parents:
+            if not isinstance(edge.parent, BlockDriverState):
+                for _ in range(count):
+                    edge.parent.quiesce()
+
+
+def resume(nodes: Sequence[BlockDriverState]) -> None:
+    """End the section on each of ``nodes``, whatever their edges are now."""
+    for node, count in _sections(nodes).items():
+        assert node.quiesce_counter >= count, f"{node!r} is in fewer drained sections than are to end"
+        node.quiesce_counter -= count
+        for edge in node.parents:
+            if not isinstance(edge.parent, BlockDriverState):
+                for _ in range(count):
+                    edge.parent.resume()
 
 
 async def drained_begin(nodes: Iterable[BlockDriverState]) -> None:
     """Begin a section on each of ``nodes`` and wait until all are idle; when this raises, no section has begun."""
     begun = tuple(nodes)
-    for node in begun:
-        node.quiesce()
+    quiesce(begun)
     try:
-        # Waiting for one node lets others run: only when all are idle at the same moment is it done.
-        while any(node.is_busy() for node in begun):
-            for node in begun:
-                await wait_idle(node)
+        await wait_idle(*begun)
     except BaseException:
-        drained_end(begun)
+        resume(begun)
         raise
 
 
 def drained_end(nodes: Iterable[BlockDriverState]) -> None:
     """End the section on each of ``nodes``: the same ones as were given to `drained_begin`, whatever their edges now."""
-    for node in nodes:
-        node.resume()
+    resume(tuple(nodes))
 
 
 @asynccontextmanager

@@ -11,6 +11,8 @@ import os.path
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
+import attrs
+
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.filenames import combine_filename
 from qblock.nodespec import CommonOptions
@@ -18,7 +20,6 @@ from qblock.options import dump, fields
 from qblock.permissions import ChildRole
 
 if TYPE_CHECKING:
-    from qblock.driver import Json
     from qblock.node import BlockDriverState
 
 _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
@@ -57,30 +58,87 @@ _INSERTED_BY_JOBS: Final = frozenset({"commit_top", "mirror_top"})
 """Drivers of nodes that cannot be opened by options."""
 
 
+MAX_NAME: Final = 4095
+"""Characters of a name that are shown, as in QEMU; of a longer one the end is replaced by dots."""
+
+
+@attrs.define(eq=False)
+class Names:
+    """The names of nodes, each worked out once, however deep the chain: for one question, during which nothing changes."""
+
+    _options: dict[BlockDriverState, str] = attrs.field(factory=dict, init=False)
+
+    def filename_of(self, node: BlockDriverState) -> str:
+        """The plain name from which ``node`` can be opened again, or its options as a ``json:`` name."""
+        while (edge := node.storage) is not None and (node.implicit or node.driver.name in _NAMED_BY_CHILD):
+            node = edge.node
+        name = node.driver.filename()
+        if name is not None and (node.driver.is_filter or not self._backing_differs(node)):
+            return name
+        shown = f"json:{self._options_of(node)}"
+        return shown if len(shown) <= MAX_NAME else f"{shown[: MAX_NAME - 3]}..."
+
+    def _backing_differs(self, node: BlockDriverState) -> bool:
+        """Whether opening the image without telling its backing image would give it another one than it has now."""
+        link = link_of(node)
+        if link is None or node.backing is None:
+            return (link is None) is not (node.backing is None)
+        self._options_of(node.backing.node)  # from the bottom of the chain, lest the next line descends as deep as the chain
+        meant, present = combine_filename(_file_below(node), link.filename), self.filename_of(node.backing.node)
+        return meant != present and (
+            present.startswith("json:") or os.path.abspath(meant) != os.path.abspath(present)
+        )
+
+    def _options_of(self, node: BlockDriverState) -> str:
+        """The options from which ``node`` can be opened again, as JSON, without those that do not change what it shows.
+
+        Texts are cut where nothing that is shown can come from behind, so that they stay short in the longest chain.
+        """
+        pending = [node]
+        while pending:
+            current = pending[-1]
+            below = [edge.node for edge in current.children.values() if edge.node not in self._options]
+            if below:
+                pending += below
+            else:
+                pending.pop()
+                if current not in self._options:
+                    self._options[current] = self._describe(current)[: MAX_NAME + 1]
+        return self._options[node]
+
+    def _describe(self, node: BlockDriverState) -> str:
+        if node.filtered is not None and (node.implicit or node.driver.name in _INSERTED_BY_JOBS):
+            return self._options[node.filtered.node]
+        shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
+        values = dump(node.driver.options)
+        options: dict[str, str] = {}
+        for key in node.options_given:
+            if key in shown and key in values:
+                given = _flat_rules(key, node.options_given[key]) if key in _RULES else {key: values[key]}
+                options |= {name: json.dumps(value) for name, value in given.items()}
+        shows_backing = not node.driver.is_filter and self._backing_differs(node)
+        lists: dict[str, list[str]] = {}
+        for child, edge in node.children.items():
+            if edge.role is ChildRole.BACKING and not shows_backing:
+                continue
+            name, dot, _ = child.partition(".")
+            text = self._options[edge.node]
+            if dot:  # one of a list
+                lists.setdefault(name, []).append(text)
+                text = "[" + ", ".join(lists[name]) + "]"
+            options[name] = text
+        if shows_backing and node.driver.supports_backing:
+            options.setdefault("backing", "null")
+        early = [key for key in options if key not in _AFTER_DRIVER]
+        members = {key: options[key] for key in sorted(early, key=lambda key: key in _BEHIND_CHILDREN)}
+        members["driver"] = json.dumps(node.driver.name)
+        members |= {key: options[key] for key in _AFTER_DRIVER if key in options}
+        return "{" + ", ".join(f"{json.dumps(key)}: {value}" for key, value in members.items()) + "}"
+
+
 def filename_of(node: BlockDriverState) -> str:
-    """The plain name from which ``node`` can be opened again, or its options as a ``json:`` name."""
-    if node.storage is not None and (node.implicit or node.driver.name in _NAMED_BY_CHILD):
-        return filename_of(node.storage.node)
-    name = node.driver.filename()
-    is_enough = name is not None and (node.driver.is_filter or not _backing_differs(node))
-    return name if name is not None and is_enough else "json:" + json.dumps(_options_of(node))
-
-
-def _without_filters_of_jobs(node: BlockDriverState) -> BlockDriverState:
-    while node.filtered is not None and (node.implicit or node.driver.name in _INSERTED_BY_JOBS):
-        node = node.filtered.node
-    return node
-
-
-def _backing_differs(node: BlockDriverState) -> bool:
-    """Whether opening the image without telling its backing image would give it another one than it has now."""
-    link = link_of(node)
-    if link is None or node.backing is None:
-        return (link is None) is not (node.backing is None)
-    meant, present = combine_filename(_file_below(node), link.filename), filename_of(node.backing.node)
-    return meant != present and (
-        present.startswith("json:") or os.path.abspath(meant) != os.path.abspath(present)
-    )
+    """The name of one node; see `Names.filename_of`."""
+    return Names().filename_of(node)
 
 
 def _file_below(node: BlockDriverState) -> str:
@@ -94,32 +152,6 @@ def link_of(node: BlockDriverState) -> BackingLink | None:
     """What the header of ``node`` says of its backing file; None when it names none."""
     driver = node.driver
     return driver.backing_link() if isinstance(driver, SupportsBacking) else None
-
-
-def _options_of(node: BlockDriverState) -> dict[str, Json]:
-    """The options from which ``node`` can be opened again, without those that do not change what it shows."""
-    node = _without_filters_of_jobs(node)
-    shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
-    values = dump(node.driver.options)
-    options: dict[str, Json] = {}
-    for key in node.options_given:
-        if key in shown and key in values:
-            options |= _flat_rules(key, node.options_given[key]) if key in _RULES else {key: values[key]}
-    shows_backing = not node.driver.is_filter and _backing_differs(node)
-    for child, edge in node.children.items():
-        if edge.role is ChildRole.BACKING and not shows_backing:
-            continue
-        name, dot, _ = child.partition(".")
-        if dot:  # one of a list
-            options.setdefault(name, []).append(_options_of(edge.node))
-        else:
-            options[child] = _options_of(edge.node)
-    if shows_backing and node.driver.supports_backing:
-        options.setdefault("backing", None)
-    early = [key for key in options if key not in _AFTER_DRIVER]
-    first = {key: options[key] for key in sorted(early, key=lambda key: key in _BEHIND_CHILDREN)}
-    last = {key: options[key] for key in _AFTER_DRIVER if key in options}
-    return first | {"driver": node.driver.name} | last
 
 
 def _flat_rules(key: str, rules: Iterable[Mapping[str, Json]]) -> dict[str, Json]:

@@ -312,16 +312,27 @@ _NEGATIVE: Final = re.compile(r"-[0-9]{1,20}")
 
 def dump(value: Any) -> Any:
     """JSON of an attrs object: wire names, members that are None or `ABSENT` left out; other values as they are."""
-    if attrs.has(type(value)):
-        pairs = ((field.wire, getattr(value, field.attribute)) for field in fields(type(value)))
-        return {wire: dump(item) for wire, item in pairs if item is not None and item is not ABSENT}
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: dump(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [dump(item) for item in value]
-    return value
+    result: list[Any] = [value]
+    pending: list[tuple[Any, Any]] = [(result, 0)]
+    while pending:  # no recursion: images have as many backing images as a user likes
+        holder, key = pending.pop()
+        item = holder[key]
+        below: dict[Any, Any] | list[Any]
+        if isinstance(item, enum.Enum):
+            holder[key] = item.value
+            continue
+        if attrs.has(type(item)):
+            pairs = ((field.wire, getattr(item, field.attribute)) for field in fields(type(item)))
+            below = {wire: part for wire, part in pairs if part is not None and part is not ABSENT}
+        elif isinstance(item, Mapping):
+            below = dict(item)
+        elif isinstance(item, (list, tuple)):
+            below = list(item)
+        else:
+            continue
+        holder[key] = below
+        pending += [(below, part) for part in (below if isinstance(below, dict) else range(len(below)))]
+    return result[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- spellings

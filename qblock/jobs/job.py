@@ -301,23 +301,19 @@ class BlockJob(Job):
 
     async def drain(self, *nodes: BlockDriverState) -> None:
         """Begin the job's own drained sections: returns when no request of anybody is under way in ``nodes``."""
-        for node in nodes:
-            before = self.quiesced
-            node.quiesce()
-            self.own_quiesced += self.quiesced - before
-            self.drained_nodes.append(node)
+        before = self.quiesced
+        drain.quiesce(nodes)
+        self.own_quiesced += self.quiesced - before
+        self.drained_nodes += nodes
         self.at_rest()
-        while any(node.is_busy() for node in nodes):
-            for node in nodes:
-                await drain.wait_idle(node)
+        await drain.wait_idle(*nodes)
 
     def end_drain(self) -> None:
         """End all of the job's own drained sections; the graph may have changed in between."""
         drained, self.drained_nodes = self.drained_nodes, []
-        for node in drained:
-            before = self.quiesced
-            node.resume()
-            self.own_quiesced -= before - self.quiesced
+        before = self.quiesced
+        drain.resume(drained)
+        self.own_quiesced -= before - self.quiesced
 
     def release(self, change: Transaction) -> None:
         """Give back all edges, and the blocked operations when ``change`` commits."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
+import attrs
+
 from qblock.chain import chain_edge, skip_filters, skip_implicit
 from qblock.driver import SupportsSnapshots
 from qblock.filenames import combine_filename
@@ -23,7 +25,7 @@ from qblock.monitor.replies import (
     SnapshotInfo,
     snapshot_info,
 )
-from qblock.naming import filename_of, link_of
+from qblock.naming import Names, link_of
 from qblock.options import fields
 from qblock.throttle_limits import DRIVE_NAMES, NO_LIMITS, RATES
 
@@ -64,31 +66,73 @@ def _below(node: BlockDriverState, *, for_device: bool) -> BlockDriverState | No
     return None if edge is None else skip_implicit(edge.node) if for_device else edge.node
 
 
-def image_info(node: BlockDriverState, *, flat: bool, for_device: bool = False) -> ImageInfo:
-    """``ImageInfo`` of a node, with the nodes below it in its chain unless ``flat``."""
-    driver = node.driver
-    facts = driver.info()
-    name = filename_of(node)
-    link = link_of(node)
-    specific = driver.specific_info()
-    below = None if flat else _below(node, for_device=for_device)
-    return ImageInfo(
-        filename=name,
-        format=driver.name,
-        dirty_flag=facts.dirty,
-        actual_size=driver.allocated_size(),
-        virtual_size=node.length,
-        cluster_size=facts.cluster_size or None,
-        encrypted=driver.encrypted or None,
-        backing_filename=None if link is None else link.filename,
-        full_backing_filename=None if link is None else combine_filename(name, link.filename),
-        backing_filename_format=None if link is None else link.format,
-        snapshots=_snapshots_of(node),
-        backing_image=None if below is None else image_info(below, flat=False, for_device=for_device),
-        format_specific=None
-        if specific is None
-        else ImageInfoSpecific(type=specific["type"], data=dict(specific["data"])),
-    )
+@attrs.define(eq=False)
+class NodeReports:
+    """What is told of nodes in the answer to one question; what several nodes of a chain have in common is worked out once."""
+
+    _names: Names = attrs.field(factory=Names, init=False)
+    _images: dict[tuple[BlockDriverState, bool], tuple[ImageInfo, int]] = attrs.field(factory=dict, init=False)
+
+    def image(self, node: BlockDriverState, *, flat: bool, for_device: bool) -> tuple[ImageInfo, int]:
+        """``ImageInfo`` of a node, with the nodes below it in its chain unless ``flat``, and how many these are."""
+        if flat:
+            return self._image(node, None), 0
+        chain = [node]
+        while (below := _below(chain[-1], for_device=for_device)) is not None and (below, for_device) not in self._images:
+            chain.append(below)
+        info, depth = (None, -1) if below is None else self._images[below, for_device]
+        for image in reversed(chain):
+            info, depth = self._image(image, info), depth + 1
+            self._images[image, for_device] = info, depth
+        assert info is not None
+        return info, depth
+
+    def _image(self, node: BlockDriverState, backing_image: ImageInfo | None) -> ImageInfo:
+        driver = node.driver
+        facts = driver.info()
+        name = self._names.filename_of(node)
+        link = link_of(node)
+        specific = driver.specific_info()
+        return ImageInfo(
+            filename=name,
+            format=driver.name,
+            dirty_flag=facts.dirty,
+            actual_size=driver.allocated_size(),
+            virtual_size=node.length,
+            cluster_size=facts.cluster_size or None,
+            encrypted=driver.encrypted or None,
+            backing_filename=None if link is None else link.filename,
+            full_backing_filename=None if link is None else combine_filename(name, link.filename),
+            backing_filename_format=None if link is None else link.format,
+            snapshots=_snapshots_of(node),
+            backing_image=backing_image,
+            format_specific=None
+            if specific is None
+            else ImageInfoSpecific(type=specific["type"], data=dict(specific["data"])),
+        )
+
+    def device(self, node: BlockDriverState, *, backend: BlockBackend | None, flat: bool) -> BlockDeviceInfo:
+        """``BlockDeviceInfo`` of a node, as a node of its own or as the medium of ``backend``."""
+        image, depth = self.image(node, flat=flat, for_device=backend is not None)
+        return BlockDeviceInfo(
+            file=self._names.filename_of(node),
+            node_name=node.node_name,
+            ro=node.read_only,
+            drv=node.driver.name,
+            backing_file=None if node.backing is None else self._names.filename_of(node.backing.node),
+            backing_file_depth=depth,
+            encrypted=node.driver.encrypted,
+            detect_zeroes=cast(Literal["off", "on", "unmap"], node.detect_zeroes),
+            **_limits(backend),
+            image=image,
+            cache=BlockdevCacheInfo(
+                writeback=backend is None or not backend.writethrough,
+                direct=node.cache_direct,
+                no_flush=node.cache_no_flush,
+            ),
+            write_threshold=node.write_threshold,
+            dirty_bitmaps=[bitmap_info(bitmap) for bitmap in reversed(node.dirty_bitmaps)] or None,
+        )
 
 
 def _snapshots_of(node: BlockDriverState) -> list[SnapshotInfo] | None:
@@ -108,33 +152,6 @@ def bitmap_info(bitmap: DirtyBitmap) -> BlockDirtyInfo:
         busy=bitmap.busy or bitmap.successor is not None,
         persistent=bitmap.persistent,
         inconsistent=bitmap.inconsistent or None,
-    )
-
-
-def block_device_info(node: BlockDriverState, *, backend: BlockBackend | None, flat: bool) -> BlockDeviceInfo:
-    """``BlockDeviceInfo`` of a node, as a node of its own or as the medium of ``backend``."""
-    for_device = backend is not None
-    depth, image = 0, node
-    while not flat and (following := _below(image, for_device=for_device)) is not None:
-        depth, image = depth + 1, following
-    return BlockDeviceInfo(
-        file=filename_of(node),
-        node_name=node.node_name,
-        ro=node.read_only,
-        drv=node.driver.name,
-        backing_file=None if node.backing is None else filename_of(node.backing.node),
-        backing_file_depth=depth,
-        encrypted=node.driver.encrypted,
-        detect_zeroes=cast(Literal["off", "on", "unmap"], node.detect_zeroes),
-        **_limits(backend),
-        image=image_info(node, flat=flat, for_device=for_device),
-        cache=BlockdevCacheInfo(
-            writeback=backend is None or not backend.writethrough,
-            direct=node.cache_direct,
-            no_flush=node.cache_no_flush,
-        ),
-        write_threshold=node.write_threshold,
-        dirty_bitmaps=[bitmap_info(bitmap) for bitmap in reversed(node.dirty_bitmaps)] or None,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -69,7 +69,43 @@ class QmpFault:
 
 def encode(message: Mapping[str, Json]) -> bytes:
     """One message as it goes over the wire: ASCII JSON on one line, ended by CR LF as QEMU does."""
-    return json.dumps(message, allow_nan=False).encode("ascii") + b"\r\n"
+    try:
+        text = json.dumps(message, allow_nan=False)
+    except RecursionError:
+        text = _nested(message)
+    return text.encode("ascii") + b"\r\n"
+
+
+class _Piece(str):
+    """Text that is JSON already."""
+
+    __slots__ = ()
+
+
+def _nested(message: Mapping[str, Json]) -> str:
+    """JSON of any depth: the images of a long chain lie one in the other in what query-block answers."""
+    pieces: list[str] = []
+    pending: list[Any] = [message]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, _Piece):
+            pieces.append(item)
+            continue
+        if isinstance(item, Mapping):
+            members = [(f"{json.dumps(key)}: ", value) for key, value in item.items()]
+            start, end = "{", "}"
+        elif isinstance(item, (list, tuple)):
+            members = [("", value) for value in item]
+            start, end = "[", "]"
+        else:
+            pieces.append(json.dumps(item, allow_nan=False))
+            continue
+        pieces.append(start)
+        pending.append(_Piece(end))
+        for index in reversed(range(len(members))):
+            lead, value = members[index]
+            pending += [value, _Piece((", " if index else "") + lead)]
+    return "".join(pieces)
 
 
 def error_body(error: QBlockError, error_class: str) -> dict[str, str]:

@@ -148,10 +148,11 @@ class MonitorSession:
     def _send(self, data: bytes) -> None:
         if not data:
             return
+        waiting = self.link.backlog  # without this message, which may be as large as it likes
         self.link.send(data)
-        if self.link.backlog > MAX_BACKLOG:
+        if waiting > MAX_BACKLOG:
             self.hub.report(
-                f"A monitor client does not read: {self.link.backlog} bytes wait for it; it is disconnected"
+                f"A monitor client does not read: {waiting} bytes wait for it; it is disconnected"
             )
             self.link.close()
 

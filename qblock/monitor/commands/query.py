@@ -11,7 +11,7 @@ from qblock.chain import skip_implicit
 from qblock.devices.device import GuestDevice
 from qblock.jobs.job import BlockJob
 from qblock.monitor.command import CommandContext, NoArguments, command
-from qblock.monitor.nodeinfo import block_device_info, device_stats, node_stats, nodes_oldest_first, shown_backends
+from qblock.monitor.nodeinfo import NodeReports, device_stats, node_stats, nodes_oldest_first, shown_backends
 from qblock.monitor.replies import (
     BlockDeviceInfo,
     BlockInfo,
@@ -46,14 +46,15 @@ class BlockstatsArguments:
 async def query_block(ctx: CommandContext, args: NoArguments) -> list[BlockInfo]:
     """List the devices with their media."""
     del args
-    return [_block_info(backend) for backend in shown_backends(ctx.system)]
+    reports = NodeReports()
+    return [_block_info(backend, reports) for backend in shown_backends(ctx.system)]
 
 
-def _block_info(backend: BlockBackend) -> BlockInfo:
+def _block_info(backend: BlockBackend, reports: NodeReports) -> BlockInfo:
     device: GuestDevice | None = backend.device
     inserted = None
     if backend.root is not None:
-        inserted = block_device_info(skip_implicit(backend.root.node), backend=backend, flat=False)
+        inserted = reports.device(skip_implicit(backend.root.node), backend=backend, flat=False)
     return BlockInfo(
         device=backend.name,
         qdev=None if device is None else device.name,
@@ -70,7 +71,8 @@ def _block_info(backend: BlockBackend) -> BlockInfo:
 async def query_named_block_nodes(ctx: CommandContext, args: FlatArguments) -> list[BlockDeviceInfo]:
     """List all nodes, newest first."""
     nodes = reversed(nodes_oldest_first(ctx.system.graph))
-    return [block_device_info(node, backend=None, flat=args.flat) for node in nodes]
+    reports = NodeReports()
+    return [reports.device(node, backend=None, flat=args.flat) for node in nodes]
 
 
 @command("query-blockstats", since="0.14", returns=list[BlockStats])
