@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ class QmpClient:
         self._server: asyncio.Task[None] | None = None
         self._own_hub: MonitorHub | None = None
         self._stream = JsonStream(max_message=_MAX_REPLY, max_tokens=_MAX_REPLY)
+        self._line = bytearray()
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Mapping[str, Json]]] = {}
         self._news: set[asyncio.Future[None]] = set()
@@ -199,12 +201,30 @@ class QmpClient:
     def received(self, data: bytes, fds: Sequence[int]) -> None:
         """See `link.Receiver`; a server sends no descriptors that anybody asked for."""
         del fds
-        for message in self._stream.feed(data):
+        for message in self._messages(data):
             if isinstance(message, JsonError) or not isinstance(message, dict):
                 self._lose(QmpConnectionLost(f"The server does not speak QMP: {message}"))
                 return
             self._take(message)
         self._tell()
+
+    def _messages(self, data: bytes) -> list[Json | JsonError]:
+        """What is complete now. Servers end messages by a line break, most of them have no other: those are decoded at once."""
+        self._line += data
+        if b"\n" not in data:
+            return []
+        *lines, rest = self._line.split(b"\n")
+        self._line = rest
+        messages: list[Json | JsonError] = []
+        for line in lines:
+            if not self._stream.pending:
+                try:
+                    messages.append(json.loads(line))
+                    continue
+                except (ValueError, RecursionError):
+                    pass  # a part of a message printed over several lines, or none
+            messages += self._stream.feed(line + b"\n")
+        return messages
 
     def ended(self) -> None:
         """See `link.Receiver`."""
