@@ -20,6 +20,7 @@ from qblock.options import dump, fields
 from qblock.permissions import ChildRole
 
 if TYPE_CHECKING:
+    from qblock.driver import Json
     from qblock.node import BlockDriverState
 
 _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
