@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qblock.image import Image, ImageFile, MapExtent, create
     from qblock.image import open_image as open
     from qblock.jobs.job import Job
+    from qblock.library import amend, check, compare, convert, info, layers, map, measure
     from qblock.monitor.client import QmpClient
     from qblock.monitor.dialects import Dialect
     from qblock.policy import OpenPolicy
@@ -53,8 +54,16 @@ __all__ = [
     "QBlockError",
     "QmpClient",
     "RealClock",
+    "amend",
+    "check",
     "commit",
+    "compare",
+    "convert",
     "create",
+    "info",
+    "layers",
+    "map",
+    "measure",
     "open",
     "rebase",
     "resize",
@@ -81,6 +90,14 @@ _HOMES: Final[Mapping[str, str]] = {
     "RealClock": "qblock.clock:RealClock",
     "commit": "qblock.committing:commit",
     "create": "qblock.image:create",
+    "amend": "qblock.library:amend",
+    "check": "qblock.library:check",
+    "compare": "qblock.library:compare",
+    "convert": "qblock.library:convert",
+    "info": "qblock.library:info",
+    "layers": "qblock.library:layers",
+    "map": "qblock.library:map",
+    "measure": "qblock.library:measure",
     "open": "qblock.image:open_image",
     "rebase": "qblock.rebasing:rebase",
     "resize": "qblock.resizing:resize",

@@ -13,7 +13,7 @@ import errno
 import io
 import os
 import warnings
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from types import TracebackType
@@ -29,6 +29,7 @@ from qblock.driver import CheckFix, CheckResult, Environment, SupportsBacking, S
 from qblock.errors import BlockIOError, CommandError
 from qblock.graph import Graph
 from qblock.imagebitmaps import ImageBitmaps, store_bitmaps
+from qblock.node import BlockDriverState
 from qblock.opening import Opener
 from qblock.permissions import Perm
 from qblock.policy import OpenPolicy
@@ -67,8 +68,10 @@ class MapExtent:
 
 @attrs.frozen
 class ImageInfo:
-    """What an image is: sizes in bytes; ``allocated`` is what it takes on its host, ``cluster_size`` 0 when it has
-    none.
+    """What an image is: sizes in bytes; ``allocated`` is what it takes on its host, ``cluster_size`` 0 when it has none.
+
+    ``backing_filename`` and ``backing_format`` are what its header says. ``specific`` are facts that only its format has, by the
+    names of QMP's ``ImageInfoSpecific`` (``compat``, ``refcount-bits``, ``bitmaps``, ...).
     """
 
     filename: str | None
@@ -77,6 +80,29 @@ class ImageInfo:
     allocated: int | None
     cluster_size: int
     backing_filename: str | None
+    backing_format: str | None = None
+    encrypted: bool = False
+    snapshots: tuple[SnapshotInfo, ...] = ()
+    specific: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+def describe(node: BlockDriverState) -> ImageInfo:
+    """`ImageInfo` of an open image."""
+    node = skip_filters(node)
+    driver = node.driver
+    link = driver.backing_link() if isinstance(driver, SupportsBacking) else None
+    return ImageInfo(
+        filename=driver.filename(),
+        format=driver.name,
+        length=node.length,
+        allocated=driver.allocated_size(),
+        cluster_size=driver.info().cluster_size,
+        backing_filename=link.filename if link is not None else None,
+        backing_format=link.format if link is not None else None,
+        encrypted=driver.encrypted,
+        snapshots=driver.snapshots() if isinstance(driver, SupportsSnapshots) else (),
+        specific=(driver.specific_info() or {}).get("data", {}),
+    )
 
 
 def _environment() -> Environment:
@@ -158,17 +184,7 @@ class Image:
 
     def info(self) -> ImageInfo:
         """Format, sizes and backing file."""
-        node = skip_filters(self._backend.node)
-        driver = node.driver
-        link = driver.backing_link() if isinstance(driver, SupportsBacking) else None
-        return ImageInfo(
-            filename=driver.filename(),
-            format=driver.name,
-            length=node.length,
-            allocated=driver.allocated_size(),
-            cluster_size=driver.info().cluster_size,
-            backing_filename=link.filename if link is not None else None,
-        )
+        return describe(self._backend.node)
 
     def map(self, offset: int = 0, length: int | None = None) -> Iterator[MapExtent]:
         """What is stored where, from ``offset`` on, in runs that are as long as they can be."""

@@ -57,6 +57,7 @@ LAYERS = (
     "testing.*",
     "lab.*",
     "tools.*",
+    "library",
     "__init__ __main__",
 )
 """Imports go down only. A package with ``.*`` is one room: inside it modules import each other freely, but without cycles."""

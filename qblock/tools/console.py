@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Protocol
 
 import attrs
 
@@ -75,6 +75,24 @@ class Style:
     def warning(self, text: str) -> str:
         """What is not as it should be."""
         return self.paint(text, "33")
+
+
+class Teller(Protocol):
+    """Hears how far something is."""
+
+    def show(self, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes."""
+
+
+@attrs.frozen
+class Told:
+    """Tells a function how far something is."""
+
+    _callback: Callable[[int, int], None]
+
+    def show(self, done: int, total: int) -> None:
+        """See `Teller`."""
+        self._callback(done, total)
 
 
 class Progress:

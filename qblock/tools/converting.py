@@ -23,7 +23,7 @@ from qblock.clock import Clock, RateLimit
 from qblock.errors import BlockIOError, CommandError, QBlockError
 from qblock.node import BlockDriverState
 from qblock.status import FIRST_QUESTION, chain_status, next_question
-from qblock.tools.console import Progress
+from qblock.tools.console import Teller
 from qblock.units import GiB, MiB, align_down, align_up
 from qblock.zeroes import ZERO_PIECE, fill_zero, zero_view
 
@@ -104,7 +104,7 @@ class Converter:
     target: BlockBackend
     settings: ConvertSettings
     clock: Clock
-    progress: Progress
+    progress: Teller
     _plan: AsyncIterator[Piece] = attrs.field(init=False)
     _planning: asyncio.Lock = attrs.field(init=False, factory=asyncio.Lock)
     _turn: int = attrs.field(init=False, default=0)

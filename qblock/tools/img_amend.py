@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from qblock.backend import BlockBackend
 from qblock.driver import Json, SupportsAmend, SupportsKeySlots
 from qblock.errors import CommandError
 from qblock.formatting import CreateOption
 from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
-from qblock.tools.console import Progress
+from qblock.tools.console import Progress, Teller
 from qblock.tools.creation import checked_option_lists, parse_values, print_options, wants_help
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
@@ -90,13 +91,26 @@ async def _amend(session: ImageSession, arguments: Arguments, texts: list[str], 
     if helps:
         _print_help(driver.name)
         return
-    values = parse_amendments(driver.name, texts)
+    await amend_image(disk, parse_amendments(driver.name, texts), progress, force="force" in arguments)
+
+
+def check_amendments(fmt: str, values: Mapping[str, Json]) -> None:
+    """Raise `CommandError` for an option that cannot be amended."""
+    known = {option.name for option in _options_of(fmt)}
+    for name in values:
+        if name not in known:
+            raise CommandError(f"'{name}' cannot be amended in images of the format '{fmt}'")
+
+
+async def amend_image(disk: BlockBackend, values: Mapping[str, Json], progress: Teller, *, force: bool = False) -> None:
+    """Change options of an image that is open for writing. Raises `QBlockError`."""
+    driver = disk.node.driver
     keys = {name.removeprefix("encrypt."): value for name, value in values.items() if name.startswith("encrypt.")}
     progress.show(0, 1)
     if keys:
         if not isinstance(driver, SupportsKeySlots):
             raise CommandError(f"images of the format '{driver.name}' have no key slots")
-        await driver.change_key_slots(keys, force="force" in arguments)
+        await driver.change_key_slots(keys, force=force)
     if others := {name: value for name, value in values.items() if not name.startswith("encrypt.")}:
         if not isinstance(driver, SupportsAmend):
             raise CommandError(f"images of the format '{driver.name}' cannot be amended")

@@ -62,7 +62,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         extra=cache_options(arguments.get("T")),
     )
     try:
-        name, result = run_session(lambda session: _check(session, wanted, fix, explain=explain), watch)
+        name, result = run_session(lambda session: check_image(session, wanted, fix, explain=explain), watch)
     except _NoCheck as error:
         complain("qblock-img", str(error))
         return EXIT_NO_CHECK
@@ -83,9 +83,10 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     return _exit_code(result)
 
 
-async def _check(
+async def check_image(
     session: ImageSession, wanted: ImageArguments, fix: CheckFix, *, explain: bool
 ) -> tuple[str, CheckResult]:
+    """The format of an image and what its check has found, after the repair if there was one. Raises `QBlockError`."""
     backend = await session.open(wanted)
     node = backend.node
     driver = node.driver

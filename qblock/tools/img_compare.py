@@ -14,7 +14,7 @@ from qblock.backend import BlockBackend
 from qblock.errors import QBlockError
 from qblock.status import ChainExtent, chain_status
 from qblock.tools.arguments import Arguments, UsageError, cache_options
-from qblock.tools.console import Progress, complain
+from qblock.tools.console import Progress, Teller, complain
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 from qblock.units import MiB, align_down
 from qblock.zeroes import all_zero
@@ -25,12 +25,20 @@ MAX_QUESTION: Final = 1 << 40
 SECTOR: Final = 512
 
 
-class _Stop(Exception):
-    """The comparison has ended, with this exit code and this text (for stdout when the images differ, else stderr)."""
+class _Stop(QBlockError):
+    """The comparison has ended, with this exit code."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.code = code
+
+
+class Difference(_Stop):
+    """The images differ; ``offset`` is the sector in which their content does first."""
+
+    def __init__(self, text: str, offset: int | None = None) -> None:
+        super().__init__(DIFFERENT, text)
+        self.offset = offset
 
 
 def run(args: list[str], watch: Watch | None = None) -> int:
@@ -57,7 +65,7 @@ async def _compare(session: ImageSession, arguments: Arguments, progress: Progre
     one = await _open(session, arguments, arguments.words[0], "f")
     two = await _open(session, arguments, arguments.words[1], "F")
     quiet = "q" in arguments
-    comparison = _Comparison(one, two, strict="s" in arguments, quiet=quiet, progress=progress)
+    comparison = Comparison(one, two, strict="s" in arguments, quiet=quiet, progress=progress)
     await comparison.run()
     if not quiet:
         print("Images are identical.")
@@ -81,26 +89,26 @@ async def _open(session: ImageSession, arguments: Arguments, name: str, fmt: str
 
 
 @attrs.define(eq=False)
-class _Comparison:
-    """Two images and how to compare them; the methods raise `_Stop` when the answer is known."""
+class Comparison:
+    """Two images and how to compare them; the methods raise `Difference` when there is one, `_Stop` when they cannot go on."""
 
     one: BlockBackend
     two: BlockBackend
     strict: bool
     quiet: bool
-    progress: Progress
+    progress: Teller
 
     async def run(self) -> None:
         shared = min(self.one.length, self.two.length)
         total = max(self.one.length, self.two.length)
         if self.strict and shared != total:
-            raise _Stop(DIFFERENT, "Strict mode: Image size mismatch!")
+            raise Difference("Strict mode: Image size mismatch!")
         self.progress.show(0, total)
         at = 0
         while at < shared:
             first, second = await self._status(self.one, at, shared), await self._status(self.two, at, shared)
             if self.strict and _kind(first) != _kind(second):
-                raise _Stop(DIFFERENT, f"Strict mode: Offset {at} block status mismatch!")
+                raise Difference(f"Strict mode: Offset {at} block status mismatch!")
             length = min(first.length, second.length)
             await self._compare_run(at, length, first, second)
             at += length
@@ -123,13 +131,13 @@ class _Comparison:
         one, two = await self._read(self.one, at, count), await self._read(self.two, at, count)
         if one != two:
             sector = next(n for n in range(0, count, SECTOR) if one[n : n + SECTOR] != two[n : n + SECTOR])
-            raise _Stop(DIFFERENT, f"Content mismatch at offset {at + sector}!")
+            raise Difference(f"Content mismatch at offset {at + sector}!", at + sector)
 
     async def _expect_zero(self, image: BlockBackend, at: int, count: int) -> None:
         data = await self._read(image, at, count)
         if not all_zero(memoryview(data)):
             first = len(data) - len(data.lstrip(b"\0"))
-            raise _Stop(DIFFERENT, f"Content mismatch at offset {at + align_down(first, SECTOR)}!")
+            raise Difference(f"Content mismatch at offset {at + align_down(first, SECTOR)}!", at + align_down(first, SECTOR))
 
     async def _check_surplus(self, shared: int, total: int) -> None:
         if not self.quiet:

@@ -17,7 +17,7 @@ MESSAGES = (
     (re.compile(r"\(.*/sec and .* ops/sec\)|(?<=,)[0-9:.]+,[0-9.]+,[0-9.]+$", re.MULTILINE), "<rates>"),
     (re.compile(r"\d\d\.\d\d sec|in [0-9.]+ seconds|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|(?<=date-)n?sec\": \d+"), "<time>"),
     (re.compile(r"^(Parsing error|Could not \w+ \w+|length cannot exceed \d+|signal argument).*", re.MULTILINE), r"\1 <why>"),
-    (re.compile(r"^(\w+)( .*)? -- .*", re.MULTILINE), r"usage of \1"),
+    (re.compile(r"^((?:qemu-io> )*\w+)( .*)? -- .*", re.MULTILINE), r"\1 <usage>"),
     (re.compile(r"^\d+ is not a .*", re.MULTILINE), "<not aligned>"),
     (
         re.compile(r"^(disk size|Image end offset): .*|(\"(?:actual-size|image-end-offset)\"): \d+", re.MULTILINE),
