@@ -99,6 +99,7 @@ class Comparison:
     progress: Teller
 
     async def run(self) -> None:
+        """Compare all of it; returns when the images are the same."""
         shared = min(self.one.length, self.two.length)
         total = max(self.one.length, self.two.length)
         if self.strict and shared != total:
