@@ -530,7 +530,7 @@ class SupportsChildren(Protocol):
     """
 
     def new_child(self) -> tuple[str, ChildRole]:
-        """The name and role of a child that is attached next."""
+        """The name and role of a child that is attached next; raises `CommandError` when there can be no more."""
 
     def check_child_can_go(self, name: str) -> None:
         """Raise `CommandError` when the child ``name`` is needed."""

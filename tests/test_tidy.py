@@ -35,7 +35,7 @@ LAYERS = (
     "copying_up rewriting",
     "requests",
     "filtering backend nodespec",
-    "copying_down copying_aside naming",
+    "children copying_down copying_aside naming",
     "creating reopening",
     "opening",
     "blueprint",

@@ -228,7 +228,9 @@ class QuorumDriver(Driver):
     # ------------------------------------------------------------------------------------------------------- children
 
     def new_child(self) -> tuple[str, ChildRole]:
-        """See `SupportsChildren`: the number after the highest one in use."""
+        """See `SupportsChildren`: the number after the highest one in use. Verifying takes two children, no more."""
+        if self.options.blkverify:
+            raise CommandError(f"Node '{self.node.node_name}' compares two children with each other; it takes no third one")
         last = max((int(name.partition(".")[2]) for name in self.node.children), default=-1)
         return f"children.{last + 1}", ChildRole.DATA
 

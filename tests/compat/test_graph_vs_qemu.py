@@ -138,6 +138,30 @@ INTERNAL = [
 ]  # fmt: skip
 
 
+def change(parent: str, **members: Any) -> dict[str, Any]:
+    """x-blockdev-change."""
+    return do("x-blockdev-change", parent=parent, **members)
+
+
+def quorum(name: str, *children: str, **members: Any) -> dict[str, Any]:
+    """Options of a quorum of which two must agree."""
+    return {"driver": "quorum", "node-name": name, "children": list(children), "vote-threshold": 2} | _wire(members)
+
+
+QUORUM = [
+    *(add({"driver": "null-co", "node-name": f"n{number}", "size": 1 << 20}) for number in range(6)),
+    add({"driver": "null-co", "node-name": "small", "size": 1 << 19}), add(quorum("q", "n0", "n1", "n2")),
+    add(quorum("v", "n4", "n5", blkverify=True)), change("q"), change("q", child="children.0", node="n3"),
+    change("nope", node="n3"), change("q", node="nope"), change("n0", node="n3"), change("n0", child="file"),
+    change("q", child="nope"), change("q", node="n3"), NODES, change("q", node="n3"), change("q", node="q"),
+    change("q", node="small"), NODES, change("q", child="children.1"), NODES, change("q", node="n1"), NODES,
+    change("q", child="children.0"), change("q", child="children.2"), change("q", child="children.3"), NODES,
+    change("q", child="children.4"), change("v", child="children.0"), change("v", node="n2"), NODES,
+    do("blockdev-del", node_name="n3"), do("blockdev-del", node_name="n0"), do("x-debug-query-block-graph"),
+    add(qcow2("top", file("top.qcow2"))), change("top", child="file"), change("top", node="n2"),
+]  # fmt: skip
+
+
 def _comparable(value: Any) -> Any:
     if isinstance(value, dict):
         if value.get("format") == "file":
@@ -151,7 +175,8 @@ _TIMES = {"date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"}
 
 @pytest.mark.qemu
 @pytest.mark.parametrize(
-    "script", [BACKING, FLAGS, INTERNAL], ids=["other backing and file", "flags and options", "internal snapshots"]
+    "script", [BACKING, FLAGS, INTERNAL, QUORUM],
+    ids=["other backing and file", "flags and options", "internal snapshots", "children of a quorum"],
 )
 def test_both_answer_alike(script: list[dict[str, Any]], tmp_path: Path) -> None:
     """Replies, events, the nodes that there are afterwards and what they say of themselves."""

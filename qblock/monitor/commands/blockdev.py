@@ -9,6 +9,7 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.blockers import OpType
 from qblock.chain import whole_chain
+from qblock.children import add_child, remove_child
 from qblock.creating import check_create_options
 from qblock.drain import drained
 from qblock.driver import BackingLink, Json, SupportsBacking
@@ -35,6 +36,15 @@ class BlockdevReopenArguments:
     """Arguments of blockdev-reopen."""
 
     options: list[Mapping[str, Json]] = required(doc="complete descriptions, as of blockdev-add, of nodes by their names")
+
+
+@attrs.frozen
+class BlockdevChangeArguments:
+    """Arguments of x-blockdev-change."""
+
+    parent: str = required(doc="device or node whose children change")
+    child: str | None = option(None, doc="name of the child that goes")
+    node: str | None = option(None, doc="node that becomes a child")
 
 
 @attrs.frozen
@@ -105,6 +115,22 @@ async def delete_node(ctx: CommandContext, args: NodeNameArguments) -> None:
     if node.parents:
         raise NodeBusy(node.node_name, f"{node.parents[0].parent.describe_user()} uses it")
     node.monitor_owned = False
+    await ctx.system.opener.close_orphans()
+
+
+@command("x-blockdev-change", since="2.7", features=("unstable",))
+async def blockdev_change(ctx: CommandContext, args: BlockdevChangeArguments) -> None:
+    """Give a quorum one more child, or take one away."""
+    graph = ctx.system.graph
+    parent = graph.lookup(args.parent)
+    if (args.child is None) is (args.node is None):
+        raise CommandError("Either 'child' or 'node' must be given: which child goes, or which node becomes one")
+    async with drained(parent):
+        if args.node is not None:
+            add_child(graph, parent, graph.find_node(args.node))
+        else:
+            assert args.child is not None
+            remove_child(graph, parent, args.child)
     await ctx.system.opener.close_orphans()
 
 
