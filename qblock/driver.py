@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_ch
 import attrs
 
 from qblock.errors import BlockIOError, CommandError, NodeNotFound
-from qblock.extents import Data, Extent
+from qblock.extents import Data, Extent, Fragment
 from qblock.findings import Finding
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
@@ -507,6 +507,18 @@ class SupportsBitmaps(Protocol):
 
     async def store_bitmaps(self) -> None:
         """Store them now, durably, as closing would. Raises `BlockIOError`, where closing only warns."""
+
+
+@runtime_checkable
+class SupportsFragments(Protocol):
+    """The driver can tell of many extents in one answer, where data lie here and there."""
+
+    async def fragments(self, offset: int, length: int, *, after: int) -> list[Fragment]:
+        """The runs of plain data from ``offset`` on, without gaps, each in another place than where the one before it ends.
+
+        They end before what is no plain data, or ``length`` bytes away; a driver may stop anywhere, and need not begin. The data
+        before ``offset`` end at ``after``: when those there only go on, there are no fragments.
+        """
 
 
 @runtime_checkable

@@ -50,3 +50,6 @@ class Compressed:
 
 
 Extent: TypeAlias = Data | Zero | Unallocated | Compressed
+
+Fragment: TypeAlias = tuple[int, int, int]
+"""A run of plain data on the disk: where it starts, its length, and its place as ``Data.offset``. A tuple: there are millions."""

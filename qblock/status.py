@@ -6,13 +6,15 @@ Models ``bdrv_block_status`` and its relatives (semantics.md section 16). The fl
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Final, assert_never
 
 import attrs
 
 from qblock.chain import chain_next, skip_filters
 from qblock.drain import enter, leave
-from qblock.extents import Compressed, Data, Extent, Unallocated, Zero
+from qblock.driver import SupportsFragments
+from qblock.extents import Compressed, Data, Extent, Fragment, Unallocated, Zero
 from qblock.units import MiB, TiB, align_down, align_up
 
 if TYPE_CHECKING:
@@ -51,6 +53,81 @@ class ChainExtent:
         return attrs.evolve(self, depth=self.depth - 1, present=False)
 
 
+_KNOWN_AT_MOST: Final = 1 << 16
+
+
+class Further:
+    """What one walk along a chain learns about data that lie in many places: see `chain_status`.
+
+    ``runs`` are those behind the last answer. What the storage has where is asked once and remembered, so nobody may write
+    to the chain during the walk.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[Fragment] = []
+        self._known: dict[BlockDriverState, _Known] = {}
+
+    @property
+    def length(self) -> int:
+        """Bytes of all runs together."""
+        return self.runs[-1][0] + self.runs[-1][1] - self.runs[0][0] if self.runs else 0
+
+    async def behind(self, held: ChainExtent, offset: int, length: int, *, want_zero: bool) -> list[Fragment]:
+        """The runs behind the one at ``offset`` for which ``held`` is the answer, too, as far as ``length`` bytes from there."""
+        layer = held.node
+        if held.length >= length or layer is None or not held.data or held.offset is None:
+            return []
+        if not isinstance(layer.driver, SupportsFragments):
+            return []
+        enter(layer)
+        try:
+            start, rest = offset + held.length, min(length, layer.length - offset) - held.length
+            found = await layer.driver.fragments(start, rest, after=held.offset + held.length)
+        finally:
+            leave(layer)
+        storage = layer.data_storage
+        if not (want_zero and layer.driver.probes_storage) or storage is None:
+            return found
+        known = self._known.setdefault(storage.node, _Known(storage.node))
+        for number, (_, size, place) in enumerate(found):
+            if await known.is_zero(place, size) is not held.zero:
+                return found[:number]
+        return found
+
+
+class _Known:
+    """Parts of a storage node that are known to be data, or zero: disjoint, in order."""
+
+    def __init__(self, node: BlockDriverState) -> None:
+        self.node = node
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._zero: list[bool] = []
+
+    async def is_zero(self, offset: int, length: int) -> bool | None:
+        """Whether all of a range reads as zeroes (True) or is data (False); None when it is neither."""
+        at = bisect_right(self._starts, offset) - 1
+        if at >= 0 and offset + length <= self._ends[at]:
+            return self._zero[at]
+        below = await block_status(self.node, offset, _MAX_QUESTION)
+        zero = _reads_zero(skip_filters(self.node), below)
+        self._learn(offset, offset + below.length, zero=zero)
+        return zero if length <= below.length else None
+
+    def _learn(self, start: int, end: int, *, zero: bool) -> None:
+        if len(self._starts) >= _KNOWN_AT_MOST:
+            del self._starts[:], self._ends[:], self._zero[:]
+        first, last = bisect_left(self._starts, start), bisect_left(self._starts, end)
+        if first and self._ends[first - 1] > start:
+            first -= 1
+        if first < last:
+            # What overlaps is of one kind.
+            start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
+        self._starts[first:last] = [start]
+        self._ends[first:last] = [end]
+        self._zero[first:last] = [zero]
+
+
 async def block_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool = True) -> Extent:
     """This node's own answer for the run that starts at ``offset``: at least 1 and at most ``length`` bytes.
 
@@ -79,11 +156,15 @@ async def chain_status(
     *,
     base: BlockDriverState | None = None,
     want_zero: bool = True,
+    further: Further | None = None,
 ) -> ChainExtent:
     """The first layer from ``node`` down to but not including ``base`` that holds the run starting at ``offset``.
 
-    With a ``base`` a run that no layer above it holds is neither present nor zero.
+    With a ``base`` a run that no layer above it holds is neither present nor zero. ``further`` takes the runs that follow without
+    a gap and for which the answer is the same but for length and place, as far as the layer knows them without effort.
     """
+    if further is not None:
+        further.runs = []
     if node.driver.wants_debug_events and offset < node.length:
         length = (await _filter_status(node, offset, length, want_zero=want_zero)).length
     depth = 0
@@ -95,9 +176,12 @@ async def chain_status(
             return _behind_the_end(length, layer, depth, above)
         # A layer below that is shorter ends the run where it ends.
         extent, stored = await _refined_status(layer, offset, length, want_zero=want_zero)
-        length = extent.length
         if not isinstance(extent, Unallocated):
-            return _held(extent, layer, depth, stored=stored)
+            held = _held(extent, layer, depth, stored=stored)
+            if further is not None:
+                further.runs = await further.behind(held, offset, length, want_zero=want_zero)
+            return held
+        length = extent.length
         below = chain_next(layer)
         if below is None:
             assert stop is None, "the base is not in the chain"

@@ -22,7 +22,7 @@ from qblock.backend import BlockBackend
 from qblock.clock import Clock, RateLimit
 from qblock.errors import BlockIOError, CommandError, QBlockError
 from qblock.node import BlockDriverState
-from qblock.status import FIRST_QUESTION, chain_status, next_question
+from qblock.status import FIRST_QUESTION, Further, chain_status, next_question
 from qblock.tools.console import Teller
 from qblock.units import GiB, MiB, align_down, align_up
 from qblock.zeroes import ZERO_PIECE, fill_zero, zero_view
@@ -116,6 +116,7 @@ class Converter:
     _chunk: int = attrs.field(init=False)
     _total: int = attrs.field(init=False)
     _question: int = attrs.field(init=False, default=FIRST_QUESTION)
+    _further: Further = attrs.field(init=False, factory=Further)
     _done: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
@@ -232,8 +233,9 @@ class Converter:
     async def _extent(self, source: BlockBackend, at: int) -> tuple[bool, bool, int]:
         """Whether the run at ``at`` is to be zero, whether nothing is to be done for it, and its length."""
         base = self.settings.base
+        question = min(source.length - at, self._question)
         try:
-            extent = await chain_status(source.node, at, min(source.length - at, self._question), base=base)
+            extent = await chain_status(source.node, at, question, base=base, further=self._further)
         except QBlockError as error:
             text = f"error while reading the block status at offset {at}: {error}"
             if self.settings.salvage is None:
@@ -243,11 +245,12 @@ class Converter:
                 return await self._extent(source, at)
             self.settings.salvage(text)
             return False, False, min(SECTOR, source.length - at)
-        self._question = next_question(self._question, extent.length)
+        length = extent.length + self._further.length
+        self._question = next_question(self._question, length)
         if base is not None and not extent.present:
-            return False, True, extent.length
+            return False, True, length
         nothing_to_do = extent.zero and self.settings.target_is_zero and self.settings.sparse > 0
-        return extent.zero, nothing_to_do, extent.length
+        return extent.zero, nothing_to_do, length
 
     # ------------------------------------------------------------------------------------------------------- copying
 

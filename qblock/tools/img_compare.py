@@ -12,7 +12,7 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.errors import QBlockError
-from qblock.status import ChainExtent, chain_status
+from qblock.status import ChainExtent, Further, chain_status
 from qblock.tools.arguments import Arguments, UsageError, cache_options
 from qblock.tools.console import Progress, Teller, complain
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
@@ -23,6 +23,7 @@ IDENTICAL, DIFFERENT, OPEN_FAILED, STATUS_FAILED, READ_FAILED = range(5)
 CHUNK: Final = 2 * MiB
 MAX_QUESTION: Final = 1 << 40
 SECTOR: Final = 512
+NOTHING: Final = ChainExtent(0, 0, present=False, zero=False, data=False)
 
 
 class _Stop(QBlockError):
@@ -97,6 +98,8 @@ class Comparison:
     strict: bool
     quiet: bool
     progress: Teller
+    _further: Further = attrs.field(init=False, factory=Further)
+    _buffers: tuple[bytearray, bytearray] = attrs.field(init=False, factory=lambda: (bytearray(CHUNK), bytearray(CHUNK)))
 
     async def run(self) -> None:
         """Compare all of it; returns when the images are the same."""
@@ -105,14 +108,20 @@ class Comparison:
         if self.strict and shared != total:
             raise Difference("Strict mode: Image size mismatch!")
         self.progress.show(0, total)
-        at = 0
+        at = first_end = second_end = 0
+        first = second = NOTHING
         while at < shared:
-            first, second = await self._status(self.one, at, shared), await self._status(self.two, at, shared)
+            if first_end <= at:
+                first = await self._status(self.one, at, shared)
+                first_end = at + first.length
+            if second_end <= at:
+                second = await self._status(self.two, at, shared)
+                second_end = at + second.length
             if self.strict and _kind(first) != _kind(second):
                 raise Difference(f"Strict mode: Offset {at} block status mismatch!")
-            length = min(first.length, second.length)
-            await self._compare_run(at, length, first, second)
-            at += length
+            end = min(first_end, second_end)
+            await self._compare_run(at, end - at, first, second)
+            at = end
             self.progress.show(at, total)
         if shared != total:
             await self._check_surplus(shared, total)
@@ -129,13 +138,16 @@ class Comparison:
                 await self._expect_equal(start, count)
 
     async def _expect_equal(self, at: int, count: int) -> None:
-        one, two = await self._read(self.one, at, count), await self._read(self.two, at, count)
+        one, two = self._buffers if count == CHUNK else (bytearray(count), bytearray(count))
+        await self._read(self.one, at, one)
+        await self._read(self.two, at, two)
         if one != two:
             sector = next(n for n in range(0, count, SECTOR) if one[n : n + SECTOR] != two[n : n + SECTOR])
             raise Difference(f"Content mismatch at offset {at + sector}!", at + sector)
 
     async def _expect_zero(self, image: BlockBackend, at: int, count: int) -> None:
-        data = await self._read(image, at, count)
+        data = self._buffers[0] if count == CHUNK else bytearray(count)
+        await self._read(image, at, data)
         if not all_zero(memoryview(data)):
             first = len(data) - len(data.lstrip(b"\0"))
             raise Difference(f"Content mismatch at offset {at + align_down(first, SECTOR)}!", at + align_down(first, SECTOR))
@@ -153,19 +165,19 @@ class Comparison:
             at += extent.length
             self.progress.show(at, total)
 
-    async def _read(self, image: BlockBackend, at: int, count: int) -> bytearray:
-        data = bytearray(count)
+    async def _read(self, image: BlockBackend, at: int, data: bytearray) -> None:
         try:
             await image.read_into(at, memoryview(data))
         except QBlockError as error:
             raise _Stop(READ_FAILED, f"{image.description}: error while reading offset {at}: {error}") from error
-        return data
 
     async def _status(self, image: BlockBackend, at: int, end: int) -> ChainExtent:
+        """The kind of what is at ``at``, and how far it goes, wherever it lies."""
         try:
-            return await chain_status(image.node, at, min(end - at, MAX_QUESTION))
+            extent = await chain_status(image.node, at, min(end - at, MAX_QUESTION), further=self._further)
         except QBlockError as error:
             raise _Stop(STATUS_FAILED, f"{image.description}: cannot tell what is at offset {at}: {error}") from error
+        return attrs.evolve(extent, length=extent.length + self._further.length) if self._further.runs else extent
 
 
 def _kind(extent: ChainExtent) -> tuple[bool, ...]:

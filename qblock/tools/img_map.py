@@ -13,7 +13,8 @@ import attrs
 
 from qblock.chain import backing_chain
 from qblock.errors import CommandError
-from qblock.status import ChainExtent, chain_status
+from qblock.extents import Fragment
+from qblock.status import ChainExtent, Further, chain_status
 from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
@@ -74,22 +75,29 @@ def run(args: list[str], watch: Watch | None = None) -> int:
 
 async def _areas(
     session: ImageSession, wanted: ImageArguments, start: int, max_length: int | None
-) -> AsyncIterator[Area]:
-    """The areas of the asked range, adjacent equal ones joined; one empty area when the range is empty."""
+) -> AsyncIterator[tuple[Area, list[Fragment]]]:
+    """The areas of the asked range, adjacent equal ones joined; one empty area when the range is empty.
+
+    With each area come those right behind it which differ from it, and among each other, in nothing but length and place.
+    """
     node = (await session.open(wanted)).node
     end = node.length if max_length is None else min(node.length, start + max_length)
-    at, current = start, None
+    at, current, further = start, None, Further()
     while at < end:
-        extent = await chain_status(node, at, min(end - at, MAX_QUESTION))
+        extent = await chain_status(node, at, min(end - at, MAX_QUESTION), further=further)
         area = _area(at, extent)
-        at += extent.length
         if current is not None and current.continues_in(area):
-            current = attrs.evolve(current, length=current.length + area.length)
-            continue
-        if current is not None:
-            yield current
-        current = area
-    yield current or Area(start, 0, 0, False, False, False, None, "")
+            area = attrs.evolve(area, start=current.start, length=current.length + area.length, offset=current.offset)
+        elif current is not None:
+            yield current, []
+        at, current = at + extent.length, area
+        if further.runs:
+            at += further.length
+            # The last one may go on.
+            first, length, place = further.runs.pop()
+            yield current, further.runs
+            current = attrs.evolve(area, start=first, length=length, offset=place)
+    yield current or Area(start, 0, 0, False, False, False, None, ""), []
 
 
 def _area(at: int, extent: ChainExtent) -> Area:
@@ -102,7 +110,7 @@ def _area(at: int, extent: ChainExtent) -> Area:
 
 async def _print_json(session: ImageSession, wanted: ImageArguments, start: int, max_length: int | None) -> None:
     before = "["
-    async for area in _areas(session, wanted, start, max_length):
+    async for area, further in _areas(session, wanted, start, max_length):
         members = {"start": area.start, "length": area.length, "depth": area.depth}
         text = ", ".join(f'"{key}": {value}' for key, value in members.items())
         for key, flag in (("present", area.present), ("zero", area.zero), ("data", area.data)):
@@ -111,6 +119,12 @@ async def _print_json(session: ImageSession, wanted: ImageArguments, start: int,
             text += f', "offset": {area.offset}'
         print(f"{before}{{ {text}}}", end="")
         before = ",\n"
+        if further:
+            same = text[text.index(', "depth"') : text.index(', "offset"')]
+            lines = [
+                f',\n{{ "start": {at}, "length": {length}{same}, "offset": {place}}}' for at, length, place in further
+            ]
+            print("".join(lines), end="")
     print("]")
 
 
@@ -136,7 +150,7 @@ def _hex(number: int) -> str:
 
 async def _print_lines(session: ImageSession, wanted: ImageArguments, start: int, max_length: int | None) -> None:
     started = False
-    async for area in _areas(session, wanted, start, max_length):
+    async for area, further in _areas(session, wanted, start, max_length):
         if not started:
             print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
             started = True
@@ -147,4 +161,8 @@ async def _print_lines(session: ImageSession, wanted: ImageArguments, start: int
                 f"'{wanted.name}' holds data that have no plain place in a file (compressed clusters, for example) "
                 f"at offset {area.start}; use --output=json"
             )
-        print(f"{_hex(area.start):<16}{_hex(area.length):<16}{_hex(area.offset):<16}{area.filename}")
+        parts = [(area.start, area.length, area.offset), *further]
+        lines = [
+            f"{_hex(at):<16}{_hex(length):<16}{_hex(place):<16}{area.filename}\n" for at, length, place in parts
+        ]
+        print("".join(lines), end="")

@@ -25,10 +25,13 @@ from qblock import requests
 from qblock.drivers.qcow2.cache import SECTOR, CachedTable, TableCache
 from qblock.drivers.qcow2.compression import decompress
 from qblock.drivers.qcow2.layout import (
+    COMPRESSED,
     COPIED,
     L1_IN_USE,
     L1_RESERVED,
+    L2_RESERVED,
     OFFSET_MASK,
+    ZERO,
     Geometry,
     Kind,
     Run,
@@ -43,7 +46,7 @@ from qblock.drivers.qcow2.refcounts import Freed, Refcounts
 from qblock.drivers.qcow2.storage import Area, ImageFile
 from qblock.drivers.qcow2.writeback import Epochs, MappingLocation
 from qblock.errors import BlockIOError
-from qblock.extents import Unallocated
+from qblock.extents import Fragment, Unallocated
 from qblock.zeroes import fill_zero, zero_view
 
 if TYPE_CHECKING:
@@ -317,6 +320,32 @@ class ClusterMap:
         if kind is Kind.CORRUPT:
             raise self.file.bad_entry(f"the L2 entry for guest offset {offset:#x} is damaged", offset)
         return kind, min(got, length), host
+
+    async def fragments(self, offset: int, length: int, after: int) -> list[Fragment]:
+        """See `SupportsFragments`: whole clusters, to the end of a slice at most."""
+        size, index = self.geometry.cluster_size, self.index(offset)
+        table = await self.slice_at(offset)
+        if table is None or offset & (size - 1) or table.entries[index] & OFFSET_MASK == after:
+            return []
+        if self.file.crypto is not None:
+            # Nothing lies in the file as it is.
+            return []
+        found: list[Fragment] = []
+        start, guest, place, expected = offset, offset, 0, -1
+        odd = COMPRESSED | L2_RESERVED | ZERO | size - 1
+        for entry in table.entries[index : index + (length >> self.geometry.cluster_bits)]:
+            host = entry & OFFSET_MASK
+            if entry & odd or not host:
+                break
+            if host != expected:
+                if guest > start:
+                    found.append((start, guest - start, place))
+                start, place = guest, host
+            expected = host + size
+            guest += size
+        if guest > start:
+            found.append((start, guest - start, place))
+        return found
 
     async def _run_at(self, guest: int, limit: int) -> Run:
         geometry = self.geometry

@@ -54,7 +54,7 @@ from qblock.errors import (
     InvalidParameter,
     NotThisFormat,
 )
-from qblock.extents import Compressed, Data, Extent, Unallocated, Zero
+from qblock.extents import Compressed, Data, Extent, Fragment, Unallocated, Zero
 from qblock.options import DriverOptions
 from qblock.units import align_up
 from qblock.zeroes import fill_zero
@@ -403,6 +403,10 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
                 raise AssertionError("the map has reported it")
             case _:
                 assert_never(kind)
+
+    async def fragments(self, offset: int, length: int, *, after: int) -> list[Fragment]:
+        """See `SupportsFragments`."""
+        return await self._map.fragments(offset, min(length, self._size - offset), after)
 
     async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
         """See `Driver`: plain data are copied in the file, zeroes are written as such, the rest is the backing node's."""

@@ -17,7 +17,7 @@ from qblock.drivers.qcow2.options import EncryptionCreate
 from qblock.errors import CorruptImage, InvalidParameter
 from qblock.node import BlockDriverState
 from qblock.options import visit
-from qblock.status import FIRST_QUESTION, chain_status, next_question
+from qblock.status import FIRST_QUESTION, Further, chain_status, next_question
 from qblock.units import KiB, MiB, align_up, is_power_of_two
 
 if TYPE_CHECKING:
@@ -145,15 +145,16 @@ def _metadata(layout: _Layout, length: int) -> int:
 async def _stored_clusters(source: BlockDriverState, cluster: int) -> int:
     """How many clusters of the new image hold something that the source stores and does not know to be zero."""
     count = at = counted = 0
-    question = FIRST_QUESTION
+    question, further = FIRST_QUESTION, Further()
     while at < source.length:
-        extent = await chain_status(source, at, min(source.length - at, question))
-        question = next_question(question, extent.length)
+        extent = await chain_status(source, at, min(source.length - at, question), further=further)
+        length = extent.length + further.length
+        question = next_question(question, length)
         if extent.present and extent.data and not extent.zero:
-            first, end = max(at // cluster, counted), -(-(at + extent.length) // cluster)
+            first, end = max(at // cluster, counted), -(-(at + length) // cluster)
             count += max(end - first, 0)
             counted = max(counted, end)
-        at += extent.length
+        at += length
     return count
 
 

@@ -34,6 +34,7 @@ from qblock.drivers.qcow2.layout import (
     ramp_run,
     zeroes_u64,
 )
+from qblock.extents import Fragment
 
 SUBCLUSTERS: Final = 32
 ALL_DATA: Final = (1 << SUBCLUSTERS) - 1
@@ -264,6 +265,10 @@ class ExtendedMap(ClusterMap):
         if kind is Kind.CORRUPT:
             raise self.file.bad_entry(f"the L2 entry for guest offset {offset:#x} is damaged", offset)
         return kind, got, host
+
+    async def fragments(self, offset: int, length: int, after: int) -> list[Fragment]:
+        """See `ClusterMap`: none, since clusters have parts."""
+        return []
 
     async def _place_at(self, guest: int, length: int) -> tuple[Kind, int, int | None]:
         """The run at a guest offset, and where it lies if it has a host cluster."""
