@@ -30,7 +30,7 @@ from qblock.jobs.commit_plan import CommitRequest
 from qblock.jobs.job import BlockJob
 from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror
 from qblock.jobs.new_copy import SyncMode
-from qblock.jobs.state import OnError
+from qblock.jobs.state import IoStatus, OnError
 from qblock.jobs.stream import StreamRequest, start_stream
 from qblock.node import BlockDriverState
 from qblock.permissions import Perm
@@ -393,13 +393,16 @@ class History:
         await self.bench.close()
 
     async def _end_jobs(self) -> None:
-        """Everything works again, and every job is told to come to its end."""
+        """Everything works again, and every job is told to come to its end; not well where a failed flush has spoilt an image."""
         for name in self.graph.nodes:
             if name.endswith("-file"):
                 driver_of(self.graph.nodes[name]).faults = Faults()
         jobs = self.bench.jobs
+        spoilt = any(node.poisoned is not None for node in self.graph.nodes.values())
         for _ in range(PATIENCE_MS):
             for job in jobs.jobs.copy():
+                if spoilt and isinstance(job, BlockJob) and job.io_status is not IoStatus.OK:
+                    await jobs.cancel(job, force=True)
                 if isinstance(job, BlockJob) and job.speed:
                     job.set_speed(0)  # or the guest is faster than a mirror for ever
                 for tell in (jobs.resume, jobs.finalize):
@@ -430,8 +433,9 @@ class History:
                 lost = [block for block in self.guest.told[bitmap.name or ""] if not bitmap.get(block * BLOCK)]
                 assert not lost, f"{bitmap.name} has forgotten {lost}"
         for name, view in self.views.items():
-            if view is not None and name != self.chain[0].node_name:
-                seen = await self.shown(graph.find_node(name))
+            node = graph.find_node(name)
+            if view is not None and node is not self.chain[0] and node.poisoned is None:
+                seen = await self.shown(node)
                 assert seen is not None and view.agrees(seen), f"{name} does not show what it must"
 
 
