@@ -152,7 +152,7 @@ def assert_chain_sound(top: Path, durable: dict[int, int]) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 3, 25])
-@pytest.mark.parametrize("operation", ["mirror", "stream"])
+@pytest.mark.parametrize("operation", ["mirror", "stream", "commit", "active commit"])
 def test_sigkill_during_a_job_loses_no_flushed_write(
     machine: Machine, chain: Path, tmp_path: Path, operation: str, steps: int
 ) -> None:
@@ -162,8 +162,11 @@ def test_sigkill_during_a_job_loses_no_flushed_write(
     if operation == "mirror":
         machine.execute("drive-mirror", device="virtio0", target=str(tmp_path / "target.qcow2"), format="qcow2",
                         sync="full", speed=20 * MiB)  # fmt: skip
-    else:
+    elif operation == "stream":
         machine.execute("block-stream", device="virtio0", speed=20 * MiB)
+    else:
+        top = {"top": str(tmp_path / "mid.qcow2")} if operation == "commit" else {}
+        machine.execute("block-commit", device="virtio0", speed=20 * MiB, **top)
     for _ in range(steps):
         writer.step()
     machine.kill()
@@ -180,6 +183,70 @@ def test_sigkill_right_after_the_stream_relinked_the_image_leaves_a_full_image(m
     info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(chain)]))
     assert "backing-filename" not in info
     assert_chain_sound(chain, writer.durable)
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_sigkill_right_after_a_commit_leaves_everything_in_the_shorter_chain(
+    machine: Machine, chain: Path, tmp_path: Path, active: bool
+) -> None:
+    """After BLOCK_JOB_COMPLETED the header names the base, or the base is all there is."""
+    writer = Writer(machine, random.Random(8 + active))
+    top = {} if active else {"top": str(tmp_path / "mid.qcow2")}
+    machine.execute("block-commit", device="virtio0", **top)
+    while not any(event["event"] == "BLOCK_JOB_COMPLETED" for event in machine.events):
+        writer.step()
+        if any(event["event"] == "BLOCK_JOB_READY" for event in machine.events):
+            machine.events.clear()
+            machine.execute("block-job-complete", device="virtio0")
+    writer.step()
+    machine.kill()
+    if active:
+        assert_chain_sound(tmp_path / "base.qcow2", writer.durable)
+    else:
+        info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(chain)]))
+        assert info["backing-filename"] == str(tmp_path / "base.qcow2")
+        assert_chain_sound(chain, writer.durable)
+
+
+def test_a_full_disk_stops_a_commit_until_there_is_room(tmp_path: Path) -> None:
+    """The base's filesystem is full: the job waits, the guest goes on; when there is room the same place is tried again."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small tmpfs needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)], check=False).returncode != 0:
+        pytest.skip("this environment does not allow mounting a tmpfs")
+    layers = [small / "base.qcow2", tmp_path / "mid.qcow2", tmp_path / "top.qcow2"]
+    try:
+        backing: list[str] = []
+        for layer in layers:
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, str(layer), str(SIZE)], check=True)
+            backing = ["-b", str(layer), "-F", "qcow2"]
+        subprocess.run(["qemu-io", "-c", f"write -q -P 2 0 {16 * MiB}", str(layers[1])], check=True)
+        machine = start_machine(layers[2], tmp_path)
+        writer = Writer(machine, random.Random(4))
+        machine.execute("block-commit", device="virtio0", top=str(layers[1]), **{"on-error": "enospc"})
+        while not any(event["event"] == "BLOCK_JOB_ERROR" for event in machine.events):
+            writer.step()
+        assert all(
+            event["data"]["action"] == "stop" for event in machine.events if event["event"] == "BLOCK_JOB_ERROR"
+        )
+        (job,) = machine.execute("query-block-jobs")
+        assert (job["io-status"], job["paused"]) == ("nospace", True)
+        writer.step()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        machine.execute("block-job-resume", device="virtio0")
+        while not (done := [event for event in machine.events if event["event"] == "BLOCK_JOB_COMPLETED"]):
+            writer.step()
+        assert "error" not in done[0]["data"]
+        machine.io("flush")
+        machine.execute("quit")
+        machine.process.wait(timeout=30)
+        machine.channel.close()
+        assert_chain_sound(layers[2], writer.durable)
+        subprocess.run(["qemu-img", "check", "-q", str(layers[0])], check=True)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_a_full_disk_stops_the_mirror_and_never_the_guest(machine: Machine, chain: Path, tmp_path: Path) -> None:
