@@ -64,6 +64,19 @@ def sizes(base: str, mid: str, top: str) -> list[list[str]]:
 
 
 _ACCEPTED = (READY, COMPLETE, CONCLUDED)
+OTHERS: Script = [
+    *(do("block-stream", job_id="k", device=name) for name in ("top", "mid", "base")),
+    *(commit(job_id="k", **members) for members in ({}, {"top_node": "mid"}, {"base_node": "mid"})),
+    *(do("blockdev-mirror", job_id="k", device=name, target="base", sync="full") for name in ("top", "mid")),
+    do("blockdev-snapshot-sync", node_name="top", snapshot_file="s.qcow2", snapshot_node_name="s"),
+    *(do("blockdev-del", node_name=name) for name in LAYERS),
+    *(do("block_resize", node_name=name, size=8 << 20) for name in LAYERS),
+    do("change-backing-file", device="top", image_node_name="mid", backing_file="base.qcow2"),
+    do("blockdev-snapshot-internal-sync", device="top", name="x"),
+    do("blockdev-add", driver="copy-on-read", node_name="c", file="mid"),
+    *(do("block-dirty-bitmap-add", node=name, name="b") for name in LAYERS), do("query-jobs"), GRAPH,
+]  # fmt: skip
+"""What others may try meanwhile."""
 AFTER = [
     GRAPH, do("query-named-block-nodes"), do("blockdev-del", node_name="mid"), do("block_resize", node_name="base", size=1 << 23),
     do("block-stream", job_id="k", device="top", auto_finalize=False),
@@ -111,6 +124,13 @@ SCRIPTS: dict[str, Script] = {
             )
         ], GRAPH,
     ],
+    **{
+        f"others while {name} is pending": [*CHAIN, step, PENDING, *OTHERS]
+        for name, step in (
+            ("an inner commit", commit(top_node="mid", auto_finalize=False)),
+            ("a stream", do("block-stream", job_id="j", device="top", base_node="base", auto_finalize=False)),
+        )
+    },
     "busy": [
         *CHAIN, do("block-stream", job_id="s", device="mid", auto_finalize=False), PENDING, commit(), commit(top_node="mid"),
         do("job-finalize", id="s"), commit(), READY, commit(job_id="k"), do("block-stream", job_id="k", device="mid"),
