@@ -1,8 +1,9 @@
 """Breakpoints of ``blkdebug``: requests that are held at a step of the work until somebody lets them go on.
 
 Models the ``break``, ``wait_break``, ``resume`` and ``remove_break`` commands of qemu-io. A breakpoint holds one request and is
-gone then; of several on one event the newest holds first. Differs from QEMU in where a request stops: steps of a format driver
-are told while its state changes, which must not be interrupted, so the request stops before it next reads or writes below.
+gone then; several on one event hold it together, the newest first, until each has been resumed. Differs from QEMU in where a
+request stops: steps of a format driver are told while its state changes, which must not be interrupted, so the request stops
+before it next reads or writes below.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import attrs
 
 @attrs.define(eq=False)
 class _Held:
-    """A request that stands still."""
+    """A breakpoint at which a request stands still."""
 
     tag: str
+    tell: Callable[[str], None]
     released: asyncio.Future[None]
 
 
 class Breakpoints:
-    """The breakpoints of one node, and the requests that they hold."""
+    """The breakpoints of one node, and the requests that they hold, which are ``requests`` in number."""
 
     def __init__(self) -> None:
+        self.requests = 0
         self._set: list[tuple[str, str, Callable[[str], None]]] = []
-        self._due: dict[asyncio.Task[object] | None, tuple[str, Callable[[str], None]]] = {}
+        self._due: dict[asyncio.Task[object] | None, list[tuple[str, Callable[[str], None]]]] = {}
         self._held: list[_Held] = []
         self._arrivals: list[asyncio.Future[None]] = []
 
@@ -47,7 +50,9 @@ class Breakpoints:
         for held in self._held:
             if held.tag == tag:
                 self._held.remove(held)
-                held.released.set_result(None)
+                held.tell(f"blkdebug: Resuming request '{tag}'")
+                if not held.released.done():
+                    held.released.set_result(None)
                 return True
         return False
 
@@ -67,29 +72,31 @@ class Breakpoints:
         return arrival
 
     def come_to(self, event: str) -> None:
-        """The task that runs has come to a step of its work; it is to stop at the next `pause`."""
-        for one in self._set:
-            if one[0] == event:
-                self._set.remove(one)
-                self._due[asyncio.current_task()] = one[1:]
-                return
+        """The task that runs has come to a step of its work; it is to stop at the next `pause`, at all breakpoints there."""
+        met = [(tag, tell) for name, tag, tell in self._set if name == event]
+        if met:
+            self._set = [one for one in self._set if one[0] != event]
+            self._due = {task: due for task, due in self._due.items() if task is None or not task.done()}
+            self._due.setdefault(asyncio.current_task(), []).extend(met)
 
     async def pause(self) -> None:
-        """Stand still if a breakpoint was met."""
+        """Stand still if breakpoints were met, until all of them have been resumed."""
         due = self._due.pop(asyncio.current_task(), None) if self._due else None
         if due is None:
             return
-        tag, tell = due
-        held = _Held(tag, asyncio.get_running_loop().create_future())
-        self._held.append(held)
-        tell(f"blkdebug: Suspended request '{tag}'")
+        loop = asyncio.get_running_loop()
+        holding = [_Held(tag, tell, loop.create_future()) for tag, tell in due]
+        for held in holding:
+            held.tell(f"blkdebug: Suspended request '{held.tag}'")
+        self._held += holding
+        self.requests += 1
         arrivals, self._arrivals = self._arrivals, []
         for arrival in arrivals:
             if not arrival.done():
                 arrival.set_result(None)
         try:
-            await held.released
+            for held in holding:
+                await held.released
         finally:
-            if held in self._held:
-                self._held.remove(held)
-        tell(f"blkdebug: Resuming request '{tag}'")
+            self.requests -= 1
+            self._held = [held for held in self._held if held not in holding]

@@ -16,7 +16,7 @@ import attrs
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.filenames import combine_filename
 from qblock.nodespec import CommonOptions
-from qblock.options import dump, fields
+from qblock.options import fields
 from qblock.permissions import ChildRole
 
 if TYPE_CHECKING:
@@ -111,12 +111,11 @@ class Names:
         if node.filtered is not None and (node.implicit or node.driver.name in _INSERTED_BY_JOBS):
             return self._options[node.filtered.node]
         shown = _SHOWN.get(node.driver.name, node.options_given.keys() - _COMMON)
-        values = dump(node.driver.options)
         options: dict[str, str] = {}
-        for key in node.options_given:
-            if key in shown and key in values:
-                given = _flat_rules(key, node.options_given[key]) if key in _RULES else {key: values[key]}
-                options |= {name: json.dumps(value) for name, value in given.items()}
+        for key, value in node.options_given.items():
+            if key in shown:
+                given = _flat_rules(key, value) if key in _RULES else {key: value}
+                options |= {name: json.dumps(one) for name, one in given.items()}
         shows_backing = not node.driver.is_filter and self._backing_differs(node)
         lists: dict[str, list[str]] = {}
         for child, edge in node.children.items():

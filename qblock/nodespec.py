@@ -17,7 +17,7 @@ import attrs
 from qblock.driver import Driver, Json
 from qblock.errors import CommandError, InvalidParameter
 from qblock.node import BlockDriverState
-from qblock.options import ABSENT, Field, fields, option, required, visit
+from qblock.options import ABSENT, Field, dump, fields, option, required, visit
 from qblock.permissions import ChildRole
 from qblock.registry import DriverRegistry
 
@@ -185,10 +185,14 @@ _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
 
 @attrs.frozen
 class SpecReader:
-    """Checks options against the drivers of a registry. ``strings``: leaves may be text, as on a command line."""
+    """Checks options against the drivers of a registry. ``strings``: leaves may be text, as on a command line.
+
+    ``keeps_text``: what nodes remember of their options is that text (drives do that), and not the values that it stands for.
+    """
 
     registry: DriverRegistry
     strings: bool = False
+    keeps_text: bool = False
 
     def read(self, given: Mapping[str, Json], inherited: NodeFlags, *, path: str = "", depth: int = 0) -> NodeSpec:
         """The checked description of a node and its inline children; raises `InvalidParameter` and `UnknownDriver`."""
@@ -208,7 +212,8 @@ class SpecReader:
             name: self._child(field, ref, flags, f"{prefix}{name}", depth)
             for name, field, ref in _references(driver, options)
         }
-        return NodeSpec(driver, common, options, flags, children, dict(given))
+        remembered = dict(given) if self.keeps_text else _as_values(given, dump(options))
+        return NodeSpec(driver, common, options, flags, children, remembered)
 
     def flags(self, given: Mapping[str, Json], inherited: NodeFlags) -> NodeFlags:
         """The common flags that the options of a node set, whose driver may not be known yet; raises `InvalidParameter`."""
@@ -225,7 +230,7 @@ class SpecReader:
         self, field: Field, ref: Any, flags: NodeFlags, path: str, depth: int
     ) -> NodeSpec | NodeReference | UnprobedSpec | None:
         assert field.role is not None
-        if ref is None:
+        if ref is None or (ref == "" and field.nullable and self.strings):
             return None
         if isinstance(ref, str):
             return NodeReference(ref, path)
@@ -251,6 +256,15 @@ def _references(driver: type[Driver], options: Any) -> Iterator[tuple[str, Field
             if ref is None:
                 raise InvalidParameter(f"{field.wire}[{index}]", "must not be null")
             yield f"{field.wire}.{index}", field, ref
+
+
+def _as_values(given: Any, values: Any) -> Any:
+    """``given`` with the ``values`` that its leaves stand for; members that have none stay as they are."""
+    if isinstance(given, Mapping) and isinstance(values, Mapping):
+        return {key: _as_values(item, values[key]) if key in values else item for key, item in given.items()}
+    if isinstance(given, list) and isinstance(values, list):
+        return [_as_values(item, value) for item, value in zip(given, values, strict=True)]
+    return values
 
 
 def _check_combination(common: CommonOptions, flags: NodeFlags, prefix: str) -> None:

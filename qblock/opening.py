@@ -297,7 +297,7 @@ class Opener:
     async def _open_given(
         self, given: Mapping[str, Json], flags: NodeFlags, *, shown: str, data_file: bool = True
     ) -> _Layer:
-        reader = SpecReader(self.registry, strings=True)
+        reader = SpecReader(self.registry, strings=True, keeps_text=True)
         if "driver" in given:
             spec = reader.read(given, flags)
             return _Layer(await self._open_layer(spec, data_file=data_file), spec)

@@ -120,7 +120,7 @@ class IoShell:
     async def _until_done(self, task: asyncio.Future[None], breakpoints: Breakpoints) -> None:
         """Wait for a command. If it is held at a breakpoint itself no other could let it go on: then this does."""
         while not task.done():
-            if len(breakpoints.held) > len(self.pending):
+            if breakpoints.requests > len(self.pending):
                 tag = breakpoints.held[-1]
                 self.err(f"{self.program}: '{tag}' holds a command that all others wait for, and is resumed: use aio_ commands")
                 breakpoints.resume(tag)

@@ -107,7 +107,7 @@ async def wait_for_breakpoint(shell: IoShell, name: str, args: list[str]) -> Non
     """``wait_break``: until a request is held. Unlike in QEMU that fails when no request is left that could be."""
     breakpoints, tag = shell.breakpoints, args[0]
     while breakpoints is not None and not breakpoints.holds(tag):
-        if len(breakpoints.held) >= len(shell.pending):
+        if breakpoints.requests >= len(shell.pending):
             break
         await asyncio.wait((*shell.pending, breakpoints.arrival()), return_when=asyncio.FIRST_COMPLETED)
     if breakpoints is None or not breakpoints.holds(tag):

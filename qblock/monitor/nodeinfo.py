@@ -46,17 +46,24 @@ _COUNTERS: Final = tuple(
 
 
 def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
-    """All nodes in QEMU's order of creation: a node's child ``file``, if opened with it, comes before it, its others after."""
+    """All nodes in QEMU's order of creation: a node's child ``file``, if opened with it, comes before it, with all below it; its
+    other children come after it.
+    """
     order: dict[BlockDriverState, None] = {}
-
-    def enter(node: BlockDriverState) -> None:
-        storage = node.children.get("file")
-        if storage is not None and storage.node not in order and not storage.node.monitor_owned:
-            enter(storage.node)
-        order.setdefault(node)
-
-    for node in graph.nodes.values():
-        enter(node)
+    for root in graph.nodes.values():
+        pending = [(root, False)]  # and whether its storage has been entered
+        while pending:
+            node, has_storage = pending.pop()
+            if node in order:
+                continue
+            below = {name: edge.node for name, edge in node.children.items() if not edge.node.monitor_owned}
+            storage = below.pop("file", None)
+            if storage is not None and not has_storage and storage not in order:
+                pending += [(node, True), (storage, False)]
+                continue
+            order[node] = None
+            if node is not root:
+                pending += [(child, False) for child in list(below.values())[::-1]]
     return list(order)
 
 

@@ -107,3 +107,30 @@ def test_the_same_requests_fail(name: str, tmp_path: Path) -> None:
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
         outputs.append([line for line in done.stdout.splitlines() if "ops" not in line])
     assert outputs[0] == outputs[1]
+
+
+BREAKS = {
+    "held and let go": ("break write_aio A", "aio_write 0 64k", "wait_break A", "resume A", "aio_flush"),
+    "removed before": ("break write_aio A", "remove_break A", "aio_write 0 64k", "aio_flush"),
+    "two on one step": (
+        "break pwritev A", "break pwritev B", "aio_write 0 512", "sleep 50", "resume A", "sleep 50", "resume B", "aio_flush",
+    ),
+    "the same twice": (
+        "break pwritev A", "break pwritev A", "aio_write 0 512", "sleep 50", "resume A", "sleep 50", "resume A", "aio_flush",
+    ),
+    "of two requests one": ("break pwritev A", "aio_write 0 512", "aio_write 512 512", "sleep 50", "resume A", "aio_flush"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_requests_are_held_at_breakpoints(name: str, tmp_path: Path) -> None:
+    """What is printed when a request stops, goes on, and is done."""
+    outputs = []
+    for program in (["qemu-io"], [sys.executable, "-m", "qblock.tools.io"]):
+        for make in IMAGES:
+            subprocess.run(make, cwd=tmp_path, check=True)
+        commands = [part for line in BREAKS[name] for part in ("-c", line)]
+        line = [*program, "-f", "raw", *commands, "blkdebug::a.raw"]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        outputs.append((done.returncode, [text for text in done.stdout.splitlines() if "ops" not in text]))
+    assert outputs[0] == outputs[1]
