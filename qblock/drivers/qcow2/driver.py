@@ -1,8 +1,8 @@
 """The ``qcow2`` driver: opening, requests, size and links of an image. The theory is in the modules it puts together.
 
-Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. ``lazy-refcounts`` is accepted and allows to postpone
-refcount updates; this driver keeps them in order all the same, so that it never sets the dirty bit. An image with the dirty bit
-is repaired when it is opened for writing.
+Models QEMU's qcow2 driver, versions 2 and 3, for reading and writing. ``lazy-refcounts`` allows to postpone refcount updates, and
+is a mark for others: here they go out under the flush that the data need anyway (`writeback.py`), so that postponing them would
+save nothing. The dirty bit is never set; an image that has it is repaired when it is opened for writing.
 
 `read_into` and `write_from` contain the fast path: one cluster whose L2 slice is cached. It does not suspend unless the file
 does; everything else goes to `clusters.py` and `allocation.py`.
@@ -64,8 +64,6 @@ if TYPE_CHECKING:
     from qblock.node import BdrvChild, BlockDriverState
 
 _SECTOR: Final = 512
-_HOLES_IGNORED: Final = 1 << 20
-"""Bytes of holes that the file of any image may have, in its tables and last clusters."""
 
 
 class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver):
@@ -138,12 +136,17 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
         return self._edge.node.driver.filename() or self.node.node_name
 
     def _lies_on_holes(self) -> bool:
-        """Whether the file has more holes than rounding explains: then clusters are mapped ahead of being written."""
+        """Whether so much less of the file takes space than it has clusters, as 7.2 was seen to count them, that some seem to be
+        mapped ahead of being written. (7.2 does not count free clusters.)
+        """
         if self._encryption is not None:
             return False  # holes do not read as zeroes then
         storage = self._edge.node.driver
         allocated, length = storage.allocated_size(), storage.length()
-        return allocated is not None and length - allocated > max(length // 10, _HOLES_IGNORED)
+        if allocated is None:
+            return False
+        taken = allocated >> self._cluster_bits
+        return -(-length >> self._cluster_bits) >= max(taken * 10 // 9, taken + 2)
 
     async def _read_header(self) -> Header:
         raw = bytearray(head.V2_LENGTH)

@@ -26,7 +26,7 @@ from qblock.drivers.qcow2.shrinking import give_back_end
 from qblock.drivers.qcow2.storage import Area
 from qblock.errors import BlockIOError
 from qblock.units import align_up
-from qblock.zeroes import zero_view
+from qblock.zeroes import ZERO_PIECE, zero_view
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.allocation import Allocator
@@ -93,14 +93,26 @@ async def _grow(writer: Allocator, length: int, preallocation: str) -> None:
         if preallocation != "off":
             await preallocate(writer, first, end, preallocation)
         backing = writer.file.node.backing
-        if geometry.version >= 3 and backing is not None and backing.node.length > first:
-            await writer.cover(first, end)
+        if backing is not None and backing.node.length > first:
+            await _hide(writer, first, end, backing.node.length)
     except BlockIOError:
         # The cause matters more than what giving the space back runs into.
         with contextlib.suppress(BlockIOError):
             await writer.cut(first, end)
             await give_back_end(writer.refcounts, writer.writeback)
         raise
+
+
+async def _hide(writer: Allocator, first: int, end: int, length: int) -> None:
+    """Let nothing be seen between two cluster boundaries of a backing node of ``length`` bytes."""
+    if writer.map.geometry.version >= 3:
+        await writer.cover(first, end)
+        return
+    end = min(end, align_up(length, writer.map.geometry.cluster_size))
+    while first < end:
+        count = min(end - first, ZERO_PIECE)
+        await writer.write(first, Payload(zero_view(count)))
+        first += count
 
 
 async def _clean_last_cluster(writer: Allocator, *, allocate: bool) -> None:
