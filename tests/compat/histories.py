@@ -96,20 +96,23 @@ class Shape:
 
 
 def strict(report: Any) -> Any:
-    """A report without what no two runs have in common; the extents of a map joined where they go on."""
+    """A report without what no two runs have in common; the extents of a map joined where they go on.
+
+    Which data are known to be zeroes depends on whether the file's holes are looked for, which each program decides by itself.
+    """
     if isinstance(report, dict):
-        return {key: strict(value) for key, value in report.items() if key not in ("actual-size", "dirty-flag")}
+        return {key: value for key, value in report.items() if key not in ("actual-size", "dirty-flag")}
     runs: list[dict[str, Any]] = []
-    for extent in report if isinstance(report, list) else ():
-        last = runs[-1] if runs else {}
-        step = extent["start"] - last["start"] if last else 0
-        place = "offset" in extent and extent["offset"] == last.get("offset", -1) + step
-        kinds = [key for key in extent if key not in ("start", "length", "offset")]
-        if last and ("offset" in extent) == ("offset" in last) == place and all(extent[key] == last[key] for key in kinds):
+    for extent in report:
+        extent = extent | {"zero": extent["zero"] and not extent["data"]}
+        last = runs[-1] if runs else extent
+        place = last["offset"] + extent["start"] - last["start"] if "offset" in last else None
+        alike = all(extent[key] == last[key] for key in ("depth", "present", "zero", "data"))
+        if runs and alike and place == extent.get("offset"):
             last["length"] += extent["length"]
         else:
-            runs.append(dict(extent))
-    return runs if isinstance(report, list) else report
+            runs.append(extent)
+    return runs
 
 
 class History:
@@ -422,11 +425,16 @@ class History:
         self.compare_json("info", self.plain_info)
         self.compare_json("map", self.plain_map)
         self.compare_json("check", self.plain_check)
-        if self.random.random() < 0.5:
-            self.compare_json("measure", lambda report: report, "-O", "qcow2", alike=not self.large)
+        if self.random.random() < 0.5 and not self.large and not self.has_holes():
+            self.compare_json("measure", lambda report: report, "-O", "qcow2")
         self.compare_content()
 
-    def compare_json(self, command: str, plain: Callable[[Any], Any], *words: str, alike: bool = True) -> None:
+    def has_holes(self) -> bool:
+        """Does some file of the chain take less space than it is long?"""
+        files = [self.folder / side / name for side in ("ours", "real") for name in self.chain]
+        return any(file.stat().st_blocks * 512 < file.stat().st_size for file in files)
+
+    def compare_json(self, command: str, plain: Callable[[Any], Any], *words: str) -> None:
         """What both programs say of each image is the same; and but for what is not ``plain`` they say it of both images."""
         reports = {}
         for side in ("real", "ours"):
@@ -435,7 +443,7 @@ class History:
             if strict(told[0]) != strict(told[1]):
                 raise Difference(f"{command} of the image of {side}, by real and ours:\n{told[0]}\n{told[1]}")
             reports[side] = plain(told[0])
-        if alike and reports["real"] != reports["ours"]:
+        if reports["real"] != reports["ours"]:
             raise Difference(f"{command} of both images:\nreal {reports['real']}\nours {reports['ours']}")
 
     def told(self, who: Real | Ours, *words: str) -> str:

@@ -246,6 +246,8 @@ class Life:
             return
         self.size = size
         self.history.end(min(size, old), longest - min(size, old))
+        # What a disk gains is clean, also where it once was cut off.
+        self.bases = {name: base[:size] for name, base in self.bases.items()}
         self.note()
 
     async def amend(self) -> None:

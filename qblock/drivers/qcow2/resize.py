@@ -26,7 +26,7 @@ from qblock.drivers.qcow2.shrinking import give_back_end
 from qblock.drivers.qcow2.storage import Area
 from qblock.errors import BlockIOError
 from qblock.units import align_up
-from qblock.zeroes import ZERO_PIECE, zero_view
+from qblock.zeroes import ZERO_PIECE, all_zero, zero_view
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.allocation import Allocator
@@ -123,9 +123,17 @@ async def _clean_last_cluster(writer: Allocator, *, allocate: bool) -> None:
     while at < end:
         kind, length, _ = await clusters.status(at, end - at)
         shines_through = kind is Kind.UNALLOCATED and backing is not None and backing.node.length > at
-        if allocate or shines_through or kind in (Kind.DATA, Kind.COMPRESSED):
+        stored = kind in (Kind.DATA, Kind.COMPRESSED) and not await _is_zero(clusters, at, length)
+        if stored or shines_through or (allocate and kind not in (Kind.DATA, Kind.COMPRESSED)):
             await writer.write(at, Payload(zero_view(length)))
         at += length
+
+
+async def _is_zero(clusters: ClusterMap, offset: int, length: int) -> bool:
+    """Does a part of a cluster, which may lie behind the end of the disk, hold nothing but zeroes?"""
+    content = bytearray(length)
+    await clusters.read(offset, memoryview(content))
+    return all_zero(memoryview(content))
 
 
 async def grow_l1(writer: Allocator, entries: int) -> None:
