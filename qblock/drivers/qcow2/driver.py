@@ -40,6 +40,7 @@ from qblock.drivers.qcow2.options import (
     refuse_unsupported,
 )
 from qblock.drivers.qcow2.packing import CompressedWriter
+from qblock.drivers.qcow2.preallocation import lies_on_holes
 from qblock.drivers.qcow2.refcounts import Refcounts, block_clusters, read_refcount_table
 from qblock.drivers.qcow2.resize import resize
 from qblock.drivers.qcow2.snapshots import SnapshotTable, read_snapshot_table
@@ -136,17 +137,8 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
         return self._edge.node.driver.filename() or self.node.node_name
 
     def _lies_on_holes(self) -> bool:
-        """Whether so much less of the file takes space than it has clusters, as 7.2 was seen to count them, that some seem to be
-        mapped ahead of being written. (7.2 does not count free clusters.)
-        """
-        if self._encryption is not None:
-            return False  # holes do not read as zeroes then
-        storage = self._edge.node.driver
-        allocated, length = storage.allocated_size(), storage.length()
-        if allocated is None:
-            return False
-        taken = allocated >> self._cluster_bits
-        return -(-length >> self._cluster_bits) >= max(taken * 10 // 9, taken + 2)
+        # Of an encrypted image holes do not read as zeroes.
+        return self._encryption is None and lies_on_holes(self._edge.node.driver, self._cluster_bits)
 
     async def _read_header(self) -> Header:
         raw = bytearray(head.V2_LENGTH)

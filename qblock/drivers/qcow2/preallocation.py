@@ -17,6 +17,7 @@ from qblock.errors import BlockIOError
 from qblock.zeroes import ZERO_PIECE, zero_view
 
 if TYPE_CHECKING:
+    from qblock.driver import Driver
     from qblock.drivers.qcow2.allocation import Allocator
     from qblock.drivers.qcow2.storage import ImageFile
 
@@ -57,3 +58,14 @@ async def _make_zero(file: ImageFile, claim: Claim, mode: str, length: int) -> N
         await requests.write_zeroes(file.data, claim.host, length, may_unmap=True)
     if file.data.node.driver.length() < claim.host + length:
         await requests.truncate(file.data, claim.host + length)
+
+
+def lies_on_holes(storage: Driver, cluster_bits: int) -> bool:
+    """Whether a file takes so much less space than it has clusters, as 7.2 was seen to count them, that some seem to be mapped
+    ahead of being written: their holes are zeroes then. (7.2 leaves free clusters out of the count.)
+    """
+    allocated = storage.allocated_size()
+    if allocated is None:
+        return False
+    taken = allocated >> cluster_bits
+    return -(-storage.length() >> cluster_bits) >= max(taken * 10 // 9, taken + 2)
