@@ -1,4 +1,4 @@
-"""Giving guest clusters their places before anything is written to them, when a disk grows.
+"""Giving guest clusters their places before anything is written to them, when a disk grows; and seeing that it was done.
 
 Models ``preallocation`` of a resize: with ``metadata`` the clusters are mapped and the file is long enough, ``falloc`` also
 reserves space for them, ``full`` writes zeroes. Differs from QEMU in where they lie: free clusters are used before the file
