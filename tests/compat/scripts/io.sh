@@ -36,7 +36,7 @@ for options in '-r' '-s' '-s -r' '-n' '-m' '-n -m' '-C' '-C -r' '-d off' '-d no'
     echo "== $options"
     qemu-io $options -c 'read -P 1 64k 64k' -c 'write -q -P 1 64k 64k' -c 'read 0 1k' base.q >out
     echo "$?"
-    grep -v -e ' ops; ' -e '^ ' -e sage -e '^See' -e '^QEMU' -e '^Reads' -e "^'" -e '^More' out
+    grep -v -e ' ops; ' -e '^$' -e '^ ' -e sage -e '^See' -e '^QEMU' -e '^Reads' -e "^'" -e '^More' out
 done
 qemu-io -c 'read 0 1' disk.q base.q > /dev/null
 qemu-io -c 'read 0 1' missing
