@@ -54,6 +54,8 @@ Works on disk images that no machine is using.
   -T, --trace [enable=]PATTERN[,events=FILE][,file=FILE][,timestamp=on]
                  write lines about what happens inside ('help' lists the events)
 
+All commands but bench take --object secret,id=NAME,... for encrypted images.
+
 Commands:
 """
 

@@ -21,7 +21,7 @@ from qblock.findings import Finding
 from qblock.imageinfo import in_order
 from qblock.ranges import ByteRange
 from qblock.tools.arguments import Arguments, UsageError, cache_options
-from qblock.tools.console import complain
+from qblock.tools.console import Style, complain
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
 EXIT_OK, EXIT_FAILED, EXIT_CORRUPT, EXIT_LEAKS, EXIT_NO_CHECK = 0, 1, 2, 3, 63
@@ -70,13 +70,13 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         for finding in result.findings:
             print(finding, file=sys.stderr)
     if output == "json":
-        if not result.refused or explain:
+        if "q" not in arguments and (not result.refused or explain):
             _print_json(result, wanted.name, name, explain=explain)
     elif "q" not in arguments:
         if explain:
             print("\n".join(explained(result.details)))
         if not result.refused:
-            print("\n".join(_human_lines(result)))
+            print("\n".join(_human_lines(result, Style.of_terminal())))
     if result.refused:
         complain("qblock-img", f"Nothing was repaired: {result.refused}")
         return EXIT_FAILED
@@ -171,7 +171,7 @@ def _shown(part: ByteRange) -> str:
     return f"{part.offset:#x} to {part.end:#x} ({part.length} bytes)"
 
 
-def _human_lines(result: CheckResult) -> Iterable[str]:
+def _human_lines(result: CheckResult, style: Style) -> Iterable[str]:
     if result.corruptions_fixed or result.leaks_fixed:
         yield "The following inconsistencies were found and repaired:"
         yield ""
@@ -180,12 +180,12 @@ def _human_lines(result: CheckResult) -> Iterable[str]:
         yield ""
         yield "Double checking the fixed image now..."
     if not (result.corruptions or result.leaks or result.check_errors):
-        yield "No errors were found on the image."
+        yield style.paint("No errors were found on the image.", "32")
     if result.corruptions:
-        yield f"\n{result.corruptions} errors were found on the image."
+        yield "\n" + style.paint(f"{result.corruptions} errors were found on the image.", "31")
         yield "Data may be corrupted, or further writes to the image may corrupt it."
     if result.leaks:
-        yield f"\n{result.leaks} leaked clusters were found on the image."
+        yield "\n" + style.warning(f"{result.leaks} leaked clusters were found on the image.")
         yield "This means waste of disk space, but no harm to data."
     if result.check_errors:
         yield f"\n{result.check_errors} internal errors have occurred during the check."

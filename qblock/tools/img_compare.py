@@ -105,9 +105,9 @@ class Comparison:
         """Compare all of it; returns when the images are the same."""
         shared = min(self.one.length, self.two.length)
         total = max(self.one.length, self.two.length)
+        self.progress.show(0, total)
         if self.strict and shared != total:
             raise Difference("Strict mode: Image size mismatch!")
-        self.progress.show(0, total)
         at = first_end = second_end = 0
         first = second = NOTHING
         while at < shared:

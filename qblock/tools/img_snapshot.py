@@ -31,7 +31,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     wanted = ImageArguments(
         arguments.words[0],
         image_opts="image-opts" in arguments,
-        writable=action not in (None, "l"),
+        writable=action != "l",
         force_share="U" in arguments,
     )
     run_session(lambda session: _perform(session, wanted, action, name), watch)

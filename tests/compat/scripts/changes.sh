@@ -10,7 +10,7 @@ for words in 'disk.q +1M' 'disk.q 10M' '-q disk.q 12M' 'disk.q -2M' '--shrink di
     qemu-img resize $words
 done
 qemu-io -c length disk.q
-for words in disk.q '-l disk.q' '-c one disk.q' '-c one disk.q' '-q -c two disk.q' '-a one disk.q' '-a no disk.q' '-d no disk.q' \
+for words in disk.q '-U disk.q' '-l disk.q' '-c one disk.q' '-c one disk.q' '-q -c two disk.q' '-a one disk.q' '-a no disk.q' '-d no disk.q' \
     '-d one disk.q' '-c x -d y disk.q' '-l plain.raw' '-c x plain.raw' '-f qcow2 -l disk.q' '-l' '-l --image-opts driver=qcow2,file.filename=disk.q' \
     '-U -l disk.q' '-a two disk.q' '-d one disk.q' '-d two disk.q' '-d two disk.q'; do
     echo "== snapshot $words"

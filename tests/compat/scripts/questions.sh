@@ -17,7 +17,7 @@ for words in top.q packed.q plain.raw '--output json packed.q' '-s 512k -l 1M to
     echo "== map $words"
     qemu-img map $words
 done
-for words in top.q '--output=json top.q' plain.raw '--output=json plain.raw' '-q top.q' '-r leaks top.q' '-r all top.q' '-r no top.q' \
+for words in top.q '--output=json top.q' plain.raw '--output=json plain.raw' '-q top.q' '-q --output=json top.q' '-r leaks top.q' '-r all top.q' '-r no top.q' \
     '-T none top.q' '-T no top.q' '-U top.q' '-f raw top.q' '--image-opts driver=qcow2,file.filename=top.q' missing ''; do
     echo "== check $words"
     qemu-img check $words
