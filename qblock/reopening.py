@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
@@ -243,6 +244,7 @@ def _switch(opener: Opener, steps: Sequence[_Step], change: Transaction) -> None
             if step.node.closed:  # while this waited for a driver
                 raise NodeNotFound(step.node.node_name)
             _set_flags(step, change)
+            _set_options(step, change)
             for name, child in step.children.items():
                 _set_child(opener, step.node, name, child, change)
         opener.graph.refresh_permissions([step.node for step in reversed(steps)], change)
@@ -264,6 +266,13 @@ def _set_flags(step: _Step, change: Transaction) -> None:
     step.flags.set_on(node)
     if step.detect_zeroes is not None:
         node.detect_zeroes = step.detect_zeroes
+
+
+def _set_options(step: _Step, change: Transaction) -> None:
+    """Before permissions are computed: what a driver takes of its children can depend on its options, as a window of raw does."""
+    driver = step.node.driver
+    change.add(abort=partial(setattr, driver, "options", driver.options))
+    driver.options = step.options
 
 
 def _set_child(

@@ -74,7 +74,7 @@ class DeviceAccounting:
             self._took(operation, started)
 
     def refused(self, operation: Operation) -> None:
-        """A request was invalid (outside of the disk) and never started."""
+        """A request was invalid (outside of the disk, a change of a read-only one) and never started."""
         self._add(f"invalid_{_PREFIXES[operation]}_operations", 1)
         if self.account_invalid:
             self.last_access_ns = self.clock.now_ns()

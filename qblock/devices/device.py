@@ -132,6 +132,7 @@ class GuestDevice:
         self, operation: Operation, offset: int, length: int, run: Callable[[], Awaitable[None]]
     ) -> None:
         self._check_range(operation, offset, length)
+        self._check_writing(operation)
         started = self.accounting.start()
         while True:
             try:
@@ -154,6 +155,13 @@ class GuestDevice:
         if root is not None and (offset < 0 or offset + length > root.node.length):
             self.accounting.refused(operation)
             raise BlockIOError(errno.EIO, f"{length} bytes at {offset} are not inside the disk of {root.node.length} bytes")
+
+    def _check_writing(self, operation: Operation) -> None:
+        """A disk that was read-only when the device took it stays so for the guest, also when its node can be written later."""
+        root = self.backend.root
+        if operation in _CHANGES and root is not None and not root.may_write and not root.node.read_only:
+            self.accounting.refused(operation)
+            raise BlockIOError(errno.EPERM, f"The disk '{self.shown_name}' is read-only for the guest")
 
     # ---------------------------------------------------------------------------------------------------------- error actions
 
@@ -186,6 +194,7 @@ class GuestDevice:
         return f"<GuestDevice {self.name!r} {self.model} on {self.backend!r}>"
 
 
+_CHANGES: Final = frozenset({"write", "zero", "discard"})
 _ACTIONS: Final[Mapping[str, tuple[Literal["report", "ignore", "stop"], Literal["report", "ignore", "stop"]]]] = {
     # policy: (what is done about most errors, what about a full storage)
     "report": ("report", "report"),

@@ -13,7 +13,7 @@ from qblock.iocmd.commands import run_command
 from qblock.monitor.command import CommandContext
 from qblock.monitor.commands.blockdev import NodeNameArguments, delete_node
 from qblock.options import parse_keyval
-from qblock.permissions import Perm
+from qblock.permissions import ANY_WRITE, Perm
 
 
 class NodeNameMissing(CommandError):
@@ -112,8 +112,19 @@ async def run_io(context: CommandContext, name: str, line: str, *, is_qdev: bool
     finally:
         if temporary is not None:
             temporary.close()
-        elif backend.perm != perm:
-            backend.set_permissions(perm, shared)
+        else:
+            _give_back(backend, perm, shared)
+
+
+def _give_back(backend: BlockBackend, perm: Perm, shared: Perm) -> None:
+    """Hold what was held before the command; but its ``reopen`` may have taken writing away for good, or have brought it back."""
+    node = backend.root.node if backend.root is not None else None
+    if backend.device is not None:
+        perm, shared = backend.device.permissions_on(node)
+    if node is not None and node.read_only:
+        perm &= ~(ANY_WRITE | Perm.RESIZE)
+    if (backend.perm, backend.shared) != (perm, shared):
+        backend.set_permissions(perm, shared)
 
 
 def find_backend(context: CommandContext, name: str, *, is_qdev: bool) -> BlockBackend | None:

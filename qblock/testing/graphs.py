@@ -161,8 +161,8 @@ def assert_consistent(graph: Graph, sections: Mapping[BlockDriverState, int] | N
         for name, edge in node.children.items():
             assert edge.name == name and edge.parent is node
             assert edge.node.parents.count(edge) == 1
-            pair = node.driver.child_permissions(edge.role, node.perm, node.shared)
-            assert (edge.perm, edge.shared) == pair, edge
+            perm, shared = node.driver.child_permissions(edge.role, node.perm, node.shared)
+            assert (edge.perm, edge.shared) == (perm, Perm.ALL if node.force_share else shared), edge
         for edge in node.parents:
             assert edge.node is node
             assert not isinstance(edge.parent, BlockDriverState) or edge.parent.children[edge.name] is edge

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from qblock.backend import BlockBackend
+from qblock.errors import BlockIOError
 from qblock.monitor.client import QmpError
 from qblock.monitor.machine import MachineOptions
-from qblock.testing.graphs import describe_graph
+from qblock.permissions import Perm
+from qblock.testing.graphs import assert_consistent, describe_graph
 from qblock.testing.images import make_image
 from qblock.testing.machines import LocalMachine
 from qblock.units import KiB, MiB
@@ -109,3 +112,45 @@ def test_links_under_a_job_stay(local: LocalMachine) -> None:
 def test_nothing_to_do_is_done(local: LocalMachine) -> None:
     """An empty list, which ends QEMU 7.2."""
     reopen(local)
+
+
+def test_permissions_follow_the_options_of_the_same_moment(local: LocalMachine) -> None:
+    """Nobody may cut off the storage of a window, and a window that would forbid what others do already is refused whole."""
+    graph = local.machine.system.graph
+    local.qmp.execute("blockdev-add", driver="memory", node_name="storage", size=SIZE)
+    local.qmp.execute("blockdev-add", driver="raw", node_name="window", file="storage")
+    whole = {"driver": "raw", "node-name": "window", "file": "storage"}
+    reopen(local, {**whole, "offset": 512})
+    assert_consistent(graph)
+    assert Perm.RESIZE not in graph.find_node("window").children["file"].shared
+    reopen(local, whole)
+    assert_consistent(graph)
+    resizer = BlockBackend(graph, perm=Perm.RESIZE, shared=Perm.ALL)
+    resizer.insert(graph.find_node("storage"))
+    with pytest.raises(QmpError, match="resize"):
+        reopen(local, {**whole, "offset": 512})
+    assert_consistent(graph)
+    assert graph.find_node("window").length == SIZE
+    resizer.close()
+
+
+def test_a_disk_that_a_person_makes_read_only_is_so_for_the_guest_until_it_is_writable_again(local: LocalMachine) -> None:
+    """``reopen`` of qemu-io may do that under a device, which must answer each write with an error meanwhile."""
+    assert local.qmp.hmp('qemu-io d "reopen -r"') == ""
+    assert local.machine.system.graph.find_node("disk").read_only
+    with pytest.raises(BlockIOError):
+        local.guest_write("d", 0, 512, 1)
+    assert local.qmp.hmp('qemu-io d "reopen -w"') == ""
+    local.guest_write("d", 0, 512, 2)
+    assert local.guest_read("d", 0, 512) == b"\x02" * 512
+
+
+def test_a_guest_does_not_write_to_what_it_took_as_read_only(local: LocalMachine) -> None:
+    """Its node can be made writable or get a writable overlay afterwards; the device has not asked for that."""
+    local.qmp.hmp('qemu-io d "reopen -r"')
+    local.qmp.execute("blockdev-reopen", {"options": [{**DISK, "read-only": False, "backing": None}]})
+    for change in (local.machine.guest("d").discard, local.machine.guest("d").write_zeroes):
+        with pytest.raises(BlockIOError, match="read-only"):
+            local.run(change(0, 512))
+    with pytest.raises(BlockIOError, match="read-only"):
+        local.guest_write("d", 0, 512, 1)
