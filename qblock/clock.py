@@ -60,6 +60,9 @@ class VirtualTime(Protocol):
     async def settle(self) -> None:
         """Return when everything has run that needs no time to pass."""
 
+    async def next_timer_ns(self) -> int | None:
+        """When the next timer falls due, in virtual nanoseconds, after `settle`; None when none is armed."""
+
     async def advance_until(self, done: asyncio.Future[Any], *, limit_ns: int) -> bool:
         """Let time pass until ``done`` is done (True) or ``limit_ns`` have passed (False)."""
 

@@ -19,6 +19,7 @@ import attrs
 
 from qblock.errors import BlockIOError, CommandError, NodeNotFound
 from qblock.extents import Data, Extent, Fragment
+from qblock.fdsets import FdSets
 from qblock.findings import Finding
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
@@ -95,6 +96,8 @@ class Environment:
     trace: Trace = attrs.field(factory=Trace)
     secrets: dict[str, bytes] = attrs.field(factory=dict, repr=False)
     """The values of secret objects, by id."""
+    fdsets: FdSets = attrs.field(factory=FdSets, repr=False)
+    """Descriptors that files under ``/dev/fdset/N`` are opened from."""
     throttle_groups: ThrottleGroups = attrs.field(
         default=attrs.Factory(lambda env: ThrottleGroups(env.clock), takes_self=True), repr=False
     )

@@ -40,10 +40,15 @@ class SecretOptions(ObjectOptions):
 
 
 class UserObject(Protocol):
-    """An object. ``properties`` maps the name of each property that is shown to its QOM type."""
+    """An object."""
 
-    kind: ClassVar[str]
-    properties: ClassVar[Mapping[str, str]]
+    @property
+    def kind(self) -> str:
+        """Its type."""
+
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """The properties that are shown, with their QOM types."""
 
     def get(self, name: str) -> Json:
         """The value of a property out of ``properties``."""
@@ -161,11 +166,47 @@ OBJECT_OPTIONS: Final[Mapping[str, type[ObjectOptions]]] = {"secret": SecretOpti
 _MAKERS: Final[Mapping[str, Make]] = {"secret": Secret.make, "throttle-group": ThrottleGroupObject.make}
 
 
+IDLE_KINDS: Final = frozenset(
+    {
+        "can-bus", "cryptodev-backend-builtin", "filter-buffer", "filter-dump", "input-linux", "iothread", "main-loop",
+        "memory-backend-file", "memory-backend-memfd", "memory-backend-ram", "rng-builtin", "rng-egd", "rng-random",
+        "thread-context",
+    }
+)  # fmt: skip
+"""Types that a machine with a processor would have a use for."""
+
+
+@attrs.frozen(eq=False)
+class IdleObject:
+    """An object that is there, with whatever it was given, and has no effect."""
+
+    properties: ClassVar[Mapping[str, str]] = {}
+
+    kind: str
+
+    def get(self, name: str) -> Json:
+        """See `UserObject`: nothing is shown."""
+        raise CommandError(f"A '{self.kind}' shows no property '{name}'")
+
+    def set(self, name: str, value: Json) -> None:
+        """See `UserObject`."""
+        raise CommandError(f"A '{self.kind}' has no property '{name}' that could be changed")
+
+    def delete(self) -> None:
+        """See `UserObject`: nothing uses it."""
+
+
+def object_kinds() -> list[str]:
+    """The types of objects that a machine takes, in alphabetical order."""
+    return sorted({*_MAKERS, *IDLE_KINDS})
+
+
 class ObjectTable:
-    """The objects of one system, by id."""
+    """The objects of one system, by id. With ``takes_idle`` types are accepted that have no effect (`IDLE_KINDS`)."""
 
     def __init__(self, env: Environment) -> None:
         self.objects: dict[str, UserObject] = {}
+        self.takes_idle = False
         self._env = env
 
     def add(self, options: Mapping[str, Json], *, strings: bool = False) -> None:
@@ -176,14 +217,15 @@ class ObjectTable:
         kind, name = options.get("qom-type"), options.get("id")
         if not isinstance(kind, str):
             raise InvalidParameter("qom-type", "is missing" if kind is None else "must be a string")
-        if kind not in _MAKERS:
+        is_idle = self.takes_idle and kind in IDLE_KINDS
+        if kind not in _MAKERS and not is_idle:
             raise InvalidParameter("qom-type", f"cannot be '{kind}': objects here are of the types {', '.join(_MAKERS)}")
         if not isinstance(name, str):
             raise InvalidParameter("id", "is missing" if name is None else "must be a string")
         check_identifier(name, parameter="id")
         if name in self.objects:
             raise DuplicateName("object", name)
-        self.objects[name] = _MAKERS[kind](self._env, options, strings=strings)
+        self.objects[name] = IdleObject(kind) if is_idle else _MAKERS[kind](self._env, options, strings=strings)
 
     def delete(self, name: str) -> None:
         """Remove an object; raises `CommandError` when there is none, or when it is in use."""

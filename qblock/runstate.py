@@ -51,6 +51,7 @@ class RunControl:
     before_resume: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
     on_change: list[Callable[[bool], None]] = attrs.field(factory=list, init=False, repr=False)
     on_reset: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
+    _ended: bool = attrs.field(default=False, init=False)
     _waiting: list[asyncio.Future[bool]] = attrs.field(factory=list, init=False, repr=False)
 
     @property
@@ -90,9 +91,16 @@ class RunControl:
         if not self.running and self.state is not RunState.PRELAUNCH:
             self._enter(RunState.PRELAUNCH)
 
+    def end(self) -> None:
+        """The machine ends: nobody waits for it to go on any more."""
+        self._ended = True
+        self._wake(goes_on=False)
+
     async def until_running(self) -> bool:
-        """Wait until the guest runs; False when the machine was reset instead, which forgets what its devices were at."""
+        """Wait until the guest runs; False when the machine was reset or ended instead, which forgets what devices were at."""
         while not self.running:
+            if self._ended:
+                return False
             future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             self._waiting.append(future)
             if not await future:

@@ -198,6 +198,7 @@ class BlockSystem:
 
     async def close(self) -> None:
         """Cancel all jobs, flush and close all nodes, end the threads. May be called again."""
+        self.run.end()
         await self.jobs.cancel_all()
         while self._changes:
             await asyncio.wait(self._changes)
@@ -206,6 +207,7 @@ class BlockSystem:
         for node in self.graph.nodes.values():
             node.monitor_owned = False
         await self.opener.close_orphans()
+        self.env.fdsets.close()
         if self._owns_executor:
             self.env.executor.shutdown(wait=True)
 

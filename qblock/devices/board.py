@@ -52,6 +52,7 @@ class BoardType:
     pci_hotplug: bool = True
     pci_slots: frozenset[int] = frozenset()
     has_defaults: bool = True
+    default_drives: tuple[str, ...] = ("cdrom", "floppy", "sdcard")
 
     def interface(self, name: str) -> Interface:
         """The places for drives of an interface."""
@@ -85,7 +86,7 @@ BOARDS: Final[Mapping[str, BoardType]] = {
             "*cpu", "kvmvapic", "ICH9-LPC", *_LEGACY, *_TIMERS, "*serial", "*parallel", "*isa-fdc", "*floppy",
             *_KEYBOARD, "ich9-ahci", "*ide", "*vga", "*nic",
         ),
-        pci_hotplug=False, pci_slots=frozenset({0, 0x1F}),
+        pci_hotplug=False, pci_slots=frozenset({0, 0x1F}), default_drives=("cdrom", "sdcard"),
     ),
 }  # fmt: skip
 
@@ -114,11 +115,17 @@ class Place:
 
 @attrs.define(eq=False)
 class Board:
-    """The board of one machine, and the drives that have places on it. Call `build` once."""
+    """The board of one machine, and the drives that have places on it. Call `build` once.
+
+    ``defaults`` are those of ``-global``: driver, property, value. ``started``: from now on devices come and go while the machine
+    is on, which not every bus allows.
+    """
 
     kind: BoardType = attrs.field(default=BOARDS["bare"])
     drives: list[Place] = attrs.field(factory=list, init=False)
+    defaults: list[tuple[str, str, str]] = attrs.field(factory=list, init=False)
     built: bool = attrs.field(default=False, init=False)
+    started: bool = attrs.field(default=False, init=False)
 
     # ------------------------------------------------------------------------------------------------------ places for drives
 
@@ -133,7 +140,7 @@ class Board:
             raise CommandError(f"This machine has no place for a drive with if={interface}")
         taken = self.taken(interface)
         if index is not None and index >= 0:
-            if bus is not None or unit is not None:
+            if bus or unit is not None:
                 raise InvalidParameter("index", "stands for 'bus' and 'unit' together; give it, or them")
             place = divmod(index, places.units) if places.units else (0, index)
         elif unit is not None:

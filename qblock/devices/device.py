@@ -142,7 +142,7 @@ class GuestDevice:
                 if action == "stop":
                     if await self.run.until_running():
                         continue
-                    raise BlockIOError(errno.ECANCELED, "the machine was reset before it could be tried again") from error
+                    raise BlockIOError(errno.ECANCELED, "the machine was reset or ended before a second try") from error
                 if action == "report":
                     self.accounting.failed(operation, started)
                     raise

@@ -206,7 +206,7 @@ def prepare_medium(system: BlockSystem, node: BlockDriverState, *, filename: str
         system.env.warn(f"Drive '{filename}' is read-only: nothing can be copied into it on reads")
     elif copy_on_read:
         node.copy_on_read = 1
-    if node.probed:
+    if node.probed and not node.read_only:
         system.env.warn(
             f"No format was given for '{filename}', and it was guessed to be raw: writes to its first sector are restricted. "
             "Give format=raw to lift that"

@@ -134,8 +134,4 @@ def parse_values(
 
 def help_lines(owner: str, properties: Iterable[Property]) -> list[str]:
     """The answer to ``-device OWNER,help``."""
-    return [f"{owner} options:", *(prop.help_line() for prop in sorted(properties, key=_help_order))]
-
-
-def _help_order(prop: Property) -> str:
-    return prop.name
+    return [f"{owner} options:", *sorted(prop.help_line() for prop in properties)]

@@ -1,14 +1,14 @@
 """Where a monitor listens or connects: the options of ``--chardev`` and the short form that ``-qmp`` takes.
 
-Models QEMU's ``socket`` (unix and TCP) and ``stdio`` character devices. Differs from QEMU: abstract unix sockets, TLS, telnet,
-websockets and reconnecting are refused as unknown options.
+Models QEMU's ``socket`` (unix, TCP and descriptors), ``stdio``, ``null``, ``file``, ``pty`` and ``vc`` character devices.
+Differs from QEMU: abstract unix sockets, TLS, telnet, websockets and reconnecting are refused as unknown options.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias, cast
 
 import attrs
 
@@ -37,7 +37,39 @@ class TcpAddress:
         return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
 
 
-Address: TypeAlias = UnixAddress | TcpAddress
+@attrs.frozen
+class FdAddress:
+    """A socket that the program was started with: one that listens, or one that is connected."""
+
+    fd: int
+
+    def __str__(self) -> str:
+        return f"fd:{self.fd}"
+
+
+@attrs.frozen
+class FileAddress:
+    """A file that output goes to; ``append`` keeps what is in it."""
+
+    path: str
+    append: bool = False
+
+    def __str__(self) -> str:
+        return "file"
+
+
+@attrs.frozen
+class PlainAddress:
+    """``null`` (what comes is dropped, nothing is ever read) or ``pty`` (a new terminal)."""
+
+    kind: Literal["null", "pty", "vc"]
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+SocketAddress: TypeAlias = UnixAddress | TcpAddress
+Address: TypeAlias = SocketAddress | FdAddress | FileAddress | PlainAddress
 
 
 @attrs.frozen
@@ -55,7 +87,8 @@ class ChardevOptions:
 
 
 _ITEM: Final = re.compile(r"(?:[^,]|,,)+")
-_SOCKET: Final = frozenset({"path", "host", "port", "server", "wait"})
+_SOCKET: Final = frozenset({"path", "host", "port", "fd", "server", "wait"})
+_PLAIN: Final = frozenset({"null", "pty", "vc"})
 
 
 def parse_chardev(text: str) -> ChardevOptions:
@@ -70,10 +103,18 @@ def chardev_from(options: Mapping[str, object]) -> ChardevOptions:
     if not isinstance(label, str):
         raise InvalidParameter("id", "is missing: a character device needs a name")
     if backend == "stdio":
+        given.pop("signal", None)  # a terminal stays as it is
         _refuse_others(given, frozenset())
         return ChardevOptions(label, None)
+    if backend in _PLAIN:
+        _refuse_others(given, frozenset({"width", "height", "cols", "rows"} if backend == "vc" else ()))
+        return ChardevOptions(label, PlainAddress(cast(Literal["null", "pty", "vc"], backend)))
+    if backend == "file":
+        _refuse_others(given, frozenset({"path", "append"}))
+        return ChardevOptions(label, FileAddress(_path(given), _flag(given, "append", default=False)))
     if backend != "socket":
-        raise InvalidParameter("backend", f"is '{backend}'; the character devices there are: socket, stdio")
+        known = "socket, stdio, null, file, pty, vc"
+        raise InvalidParameter("backend", f"is '{backend}'; the character devices there are: {known}")
     _refuse_others(given, _SOCKET)
     return _socket(label, given)
 
@@ -99,7 +140,20 @@ def parse_short(text: str, label: str) -> ChardevOptions:
         return _socket(label, given | {"host": host.strip("[]"), "port": port})
     if text == "stdio":
         return ChardevOptions(label, None)
-    raise CommandError(f"'{text}' is no character device; there are unix:PATH, tcp:HOST:PORT and stdio")
+    if text in _PLAIN or (kind == "vc" and text):
+        return ChardevOptions(label, PlainAddress(cast(Literal["null", "pty", "vc"], kind)))
+    if kind == "file" and where:
+        return ChardevOptions(label, FileAddress(where))
+    raise CommandError(
+        f"'{text}' is no character device; there are unix:PATH, tcp:HOST:PORT, stdio, null, pty, vc and file:PATH"
+    )
+
+
+def _path(given: Mapping[str, object]) -> str:
+    path = given.get("path")
+    if not isinstance(path, str) or not path:
+        raise InvalidParameter("path", "is missing: it names the file")
+    return path
 
 
 def _refuse_others(given: Mapping[str, object], known: frozenset[str]) -> None:
@@ -114,6 +168,8 @@ def _socket(label: str, given: Mapping[str, object]) -> ChardevOptions:
         raise InvalidParameter("wait", "is for sockets that listen (server=on)")
     wait = _flag(given, "wait", default=True)
     path = given.get("path")
+    if "fd" in given:
+        return _inherited(label, given, server=server, wait=wait)
     if isinstance(path, str) and path:
         if "host" in given or "port" in given:
             raise InvalidParameter("path", "and 'host' exclude each other")
@@ -122,6 +178,15 @@ def _socket(label: str, given: Mapping[str, object]) -> ChardevOptions:
     if not port.isdigit() or int(port) > 0xFFFF:
         raise InvalidParameter("port", "must be a number from 0 to 65535 (or give a 'path')")
     return ChardevOptions(label, TcpAddress(str(given.get("host", "")), int(port)), server=server, wait=server and wait)
+
+
+def _inherited(label: str, given: Mapping[str, object], *, server: bool, wait: bool) -> ChardevOptions:
+    if given.keys() & {"path", "host", "port"}:
+        raise InvalidParameter("fd", "and an address exclude each other")
+    text = str(given["fd"])
+    if not text.isdigit():
+        raise InvalidParameter("fd", "must be the number of a descriptor that the program was started with")
+    return ChardevOptions(label, FdAddress(int(text)), server=server, wait=server and wait)
 
 
 def _flag(given: Mapping[str, object], key: str, *, default: bool) -> bool:

@@ -111,7 +111,33 @@ class Shutdown:
     """Data of SHUTDOWN."""
 
     guest: bool = required(doc="whether the guest asked for it")
-    reason: Literal["host-qmp-quit", "host-signal"] = required(doc="why")
+    reason: Literal["host-qmp-quit", "host-signal", "host-qmp-system-reset"] = required(doc="why")
+
+
+@attrs.frozen
+class DeviceDeleted:
+    """Data of DEVICE_DELETED."""
+
+    device: str | None = option(None, doc="id of the device, if it had one")
+    path: str = required(doc="its path")
+
+
+@attrs.frozen
+class DeviceTrayMoved:
+    """Data of DEVICE_TRAY_MOVED."""
+
+    device: str = required(doc="name of the drive, possibly empty")
+    id: str = required(doc="id or path of the guest device")
+    tray_open: bool = required(doc="whether the tray is open now")
+
+
+@attrs.frozen
+class BlockWriteThreshold:
+    """Data of BLOCK_WRITE_THRESHOLD."""
+
+    node_name: str = required(doc="the node")
+    amount_exceeded: int = required(doc="bytes by which the write ends above the threshold")
+    write_threshold: int = required(doc="the threshold, which is not in force any more")
 
 
 @attrs.frozen
@@ -130,9 +156,14 @@ EVENTS: Final[Mapping[str, EventKind]] = {
     "BLOCK_JOB_ERROR": EventKind(BlockJobError),
     "BLOCK_JOB_PENDING": EventKind(BlockJobPending),
     "BLOCK_JOB_READY": EventKind(BlockJobEnd),
+    "BLOCK_WRITE_THRESHOLD": EventKind(BlockWriteThreshold),
+    "DEVICE_DELETED": EventKind(DeviceDeleted, SYSTEM_ONLY),
+    "DEVICE_TRAY_MOVED": EventKind(DeviceTrayMoved, SYSTEM_ONLY),
     "JOB_STATUS_CHANGE": EventKind(JobStatusChange),
+    "POWERDOWN": EventKind(NoArguments, SYSTEM_ONLY),
     "QUORUM_FAILURE": EventKind(QuorumFailure),
     "QUORUM_REPORT_BAD": EventKind(QuorumReportBad),
+    "RESET": EventKind(Shutdown, SYSTEM_ONLY),
     "RESUME": EventKind(NoArguments, SYSTEM_ONLY),
     "SHUTDOWN": EventKind(Shutdown, SYSTEM_ONLY),
     "STOP": EventKind(NoArguments, SYSTEM_ONLY),

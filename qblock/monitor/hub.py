@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
+from qblock.devices.plugging import let_go
 from qblock.monitor.command import CommandTable
 from qblock.monitor.commands import table
 from qblock.monitor.dialects import Dialect
@@ -21,11 +22,29 @@ from qblock.monitor.hmp import HmpMonitor
 from qblock.monitor.throttle import EventThrottle
 from qblock.monitor.tracing import declare_events, trace_event
 from qblock.monitor.turns import Turns
+from qblock.runstate import RunState
 
 if TYPE_CHECKING:
     from qblock.driver import Json
-    from qblock.monitor.session import MonitorSession
     from qblock.system import BlockSystem, EventListener
+
+
+@attrs.define
+class Actions:
+    """What the machine does instead of a reboot (``-no-reboot``), and at its end (``-no-shutdown``)."""
+
+    reboot: Literal["reset", "shutdown"] = "reset"
+    shutdown: Literal["poweroff", "pause"] = "poweroff"
+
+
+class Listener(Protocol):
+    """A session that hears of events, and of the end."""
+
+    def event(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> None:
+        """An event for everyone; ``when`` is wall clock (seconds, microseconds)."""
+
+    def wake(self) -> None:
+        """Look again whether the program quits."""
 
 
 class Chardev(Protocol):
@@ -42,6 +61,9 @@ class Chardev(Protocol):
     @property
     def frontend_open(self) -> bool:
         """True while a monitor uses it."""
+
+
+ShutdownReason = Literal["host-qmp-quit", "host-signal", "host-qmp-system-reset"]
 
 
 def _to_stderr(text: str) -> None:
@@ -68,12 +90,13 @@ class MonitorHub:
     report: Callable[[str], None] = _to_stderr
     output: Callable[[str], None] = _to_stdout
     package: str = "qblock"
+    actions: Actions = attrs.field(factory=Actions)
     on_resize: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
     before_quit: list[Callable[[], Awaitable[None]]] = attrs.field(factory=list, init=False, repr=False)
     turns: Turns = attrs.field(factory=Turns, init=False, repr=False)
     commands: CommandTable = attrs.field(init=False, repr=False)
     hmp: HmpMonitor = attrs.field(init=False, repr=False)
-    sessions: list[MonitorSession] = attrs.field(factory=list, init=False)
+    sessions: list[Listener] = attrs.field(factory=list, init=False)
     chardevs: list[Chardev] = attrs.field(factory=list, init=False)
     quitting: bool = attrs.field(default=False, init=False)
     _quit: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
@@ -117,10 +140,28 @@ class MonitorHub:
 
     # ------------------------------------------------------------------------------------------------------------- quit
 
-    async def quit(self) -> None:
+    async def reset(self) -> None:
+        """Reset the machine; or end it, or stop it, as `actions` says of a reboot. The events precede the reply."""
+        reason = {"guest": False, "reason": "host-qmp-system-reset"}
+        if self.actions.reboot == "reset":
+            self.system.run.reset()
+            self.system.emit("RESET", reason)
+            await let_go(self.system)
+            return
+        self.system.emit("SHUTDOWN", reason)
+        if self.actions.shutdown == "pause":
+            self.system.run.stop(RunState.SHUTDOWN)
+        else:
+            self.system.later(self._end(), "the machine ends instead of a reset")
+
+    async def quit(self, reason: ShutdownReason = "host-qmp-quit") -> None:
         """Stop the guest, cancel all jobs, then let `wait_quit` return; the events of the jobs precede the reply."""
         if self.dialect is not Dialect.STORAGE_DAEMON:
-            self.system.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+            self.system.emit("SHUTDOWN", {"guest": False, "reason": reason})
+        await self._end()
+
+    async def _end(self) -> None:
+        self.system.run.end()
         for step in self.before_quit:
             await step()
         await self.system.jobs.cancel_all()

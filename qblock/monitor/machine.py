@@ -13,7 +13,7 @@ import json
 import random as random_module
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -83,6 +83,7 @@ class Machine:
     _servers: list[MonitorServer] = attrs.field(init=False, factory=list)
     _guests: dict[str, Guest] = attrs.field(init=False, factory=dict)
     _workloads: dict[str, Workload] = attrs.field(init=False, factory=dict)
+    _held: set[asyncio.Task[Any]] = attrs.field(init=False, factory=set)
     _run_state_change: asyncio.Task[None] | None = attrs.field(init=False, default=None)
 
     @classmethod
@@ -129,6 +130,9 @@ class Machine:
 
         All of it is done also when a step of it fails; `GuestMismatch` when a guest has seen a wrong answer.
         """
+        self.system.run.end()
+        if self._held:
+            await asyncio.wait(self._held)
         async with contextlib.AsyncExitStack() as steps:  # the last one pushed comes first
             steps.push_async_callback(self.system.close)
             steps.push_async_callback(self.hub.close)
@@ -158,14 +162,27 @@ class Machine:
     async def serve(self, where: str | ChardevOptions, *, label: str) -> None:
         """As -qmp: ``unix:PATH,server=on,wait=off`` and the like; the label is for text only."""
         options = parse_short(where, label) if isinstance(where, str) else where
-        server = MonitorServer(self.hub, options)
-        await server.start()
+        await self.attach(MonitorServer(self.hub, options))
+
+    async def attach(self, server: MonitorServer) -> None:
+        """Start a server, and close it with the machine."""
         self._servers.append(server)
+        await server.start()
 
     async def settle(self) -> None:
         """On virtual time: wait until everything has happened that takes no time. On real time this returns at once."""
         if self.virtual_time is not None:
             await self.virtual_time.settle()
+
+    def hold(self, request: asyncio.Task[Any]) -> None:
+        """Keep a guest's request that waits for the machine to go on; what comes of it nobody asks any more."""
+        self._held.add(request)
+        request.add_done_callback(self._let_go)
+
+    def _let_go(self, request: asyncio.Task[Any]) -> None:
+        self._held.discard(request)
+        if not request.cancelled() and request.exception() is not None:
+            self.reports.complain(f"a request of the guest has failed: {request.exception()}")
 
     # ----------------------------------------------------------------------------------------------------------- names
 

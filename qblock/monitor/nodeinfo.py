@@ -6,7 +6,7 @@ not look down the backing chain, and counters belong to devices while ``wr_highe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import attrs
@@ -22,6 +22,7 @@ from qblock.monitor.replies import (
     BlockStats,
     ImageInfo,
     ImageInfoSpecific,
+    LatencyHistogramInfo,
     SnapshotInfo,
     snapshot_info,
 )
@@ -31,6 +32,7 @@ from qblock.throttle_limits import DRIVE_NAMES, NO_LIMITS, RATES
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
+    from qblock.devices.accounting import DeviceAccounting
     from qblock.devices.device import GuestDevice
     from qblock.dirty import DirtyBitmap
     from qblock.driver import Json
@@ -185,7 +187,7 @@ def node_stats(node: BlockDriverState, *, below: bool) -> BlockStats:
     backing = node.backing
     return BlockStats(
         node_name=node.node_name,
-        stats=_counters({}, node, counted=False),
+        stats=_counters(None, node, counted=False),
         driver_specific=_driver_specific(node),
         parent=None if storage is None else node_stats(storage.node, below=below),
         backing=node_stats(backing.node, below=True) if below and backing is not None else None,
@@ -201,28 +203,34 @@ def device_stats(backend: BlockBackend) -> BlockStats:
     """The statistics of a device with those of its nodes."""
     device: GuestDevice | None = backend.device
     node = None if backend.root is None else skip_implicit(backend.root.node)
-    counters = {} if device is None else device.accounting.snapshot()
     of_node = None if node is None else node_stats(node, below=True)
     return BlockStats(
         device=backend.name,
         qdev=None if device is None else device.name,
         node_name=None if of_node is None else of_node.node_name,
-        stats=_counters(counters, node, counted=True),
+        stats=_counters(None if device is None else device.accounting, node, counted=True),
         driver_specific=None if of_node is None else of_node.driver_specific,
         parent=None if of_node is None else of_node.parent,
         backing=None if of_node is None else of_node.backing,
     )
 
 
-def _counters(counters: Mapping[str, int], node: BlockDriverState | None, *, counted: bool) -> BlockDeviceStats:
+def _counters(
+    accounting: DeviceAccounting | None, node: BlockDriverState | None, *, counted: bool
+) -> BlockDeviceStats:
+    """The counters of a device (``accounting``) or of a node; ``counted``: it is a backend, which would count."""
+    counters = {} if accounting is None else accounting.snapshot()
     values: dict[str, Any] = {name: counters.get(name, 0) for name in _COUNTERS}
     if "idle_time_ns" in counters:
         values["idle_time_ns"] = counters["idle_time_ns"]
+    for kind, histogram in ({} if accounting is None else accounting.histograms).items():
+        shown = LatencyHistogramInfo(boundaries=list(histogram.boundaries), bins=list(histogram.bins))
+        values[f"{kind}_latency_histogram"] = shown
     return BlockDeviceStats(
         **values,
         wr_highest_offset=0 if node is None else node.wr_highest_offset,
-        account_invalid=counted,
-        account_failed=counted,
+        account_invalid=counted if accounting is None else accounting.account_invalid,
+        account_failed=counted if accounting is None else accounting.account_failed,
         timed_stats=[],
     )
 

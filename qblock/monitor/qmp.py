@@ -67,13 +67,13 @@ class QmpFault:
     id: Json | _NoId = NO_ID
 
 
-def encode(message: Mapping[str, Json]) -> bytes:
-    """One message as it goes over the wire: ASCII JSON on one line, ended by CR LF as QEMU does."""
+def encode(message: Mapping[str, Json], *, pretty: bool = False) -> bytes:
+    """One message as it goes over the wire: ASCII JSON on one line or (``pretty``) on many, ended by CR LF as QEMU does."""
     try:
-        text = json.dumps(message, allow_nan=False)
+        text = json.dumps(message, allow_nan=False, indent=4 if pretty else None)
     except RecursionError:
         text = _nested(message)
-    return text.encode("ascii") + b"\r\n"
+    return text.replace("\n", "\r\n").encode("ascii") + b"\r\n"
 
 
 class _Piece(str):
@@ -123,17 +123,21 @@ def event_body(name: str, data: Mapping[str, Json], when: tuple[int, int]) -> di
 
 @attrs.define(eq=False)
 class QmpSession:
-    """The state of one conversation. ``package`` names the program in the greeting, ``dialect`` tells the classes of errors."""
+    """The state of one conversation. ``package`` names the program in the greeting, ``dialect`` tells the classes of errors,
+    ``pretty`` whether messages are spread over lines.
+    """
 
     package: str
     dialect: Dialect = Dialect.SYSTEM
+    pretty: bool = False
     phase: Phase = Phase.NEGOTIATION
     enabled: frozenset[str] = frozenset()
     _stream: JsonStream = attrs.field(factory=JsonStream, repr=False)
 
     def greeting(self) -> bytes:
         """The first message, sent by the server."""
-        return encode({"QMP": {"version": version_body(self.package), "capabilities": list(self.dialect.traits.capabilities)}})
+        offered = list(self.dialect.traits.capabilities)
+        return self._encode({"QMP": {"version": version_body(self.package), "capabilities": offered}})
 
     def receive(self, data: bytes) -> list[QmpRequest | QmpFault]:
         """What became complete with ``data``, in order. Never raises: mistakes come as `QmpFault`."""
@@ -169,16 +173,19 @@ class QmpSession:
         body: dict[str, Json] = {"return": value}
         if request.id is not NO_ID:
             body["id"] = request.id
-        return encode(body)
+        return self._encode(body)
 
     def failure(self, request: QmpRequest | QmpFault, error: QBlockError) -> bytes:
         """The message that a request failed."""
         body: dict[str, Json] = {} if request.id is NO_ID else {"id": request.id}
-        return encode(body | {"error": error_body(error, self.dialect.error_class(error))})
+        return self._encode(body | {"error": error_body(error, self.dialect.error_class(error))})
 
     def event(self, name: str, data: Mapping[str, Json], when: tuple[int, int]) -> bytes:
         """An event as bytes; empty while events are not sent yet."""
-        return encode(event_body(name, data, when)) if self.phase is Phase.COMMANDS else b""
+        return self._encode(event_body(name, data, when)) if self.phase is Phase.COMMANDS else b""
+
+    def _encode(self, message: Mapping[str, Json]) -> bytes:
+        return encode(message, pretty=self.pretty)
 
     def _envelope(self, value: Json) -> QmpRequest | QmpFault:
         if not isinstance(value, dict):

@@ -8,12 +8,12 @@ bytes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
 
 import attrs
 
-from qblock.errors import CommandError
+from qblock.errors import CommandError, DeviceNotFound
 from qblock.monitor.drawing import GraphDrawing, columns
 from qblock.monitor.eventlog import MachineEvent
 from qblock.monitor.hmp import HmpCall, HmpCommand
@@ -33,7 +33,7 @@ class LearningCommand:
     usage: str
     summary: str
     details: str
-    run: Callable[[Machine, Sequence[str]], Awaitable[str]]
+    run: Callable[[Machine, Sequence[str]], Coroutine[Any, Any, str]]
     words: tuple[str, ...] = ()
     """What may stand as first argument, for completion."""
 
@@ -179,7 +179,28 @@ async def _guest(machine: Machine, words: Sequence[str]) -> str:
     if len(words) < 2 or words[0] not in _GUEST_VERBS:
         raise _wrong("guest")
     verb, device, *rest = words
-    return await _GUEST_VERBS[verb](machine, device, rest)
+    return await _unless_stopped(machine, _GUEST_VERBS[verb](machine, device, rest))
+
+
+async def _unless_stopped(machine: Machine, work: Coroutine[Any, Any, str]) -> str:
+    """What ``work`` says; when it stops the machine by an error instead, it waits there, and the person is told so at once."""
+    run = machine.system.run
+    stopped = asyncio.get_running_loop().create_future()
+
+    def notice(running: bool) -> None:
+        if not running and not stopped.done():
+            stopped.set_result(None)
+
+    request = asyncio.ensure_future(work)
+    run.on_change.append(notice)
+    try:
+        await asyncio.wait({request, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        run.on_change.remove(notice)
+    if request.done():
+        return request.result()
+    machine.hold(request)
+    return f"the machine has stopped ({run.state.value}) before the request was done; it goes on with `cont`"
 
 
 def _guest_list(machine: Machine) -> str:
@@ -232,13 +253,25 @@ async def _guest_flush(machine: Machine, device: str, rest: Sequence[str]) -> st
     return f"{device} is flushed"
 
 
+async def _guest_lock(machine: Machine, device: str, rest: Sequence[str]) -> str:
+    if rest not in ([], ["on"], ["off"]):
+        raise _wrong("guest")
+    disk = next((disk for disk in machine.system.devices if device in (disk.backend.name, disk.name)), None)
+    if disk is None:
+        raise DeviceNotFound(device)
+    if rest:
+        disk.lock_tray(locked=rest == ["on"])
+    return f"the tray of {device} is {'' if disk.locked else 'not '}locked"
+
+
 _SHOWN: Final = 256
-_GUEST_VERBS: Final[Mapping[str, Callable[[Machine, str, Sequence[str]], Awaitable[str]]]] = {
+_GUEST_VERBS: Final[Mapping[str, Callable[[Machine, str, Sequence[str]], Coroutine[Any, Any, str]]]] = {
     "start": _guest_start,
     "stop": _guest_stop,
     "write": _guest_write,
     "read": _guest_read,
     "flush": _guest_flush,
+    "lock": _guest_lock,
 }
 
 
@@ -280,13 +313,14 @@ LEARNING_COMMANDS: Final[Mapping[str, LearningCommand]] = {
             _graph, ("-v", "-p"),
         ),
         LearningCommand(
-            "guest", "[start|stop|write|read|flush DEVICE ...]", "play the guest on a disk",
+            "guest", "[start|stop|write|read|flush|lock DEVICE ...]", "play the guest on a disk",
             "guest                                      what the guest does on which disk\n"
             "guest start DEVICE [WRITES_PER_SECOND]     keep writing at random places\n"
             "guest stop DEVICE                          stop that\n"
             "guest write DEVICE OFFSET LENGTH [BYTE]    one write, filled with BYTE (default 0xcd)\n"
             "guest read DEVICE OFFSET LENGTH [BYTE]     one read; with BYTE: check that it is all that\n"
-            "guest flush DEVICE                         one flush",
+            "guest flush DEVICE                         one flush\n"
+            "guest lock DEVICE [on|off]                 hold the medium, or let it go",
             _guest, tuple(_GUEST_VERBS),
         ),
         LearningCommand(

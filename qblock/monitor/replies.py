@@ -90,6 +90,30 @@ class NameInfo:
 
 
 @attrs.frozen
+class AddfdInfo:
+    """Reply of add-fd."""
+
+    fdset_id: int = required(doc="number of the set")
+    fd: int = required(doc="the descriptor in this program")
+
+
+@attrs.frozen
+class FdsetFdInfo:
+    """A descriptor of a set."""
+
+    fd: int = required(doc="the descriptor in this program")
+    opaque: str | None = option(None, doc="what its owner says of it")
+
+
+@attrs.frozen
+class FdsetInfo:
+    """Entry of query-fdsets."""
+
+    fdset_id: int = required(doc="number of the set")
+    fds: list[FdsetFdInfo] = required(doc="its descriptors, newest first")
+
+
+@attrs.frozen
 class ChardevInfo:
     """Entry of query-chardev."""
 
@@ -260,6 +284,14 @@ class BlockInfo:
 
 
 @attrs.frozen
+class LatencyHistogramInfo:
+    """How many requests took how long."""
+
+    boundaries: list[int] = required(doc="nanoseconds at which one bin ends and the next one begins")
+    bins: list[int] = required(doc="requests in each of them, one more than boundaries")
+
+
+@attrs.frozen
 class BlockDeviceStats:
     """Counters of a device; those of a plain node are 0 except for ``wr_highest_offset``."""
 
@@ -289,6 +321,11 @@ class BlockDeviceStats:
     invalid_unmap_operations: int = snake("invalid_unmap_operations", "discards that were invalid")
     account_invalid: bool = snake("account_invalid", "whether invalid requests reset the idle time")
     account_failed: bool = snake("account_failed", "whether failed requests count for the times")
+    rd_latency_histogram: LatencyHistogramInfo | None = snake_optional("rd_latency_histogram", "how long reads took")
+    wr_latency_histogram: LatencyHistogramInfo | None = snake_optional("wr_latency_histogram", "how long writes took")
+    flush_latency_histogram: LatencyHistogramInfo | None = snake_optional(
+        "flush_latency_histogram", "how long flushes took"
+    )
     timed_stats: list[Any] = snake("timed_stats", "always empty: no intervals are measured")
 
 

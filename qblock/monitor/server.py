@@ -1,6 +1,6 @@
-"""Serving QMP on unix sockets, TCP and standard input and output.
+"""Serving monitors on character devices: unix sockets, TCP, standard input and output, a terminal of its own.
 
-Models a QMP monitor on a character device of QEMU: one client at a time, the next one is accepted when that one has gone; a
+Models a monitor on a character device of QEMU: one client at a time, the next one is accepted when that one has gone; a
 socket file that is in the way is replaced. Differs from QEMU: a socket file is private to its owner (mode 0600, set before
 anybody can connect), and a file in the way that is no socket is left alone and reported.
 """
@@ -13,28 +13,58 @@ import os
 import socket
 import stat
 import sys
+import tty
+from collections.abc import Callable
+from typing import Protocol
 
 import attrs
 
 from qblock.errors import CommandError
-from qblock.monitor.chardev import ChardevOptions, TcpAddress, UnixAddress
+from qblock.monitor.chardev import (
+    ChardevOptions,
+    FdAddress,
+    FileAddress,
+    PlainAddress,
+    SocketAddress,
+    TcpAddress,
+    UnixAddress,
+)
 from qblock.monitor.connecting import connect_socket, resolve
 from qblock.monitor.hub import MonitorHub
-from qblock.monitor.link import DescriptorLink, SocketLink
+from qblock.monitor.link import DescriptorLink, Link, Receiver, SocketLink
 from qblock.monitor.session import MonitorSession
+
+
+class Session(Receiver, Protocol):
+    """Who talks to a client over ``link``: a QMP monitor, a human monitor, ..."""
+
+    link: Link
+
+    async def run(self) -> None:
+        """Serve until the client is gone or the program quits."""
+
+    def stop(self) -> None:
+        """End after what is being executed."""
 
 
 @attrs.define(eq=False)
 class MonitorServer:
-    """Serves the monitors of ``hub`` at ``options``. Use `start`, then `close`; or ``async with``."""
+    """Serves monitors of ``hub`` at ``options``. Use `start`, then `close`; or ``async with``.
+
+    ``make_session`` makes the session of a client, by default a QMP monitor; ``used`` is whether something of the machine is
+    attached there.
+    """
 
     hub: MonitorHub
     options: ChardevOptions
+    make_session: Callable[[MonitorHub], Session] = MonitorSession
+    used: bool = True
     _listener: socket.socket | None = attrs.field(default=None, init=False)
     _inode: int = attrs.field(default=0, init=False)
-    _session: MonitorSession | None = attrs.field(default=None, init=False)
+    _session: Session | None = attrs.field(default=None, init=False)
     _task: asyncio.Task[None] | None = attrs.field(default=None, init=False)
     _peer: str = attrs.field(default="", init=False)
+    _terminal: tuple[int, int] | None = attrs.field(default=None, init=False)
     _came: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
 
     # ---------------------------------------------------------------------------------------------- as query-chardev shows it
@@ -46,23 +76,29 @@ class MonitorServer:
 
     @property
     def frontend_open(self) -> bool:
-        """True: a monitor is always attached here."""
-        return True
+        """Whether a monitor or another user is attached here."""
+        return self.used
 
     @property
     def filename(self) -> str:
         """Where it leads, in QEMU's notation; ``disconnected:`` while no client is there."""
-        if self.options.address is None:
-            return "stdio"
+        match self.options.address:
+            case None:
+                return "stdio"
+            case PlainAddress("pty"):
+                assert self._terminal is not None
+                return f"pty:{os.ttyname(self._terminal[1])}"
+            case PlainAddress() | FileAddress() as plain:
+                return str(plain)
         where = f"{self._bound()},server=on" if self.options.server else f"{self.options.address}"
         if self._session is None:
             return f"disconnected:{where}"
         return where + (f" <-> {self._peer}" if self._peer else "")
 
-    def _bound(self) -> UnixAddress | TcpAddress:
+    def _bound(self) -> SocketAddress | FdAddress:
         """The address, with the port that the system chose if 0 was asked for."""
         address = self.options.address
-        assert address is not None
+        assert isinstance(address, (UnixAddress, TcpAddress, FdAddress))
         if isinstance(address, TcpAddress) and self._listener is not None:
             host, port = self._listener.getsockname()[:2]
             return TcpAddress(host, port)
@@ -78,23 +114,34 @@ class MonitorServer:
     # ----------------------------------------------------------------------------------------------------- start and end
 
     async def start(self) -> None:
-        """Listen, connect, or take standard input and output; with ``wait`` until a client is there. Raises `CommandError`."""
+        """Listen, connect, or take what the address names; with ``wait`` until a client is there. Raises `CommandError`."""
         self.hub.chardevs.insert(0, self)
         address = self.options.address
         try:
-            if address is None:
-                self._serve_stdio()
-            elif not self.options.server:
-                self._serve(await connect_socket(address))
-            else:
-                self._listener = await self._listen(address)
-                self._accept_again()
-                if self.options.wait:
-                    self.hub.report(f"Waiting for a client on {self._bound()}")
-                    await self._came.wait()
+            match address:
+                case None:
+                    self._serve_pair(sys.stdin.fileno(), sys.stdout.fileno())
+                case PlainAddress("pty"):
+                    self._serve_terminal()
+                case PlainAddress():
+                    pass  # nobody is there, nor ever will be
+                case FileAddress(path, append):
+                    open(path, "ab" if append else "wb").close()
+                case _:
+                    await self._start_socket(address)
         except OSError as error:
             self.hub.chardevs.remove(self)
             raise CommandError(f"Cannot serve on {address or 'stdio'}: {error.strerror or error}") from error
+
+    async def _start_socket(self, address: SocketAddress | FdAddress) -> None:
+        if not self.options.server:
+            self._serve(_inherited(address) if isinstance(address, FdAddress) else await connect_socket(address))
+            return
+        self._listener = await self._listen(address)
+        self._accept_again()
+        if self.options.wait:
+            self.hub.report(f"Waiting for a client on {self._bound()}")
+            await self._came.wait()
 
     async def close(self) -> None:
         """Finish the command that is executed, send what waits if it goes at once, and let go of everything."""
@@ -108,6 +155,10 @@ class MonitorServer:
             self._session.stop()
         if self._task is not None:
             await self._task
+        if self._terminal is not None:
+            for fd in self._terminal:
+                os.close(fd)
+            self._terminal = None
         if self in self.hub.chardevs:
             self.hub.chardevs.remove(self)
 
@@ -120,8 +171,10 @@ class MonitorServer:
 
     # ------------------------------------------------------------------------------------------------------------- inside
 
-    async def _listen(self, address: UnixAddress | TcpAddress) -> socket.socket:
-        if isinstance(address, UnixAddress):
+    async def _listen(self, address: SocketAddress | FdAddress) -> socket.socket:
+        if isinstance(address, FdAddress):
+            listener = _inherited(address)
+        elif isinstance(address, UnixAddress):
             listener = _bind_unix(address.path)
             self._inode = os.stat(address.path).st_ino
         else:
@@ -160,26 +213,37 @@ class MonitorServer:
         self._serve(sock)
 
     def _serve(self, sock: socket.socket) -> None:
-        self._begin(session := MonitorSession(self.hub), SocketLink(sock, session))
+        self._begin(session := self.make_session(self.hub), SocketLink(sock, session))
 
-    def _serve_stdio(self) -> None:
-        self._begin(
-            session := MonitorSession(self.hub), DescriptorLink(sys.stdin.fileno(), sys.stdout.fileno(), session)
-        )
+    def _serve_pair(self, reading: int, writing: int) -> None:
+        self._begin(session := self.make_session(self.hub), DescriptorLink(reading, writing, session))
 
-    def _begin(self, session: MonitorSession, link: DescriptorLink) -> None:
+    def _serve_terminal(self) -> None:
+        """A new terminal, whose other end stays open here: else its first user who leaves would end the session."""
+        self._terminal = master, slave = os.openpty()
+        tty.setraw(slave)
+        self.hub.output(f"char device redirected to {os.ttyname(slave)} (label {self.label})")
+        self._serve_pair(master, master)
+
+    def _begin(self, session: Session, link: DescriptorLink) -> None:
         session.link = link
         self._session = session
         self._came.set()
         self._task = asyncio.create_task(self._run(session), name=f"monitor {self.label}")
 
-    async def _run(self, session: MonitorSession) -> None:
+    async def _run(self, session: Session) -> None:
         try:
             await session.run()
         finally:
             session.link.close()
             self._session, self._peer = None, ""
             self._accept_again()
+
+
+def _inherited(address: FdAddress) -> socket.socket:
+    sock = socket.socket(fileno=address.fd)
+    sock.setblocking(False)
+    return sock
 
 
 def _bind_unix(path: str) -> socket.socket:

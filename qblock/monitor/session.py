@@ -35,9 +35,9 @@ class MonitorSession:
 
     link: Link
 
-    def __init__(self, hub: MonitorHub) -> None:
+    def __init__(self, hub: MonitorHub, *, pretty: bool = False) -> None:
         self.hub = hub
-        self.qmp = QmpSession(hub.package, hub.dialect)
+        self.qmp = QmpSession(hub.package, hub.dialect, pretty)
         self.fds = ReceivedFds()
         self._queue: deque[tuple[QmpRequest | QmpFault, FdBatch]] = deque()
         self._wakeup = asyncio.Event()

@@ -44,13 +44,15 @@ class Deadlock(RuntimeError):
 class VirtualSelector(selectors.BaseSelector):
     """Polls real descriptors, and turns every wait into a jump of the clock, up to the horizon if there is one.
 
-    ``now_ns`` is the time; ``horizon_ns`` is None in automatic mode. ``on_idle`` is asked before time passes or the loop
-    blocks, and returns True when it has given the loop something to do; ``on_deadlock`` makes the exception.
+    ``now_ns`` is the time; ``horizon_ns`` is None in automatic mode; ``due_ns`` is when the next timer falls due, as seen when
+    the loop was idle last. ``on_idle`` is asked before time passes or the loop blocks, and returns True when it has given the
+    loop something to do; ``on_deadlock`` makes the exception.
     """
 
     def __init__(self, *, manual: bool, on_idle: Callable[[], bool], on_deadlock: Callable[[], Deadlock]) -> None:
         self.now_ns = 0
         self.horizon_ns = 0 if manual else None
+        self.due_ns: int | None = None
         self._on_idle = on_idle
         self._on_deadlock = on_deadlock
         self._real = selectors.DefaultSelector()
@@ -60,13 +62,12 @@ class VirtualSelector(selectors.BaseSelector):
         ready = self._real.select(0)
         if ready or (timeout is not None and timeout <= 0):
             return ready
+        self.due_ns = None if timeout is None else self.now_ns + max(1, round(timeout * SECOND_NS))
         if self._on_idle():
             return []
-        if timeout is not None:
-            due = self.now_ns + max(1, round(timeout * SECOND_NS))
-            if self.horizon_ns is None or due <= self.horizon_ns:
-                self.now_ns = due
-                return []
+        if self.due_ns is not None and (self.horizon_ns is None or self.due_ns <= self.horizon_ns):
+            self.now_ns = self.due_ns
+            return []
         if self.horizon_ns is None:
             raise self._on_deadlock()
         self.now_ns = max(self.now_ns, self.horizon_ns)
@@ -150,6 +151,11 @@ class SimLoop(asyncio.SelectorEventLoop):
             if not settler.done():
                 settler.set_result(None)
         return bool(settlers)
+
+    async def next_timer_ns(self) -> int | None:
+        """When the next timer falls due, once everything has run that needs no time to pass; None when none is armed."""
+        await self.settle()
+        return self._time.due_ns
 
     async def advance(self, ns: int) -> None:
         """Let ``ns`` nanoseconds pass and return when everything that fell due in them has run."""

@@ -69,12 +69,12 @@ async def _serve(options: MachineOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     try:
-        machine = await _first(start_machine(options, Reports(_print_aside if "stdio" in options.qmp else _print)), told)
+        machine = await first_of(start_machine(options, Reports(_print_aside if "stdio" in options.qmp else _print)), told)
         if machine is None:
             return
         try:
             install(machine)
-            await _first(machine.hub.wait_quit(), told)
+            await first_of(machine.hub.wait_quit(), told)
         finally:
             await machine.close()
     finally:
@@ -82,7 +82,7 @@ async def _serve(options: MachineOptions) -> None:
             asyncio.get_running_loop().remove_signal_handler(number)
 
 
-async def _first(work: Coroutine[Any, Any, T], told: asyncio.Event) -> T | None:
+async def first_of(work: Coroutine[Any, Any, T], told: asyncio.Event) -> T | None:
     """The result of ``work``; None, and ``work`` cancelled, when we are told to end before."""
     working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(told.wait())
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import attrs
 from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.options import parse_keyval
 from qblock.tools.arguments import Arguments, UsageError
+from qblock.tools.background import in_background, remove_file, write_pid
 from qblock.tools.console import PROGRAM_VERSION, complain, end_program, ending_quietly
 from qblock.tools.tracing import Tracer, asks_for_list, monitor_trace, print_events
 
@@ -77,7 +77,7 @@ def _run(args: list[str]) -> int:
         for text in arguments.all("T"):
             tracer.configure(text)
         if "daemonize" in arguments:
-            return _in_background(lambda ready: asyncio.run(_serve(arguments, tracer, ready)))
+            return in_background(PROGRAM, lambda ready: asyncio.run(_serve(arguments, tracer, ready)))
         asyncio.run(_serve(arguments, tracer, lambda: None))
     except UsageError as error:
         complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
@@ -113,39 +113,6 @@ def _declare_events(trace: Trace) -> None:
     trace.declare("monitor_listening", "A monitor can be used", "chardev={chardev}")
 
 
-# --------------------------------------------------------------------------------------------------------- background
-
-
-def _in_background(serve: Callable[[Callable[[], None]], None]) -> int:
-    """Fork; the parent returns when the child is set up (0) or has failed (1), the child never returns."""
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if os.fork():
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            return 0 if pipe.read(1) == b"+" else 1
-    os.close(reading)
-    os.setsid()
-
-    def ready() -> None:
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in range(3):
-            os.dup2(null, stream)
-        os.close(null)
-        os.write(writing, b"+")
-        os.close(writing)
-
-    code = 0
-    try:
-        serve(ready)
-    except QBlockError as error:
-        complain(PROGRAM, str(error))
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
-
-
 # ------------------------------------------------------------------------------------------------------------ serving
 
 
@@ -172,8 +139,8 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
         setup.check_chardevs()
         _quit_on_signals(hub)
         if path := arguments.get("pidfile"):
-            _write_pid(path)
-            stack.callback(_remove, path)
+            write_pid(path)
+            stack.callback(remove_file, path)
         ready()
         if (hit := system.env.trace.extra.get("program_ready")) is not None:
             hit()
@@ -201,21 +168,6 @@ def _quit_on_signals(hub: MonitorHub) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, begin)
-
-
-def _write_pid(path: str) -> None:
-    try:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(f"{os.getpid()}\n")
-    except OSError as error:
-        raise CommandError(f"cannot write the pid file '{path}': {error.strerror}") from error
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
 
 
 def _mapping(text: str, *, implied_key: str | None = None) -> tuple[dict[str, Any], bool]:

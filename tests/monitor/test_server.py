@@ -263,6 +263,6 @@ def test_the_short_form_takes_old_and_new_switches(text: str) -> None:
 def test_commas_in_the_path_of_the_short_form_are_written_twice() -> None:
     """As in every option of QEMU; an equals sign is just a character."""
     assert parse_short("unix:/a,,b=c,server=on,wait=off", "m") == ChardevOptions("m", UnixAddress("/a,b=c"), True, False)
-    for text in ("", "unix:", "unix:/a,b", "tcp:host", "pty"):
+    for text in ("", "unix:", "unix:/a,b", "tcp:host", "ptyx"):
         with pytest.raises(CommandError):
             parse_short(text, "m")

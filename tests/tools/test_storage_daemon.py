@@ -156,7 +156,7 @@ def test_daemonize_reports_failures_of_the_set_up() -> None:
         (["--nbd-server", "addr.type=unix,addr.path=x"], "exports are not supported"),
         (["--monitor", "chardev=nobody"], "there is no character device 'nobody'"),
         (["--chardev", "socket,id=c,path=qmp,server=on,wait=off"], "no --monitor uses"),
-        (["--chardev", "vc,id=c"], "vc"),
+        (["--chardev", "spice,id=c"], "spice"),
         (["--chardev", "stdio"], "id"),
         (["--chardev", "stdio,id=c", "--monitor", "chardev=c,mode=readline"], "control"),
         (["--blockdev", "driver=memory,size=1M"], "node-name"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ from qblock.drivers.file.locks import FileLocks
 from qblock.drivers.file.threads import ThreadQueue
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Data, Extent, Zero
+from qblock.fdsets import PREFIX as FDSETS
+from qblock.fdsets import FdSets
 from qblock.options import DriverOptions, option, required
 from qblock.permissions import Perm
 from qblock.units import KiB, MiB
@@ -100,10 +103,13 @@ def _read_fully(fd: int, offset: int, buffer: memoryview) -> None:
         done += count
 
 
-def _open_storage(filename: str, flags: int) -> int:
+def _open_storage(filename: str, flags: int, fdsets: FdSets | None = None) -> int:
     """Open a regular file or block device; never blocks on a FIFO and never creates. Raises `BlockIOError`."""
     try:
-        fd = os.open(filename, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        if fdsets is not None and filename.startswith(FDSETS):
+            fd = fdsets.open(filename, flags)
+        else:
+            fd = os.open(filename, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise _io_error(error, f"Could not open '{filename}'") from None
     except ValueError as error:
@@ -201,7 +207,7 @@ class FileDriver(Driver):
         flags = os.O_RDONLY if read_only else os.O_RDWR
         if self.node.cache_direct:
             flags |= os.O_DIRECT
-        return _open_storage(self.options.filename, flags)
+        return _open_storage(self.options.filename, flags, self.env.fdsets)
 
     def _bypass_cache(self, alignment: int) -> None:
         self._direct = True
@@ -218,7 +224,10 @@ class FileDriver(Driver):
         if self.options.locking == "off" or self.node.force_share:
             return
         # A description of its own, so that a reopen of the data descriptor does not drop the locks.
-        fd = _open_storage(self.options.filename, os.O_RDONLY)
+        if self.options.filename.startswith(FDSETS):
+            fd = fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, 3)  # there may be no other
+        else:
+            fd = _open_storage(self.options.filename, os.O_RDONLY)
         locks = FileLocks(fd, self.options.filename)
         try:
             if not os.path.sameopenfile(fd, self._fd):

@@ -81,7 +81,8 @@ class FileLocks:
         self._keep_only(self._settled)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back, also when others have the same open file description."""
+        self._keep_only(frozenset())
         os.close(self._fd)
 
     def _keep_only(self, wanted: frozenset[int] | set[int]) -> None:

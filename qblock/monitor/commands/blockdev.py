@@ -75,6 +75,14 @@ class BlockResizeArguments:
 
 
 @attrs.frozen
+class WriteThresholdArguments:
+    """Arguments of block-set-write-threshold."""
+
+    node_name: str = required(doc="the node, usually that of an image's file")
+    write_threshold: int = required(doc="threshold in bytes")
+
+
+@attrs.frozen
 class ChangeBackingFileArguments:
     """Arguments of change-backing-file."""
 
@@ -171,6 +179,14 @@ async def block_resize(ctx: CommandContext, args: BlockResizeArguments) -> None:
         backend.close()
         for listener in ctx.hub.on_resize:
             listener()
+
+
+@command("block-set-write-threshold", since="2.3")
+async def block_set_write_threshold(ctx: CommandContext, args: WriteThresholdArguments) -> None:
+    """Have BLOCK_WRITE_THRESHOLD sent once when a write ends above a threshold; 0 takes the threshold away."""
+    if args.write_threshold < 0:
+        raise InvalidParameter("write-threshold", "must not be negative")
+    ctx.system.graph.find_node(args.node_name).write_threshold = args.write_threshold
 
 
 @command("change-backing-file", since="2.1")

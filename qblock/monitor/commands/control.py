@@ -13,7 +13,15 @@ from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.descriptors import ReceivedFds
 from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.monitor.qmp import QEMU_VERSION
-from qblock.monitor.replies import ChardevInfo, CommandInfo, VersionInfo, VersionTriple
+from qblock.monitor.replies import (
+    AddfdInfo,
+    ChardevInfo,
+    CommandInfo,
+    FdsetFdInfo,
+    FdsetInfo,
+    VersionInfo,
+    VersionTriple,
+)
 from qblock.options import option, required
 
 
@@ -90,6 +98,52 @@ async def closefd(ctx: CommandContext, args: FdNameArguments) -> None:
     if ctx.session is None:
         raise UnknownFd(args.fdname)
     ctx.session.fds.close_named(args.fdname)
+
+
+@attrs.frozen
+class AddFdArguments:
+    """Arguments of add-fd."""
+
+    fdset_id: int | None = option(None, doc="set that it goes to; a new one when absent")
+    opaque: str | None = option(None, doc="what its owner says of it")
+
+
+@attrs.frozen
+class RemoveFdArguments:
+    """Arguments of remove-fd."""
+
+    fdset_id: int = required(doc="number of the set")
+    fd: int | None = option(None, doc="the descriptor; all of the set when absent")
+
+
+@command("add-fd", since="1.2", returns=AddfdInfo, dialects=SYSTEM_ONLY)
+async def add_fd(ctx: CommandContext, args: AddFdArguments) -> AddfdInfo:
+    """Put the file descriptor that came with the command into a set, where it is the file /dev/fdset/N."""
+    if ctx.fds is None:
+        raise CommandError("A file descriptor can only be passed over a unix socket")
+    fd = ctx.fds.claim()
+    try:
+        number = ctx.system.env.fdsets.add(fd, args.fdset_id, args.opaque)
+    except CommandError:
+        ReceivedFds.discard(fd)
+        raise
+    return AddfdInfo(fdset_id=number, fd=fd)
+
+
+@command("remove-fd", since="1.2", dialects=SYSTEM_ONLY)
+async def remove_fd(ctx: CommandContext, args: RemoveFdArguments) -> None:
+    """Take a file descriptor, or all, out of a set."""
+    ctx.system.env.fdsets.remove(args.fdset_id, args.fd)
+
+
+@command("query-fdsets", since="1.2", returns=list[FdsetInfo], dialects=SYSTEM_ONLY)
+async def query_fdsets(ctx: CommandContext, args: NoArguments) -> list[FdsetInfo]:
+    """List the sets of file descriptors."""
+    del args
+    return [
+        FdsetInfo(fdset_id=number, fds=[FdsetFdInfo(fd=member.fd, opaque=member.opaque) for member in members])
+        for number, members in sorted(ctx.system.env.fdsets.sets.items())
+    ]
 
 
 @command("quit", since="0.14")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import attrs
 
@@ -11,7 +12,7 @@ from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.monitor.replies import NameInfo, StatusInfo
 from qblock.objects import ObjectOptions
-from qblock.options import required
+from qblock.options import option, required
 
 
 @attrs.frozen
@@ -19,6 +20,18 @@ class ObjectArguments:
     """Names an object."""
 
     id: str = required(doc="id of the object")
+
+
+@attrs.frozen
+class ActionArguments:
+    """Arguments of set-action. There is neither a panic nor a watchdog here."""
+
+    reboot: Literal["reset", "shutdown"] | None = option(None, doc="what becomes of a reboot")
+    shutdown: Literal["poweroff", "pause"] | None = option(None, doc="what becomes of a shutdown")
+    panic: Literal["pause", "shutdown", "exit-failure", "none"] | None = option(None, doc="without effect")
+    watchdog: Literal["reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"] | None = option(
+        None, doc="without effect"
+    )
 
 
 @command("object-add", since="2.0", open_arguments=ObjectOptions)
@@ -45,6 +58,27 @@ async def query_name(ctx: CommandContext, args: NoArguments) -> NameInfo:
     """Tell the name of the machine, if it has one."""
     del args
     return NameInfo(name=ctx.hub.name)
+
+
+@command("system_reset", since="0.14", dialects=SYSTEM_ONLY)
+async def system_reset(ctx: CommandContext, args: NoArguments) -> None:
+    """Reset the machine: trays close, what was told to leave goes, requests that an error has stopped are forgotten."""
+    del args
+    await ctx.hub.reset()
+
+
+@command("system_powerdown", since="0.14", dialects=SYSTEM_ONLY)
+async def system_powerdown(ctx: CommandContext, args: NoArguments) -> None:
+    """Press the power button: the guest is asked to shut down."""
+    del args
+    ctx.system.emit("POWERDOWN", {})
+
+
+@command("set-action", since="6.0", dialects=SYSTEM_ONLY)
+async def set_action(ctx: CommandContext, args: ActionArguments) -> None:
+    """Set what the machine does instead of a reboot, and at its end."""
+    ctx.hub.actions.reboot = args.reboot or ctx.hub.actions.reboot
+    ctx.hub.actions.shutdown = args.shutdown or ctx.hub.actions.shutdown
 
 
 @command("stop", since="0.14", dialects=SYSTEM_ONLY)
