@@ -40,6 +40,7 @@ from qblock.drivers.qcow2.layout import (
     decode_u64,
     encode_u64,
     find_run,
+    ramp_run,
     zeroes_u64,
 )
 from qblock.drivers.qcow2.refcounts import Freed, Refcounts
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from qblock.node import BlockDriverState
 
 _ENTRIES_PER_SECTOR: Final = SECTOR // 8
+_LONG_RUN: Final = 64
+"""Clusters in a row for which a fragment is told by itself."""
 _STATUS_SLICES: Final = 64
 """Slices that one status question looks at before it answers."""
 
@@ -330,10 +333,16 @@ class ClusterMap:
         if self.file.crypto is not None:
             # Nothing lies in the file as it is.
             return []
+        odd = COMPRESSED | L2_RESERVED | ZERO | size - 1
+        limit = min(length >> self.geometry.cluster_bits, len(table.entries) - index)
+        first = table.entries[index]
+        if not first & odd and first & OFFSET_MASK and limit:
+            run = ramp_run(table.entries, index, limit, size)
+            if run >= _LONG_RUN:
+                return [(offset, run * size, first & OFFSET_MASK)]
         found: list[Fragment] = []
         start, guest, place, expected = offset, offset, 0, -1
-        odd = COMPRESSED | L2_RESERVED | ZERO | size - 1
-        for entry in table.entries[index : index + (length >> self.geometry.cluster_bits)]:
+        for entry in table.entries[index : index + limit]:
             host = entry & OFFSET_MASK
             if entry & odd or not host:
                 break

@@ -8,6 +8,7 @@ the step, so that a table of 8192 consecutive clusters costs a handful of compar
 from __future__ import annotations
 
 import enum
+import functools
 import sys
 from array import array
 from collections.abc import Callable
@@ -217,27 +218,45 @@ def compressed_clusters(entry: int, cluster_bits: int) -> range:
 def constant_run(entries: array[int], start: int, limit: int) -> int:
     """How many entries from ``start`` (at most ``limit``) equal the first one."""
     pattern = array(entries.typecode, [entries[start]])
-    return _gallop(entries, start, limit, lambda _, count: pattern * count)
+    return _gallop(limit, lambda at, count: entries[start + at : start + at + count] == pattern * count)
 
 
 def ramp_run(entries: array[int], start: int, limit: int, step: int) -> int:
-    """How many entries from ``start`` (at most ``limit``) are each ``step`` more than the one before."""
+    """How many entries of 64 bits from ``start`` (at most ``limit``) are each ``step`` more than the one before."""
     first = entries[start]
     if limit > 1 and entries[start + 1] != first + step:
         return 1
-    return _gallop(
-        entries, start, limit, lambda at, count: array(U64, range(first + at * step, first + (at + count) * step, step))
-    )
+
+    def fits(at: int, count: int) -> bool:
+        part = entries[start + at : start + at + count]
+        return _as_number(part) == (first + at * step) * _ramp(0, count) + _ramp(step, count)
+
+    return _gallop(min(limit, _MOST // step), fits) if first < 1 << 63 or first - (1 << 63) < 1 << 62 else 1
 
 
-def _gallop(entries: array[int], start: int, limit: int, expected: Callable[[int, int], array[int]]) -> int:
-    # `expected(at, count)` gives the entries that members `at` to `at + count` of the run would have.
+_MOST: Final = 1 << 61
+"""No run is longer than this in units of its entries, so that none leaves its 64 bits."""
+
+
+def _as_number(words: array[int]) -> int:
+    """An array as one number with a lane of 64 bits for each word: comparing and adding it costs no loop."""
+    return int.from_bytes(memoryview(words).cast("B"), sys.byteorder)
+
+
+@functools.lru_cache(maxsize=64)
+def _ramp(step: int, count: int) -> int:
+    """As `_as_number`: lanes that begin with 0 and grow by ``step``; for a step of 0 all are 1."""
+    return _as_number(array(U64, range(0, count * step, step)) if step else array(U64, [1]) * count)
+
+
+def _gallop(limit: int, fits: Callable[[int, int], bool]) -> int:
+    # `fits(at, count)`: do members `at` to `at + count` belong to the run?
     done, step = 1, min(limit - 1, 32)
     if not step:
         return done
     while done < limit:
         step = min(step, limit - done)
-        if entries[start + done : start + done + step] == expected(done, step):
+        if fits(done, step):
             done += step
             step *= 4
         elif step == 1:
