@@ -18,6 +18,7 @@ from qblock.node import BlockDriverState
 from qblock.units import is_power_of_two
 
 MAX_NAME: Final = 1023
+MAX_GRANULARITY: Final = 1 << 31
 DEFAULT_GRANULARITY: Final = (4096, 65536)
 """Bounds of the granularity that a node's cluster size suggests; the upper one stands in for nodes without clusters."""
 
@@ -84,8 +85,8 @@ def new_bitmap(
     """
     if not name:
         raise InvalidParameter("name", "must not be empty")
-    if granularity is not None and not (granularity >= 512 and is_power_of_two(granularity)):
-        raise InvalidParameter("granularity", "must be a power of two and at least 512")
+    if granularity is not None and not (512 <= granularity <= MAX_GRANULARITY and is_power_of_two(granularity)):
+        raise InvalidParameter("granularity", "must be a power of two from 512 bytes to 2 GiB")
     if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
         raise InvalidParameter("name", f"is longer than {MAX_NAME} bytes")
     if any(bitmap.name == name for bitmap in node.dirty_bitmaps):

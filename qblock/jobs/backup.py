@@ -165,7 +165,7 @@ class PreparedBackup:
         bitmap = None
         if request.bitmap is not None:
             bitmap = bitmap_of(self.source, request.bitmap)
-            check_use(bitmap, BitmapUse.CHANGE)
+            check_use(bitmap, BitmapUse.READ if mode is BitmapMode.NEVER else BitmapUse.CHANGE)
         if self.source is target:
             raise CommandError(f"Node '{target.node_name}' cannot be backed up to itself")
         if request.compress and not target.driver.supports_compressed:
