@@ -358,7 +358,7 @@ def _check_features(header: Header, image: str) -> None:
     if header.crypt_method not in (0, CRYPT_AES, CRYPT_LUKS):
         raise UnsupportedFeature(image, f"encryption method {header.crypt_method}")
     pointer = header.extension(EXT_ENCRYPTION)
-    if (pointer is not None) is not (header.crypt_method == CRYPT_LUKS) or len(pointer or bytes(16)) != 16:
+    if (None if pointer is None else len(pointer)) != (16 if header.crypt_method == CRYPT_LUKS else None):
         raise CorruptImage(image, "encryption method and encryption header contradict each other", offset=32)
     if header.has(DATA_FILE_RAW) and not header.has(DATA_FILE) and header.version >= 3:
         raise CorruptImage(image, "its data file is said to be raw, but it has none", offset=88)

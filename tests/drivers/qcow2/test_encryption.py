@@ -474,6 +474,22 @@ def test_a_pointer_that_leads_nowhere_is_refused(name: str) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("length", [0, 8, 24])
+def test_a_pointer_of_another_length_is_refused(length: int) -> None:
+    """An extension without content is no pointer either."""
+
+    async def main() -> None:
+        bench = await made()
+        image = bytearray(bench.content)
+        at = pointer_at(bench.content)
+        struct.pack_into(">I", image, at - 4, length)
+        image[at : at + 24] = bytes(24)
+        with pytest.raises(ImageError):
+            await bench.open(content=bytes(image))
+
+    run(main)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_damaged_encryption_headers_raise_errors_of_ours_only(seed: int) -> None:
     """Flipped bits in header and key material, and files that end early."""
