@@ -19,7 +19,7 @@ from qblock.drivers.qcow2.header import EXT_ENCRYPTION, parse_header
 from qblock.drivers.qcow2.options import Encryption, EncryptionCreate
 from qblock.errors import BlockIOError, CommandError, ImageError, InvalidParameter, QBlockError
 from qblock.extents import Data, Unallocated, Zero
-from qblock.monitor.nodeinfo import block_device_info
+from qblock.monitor.nodeinfo import NodeReports
 from qblock.node import BlockDriverState
 from qblock.system import BlockSystem
 from qblock.testing.formats import FormatBench, is_refused
@@ -527,7 +527,7 @@ def test_a_system_opens_an_image_with_a_secret_of_its_own(tmp_path: Path) -> Non
             given = {"driver": "qcow2", "node-name": "disk", "file": file, "encrypt": encrypt}
             node = await system.opener.open_blockdev(given)
             node.monitor_owned = True
-            assert block_device_info(node, backend=None, flat=True).encrypted
+            assert NodeReports().device(node, backend=None, flat=True).encrypted
             system.objects.delete("sec0")
             with pytest.raises(CommandError, match="sec0"):
                 await system.opener.open_blockdev({**given, "node-name": "again", "force-share": True, "read-only": True})
