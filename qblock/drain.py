@@ -121,7 +121,7 @@ def _sections(nodes: Sequence[BlockDriverState]) -> dict[BlockDriverState, int]:
 def quiesce(nodes: Sequence[BlockDriverState]) -> None:
     """Begin a section on each of ``nodes``, without waiting; `resume` ends it."""
     for node, count in _sections(nodes).items():
-        node.quiesce_counter += count
+        node.enter_sections(count)
         for edge in node.parents:
             if not isinstance(edge.parent, BlockDriverState):
                 for _ in range(count):
@@ -131,8 +131,7 @@ def quiesce(nodes: Sequence[BlockDriverState]) -> None:
 def resume(nodes: Sequence[BlockDriverState]) -> None:
     """End the section on each of ``nodes``, whatever their edges are now."""
     for node, count in _sections(nodes).items():
-        assert node.quiesce_counter >= count, f"{node!r} is in fewer drained sections than are to end"
-        node.quiesce_counter -= count
+        node.leave_sections(count)
         for edge in node.parents:
             if not isinstance(edge.parent, BlockDriverState):
                 for _ in range(count):

@@ -142,6 +142,22 @@ class BlockDriverState:
                 return child
         return None
 
+    # ------------------------------------------------------------------------------------------------ drained sections
+
+    def enter_sections(self, count: int) -> None:
+        """The node is in ``count`` more drained sections; its driver hears of the first."""
+        was_free = not self.quiesce_counter
+        self.quiesce_counter += count
+        if was_free and count:
+            self.driver.drained_begin()
+
+    def leave_sections(self, count: int) -> None:
+        """``count`` of them have ended; the driver hears of the last."""
+        assert self.quiesce_counter >= count, f"{self!r} is in fewer drained sections than are to end"
+        self.quiesce_counter -= count
+        if not self.quiesce_counter and count:
+            self.driver.drained_end()
+
     # --------------------------------------------------------------------------------------------- as a parent of others
 
     def describe_user(self) -> str:
@@ -153,9 +169,7 @@ class BlockDriverState:
         pending = [self]
         while pending:
             node = pending.pop()
-            node.quiesce_counter += 1
-            if node.quiesce_counter == 1:
-                node.driver.drained_begin()
+            node.enter_sections(1)
             for edge in node.parents:
                 if isinstance(edge.parent, BlockDriverState):
                     pending.append(edge.parent)
@@ -167,10 +181,7 @@ class BlockDriverState:
         pending = [self]
         while pending:
             node = pending.pop()
-            assert node.quiesce_counter > 0, f"{node!r} is in no drained section"
-            node.quiesce_counter -= 1
-            if not node.quiesce_counter:
-                node.driver.drained_end()
+            node.leave_sections(1)
             for edge in node.parents:
                 if isinstance(edge.parent, BlockDriverState):
                     pending.append(edge.parent)

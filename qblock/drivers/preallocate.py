@@ -168,10 +168,16 @@ class PreallocateDriver(FilterDriver):
         _check(options)
 
     async def prepare_reopen(self, options: Any, *, read_only: bool) -> None:
-        """See `Driver`: a node that is read-only cannot cut any more."""
-        if read_only:
-            async with self._growing:
-                await self._cut()
+        """See `Driver`: a node that becomes read-only, or lies on another file, cannot cut any more."""
+        async with self._growing:
+            await self._cut()
+
+    def commit_reopen(self, options: Any, *, read_only: bool) -> None:
+        """See `Driver`: the file may be another one now."""
+        super().commit_reopen(options, read_only=read_only)
+        if self.data_end is not None:
+            self.data_end = self._file_end = self.child.node.driver.length()
+            requests.refresh_length(self.node)
 
 
 def _check(options: PreallocateOptions) -> None:

@@ -243,9 +243,35 @@ def test_the_surplus_goes_when_the_last_writer_goes_and_when_the_node_becomes_re
         await write_behind(backend, MiB + 4 * KiB)
         assert path.stat().st_size > 2 * MiB
         backend.set_permissions(Perm.CONSISTENT_READ, Perm.ALL)
-        await place.opener.reopen(node, options={**given, "prealloc-size": 0, "read-only": True})
+        await place.opener.reopen_described([{**given, "prealloc-size": 0, "read-only": True}])
         assert path.stat().st_size == MiB + 8 * KiB and node.read_only
         node.monitor_owned = below.monitor_owned = False
+        await place.close()
+
+    run(main)
+
+
+def test_another_file_below_gets_no_surplus_of_the_old_one() -> None:
+    """The old file is left as long as its data, and the new one is looked at anew."""
+
+    async def main() -> None:
+        place = Place()
+        disks = []
+        for name, size in (("old", 4096), ("new", 65536)):
+            disks.append(await place.open(driver="memory", size=size, node_name=name))
+            disks[-1].monitor_owned = True
+        given = {**STEP, "driver": "preallocate", "node-name": "grow"}
+        node = await place.opener.open_blockdev({**given, "file": "old"})
+        node.monitor_owned = True
+        backend = place.bench.backend(node)
+        await write_behind(backend, 4096)
+        assert disks[0].length > MiB
+        await place.opener.reopen_described([{**given, "file": "new"}])
+        assert (disks[0].length, node.length, disks[1].length) == (8192, 65536, 65536)
+        await write_behind(backend, 65536)
+        assert node.length == 69632 and disks[1].length > MiB
+        for one in (node, *disks):
+            one.monitor_owned = False
         await place.close()
 
     run(main)

@@ -141,9 +141,9 @@ def test_the_group_can_be_changed_while_the_node_is_open() -> None:
         node = await place.opener.open_blockdev({**FILTER, "file": "m"})
         node.monitor_owned = True
         with pytest.raises(CommandError):
-            await place.opener.reopen(node, options={**FILTER, "file": "m", "throttle-group": "nope"})
+            await place.opener.reopen_described([{**FILTER, "file": "m", "throttle-group": "nope"}])
         assert len(place.group.members) == 1
-        await place.opener.reopen(node, options={**FILTER, "file": "m", "throttle-group": "other"})
+        await place.opener.reopen_described([{**FILTER, "file": "m", "throttle-group": "other"}])
         assert (len(place.group.members), len(other.members)) == (0, 1)
         assert not other.members[0].drained
 
