@@ -134,8 +134,10 @@ def _wanted_child(
         raise InvalidParameter(name, f"must be the name of a node: node '{node.node_name}' is open already")
     if wanted is present or (present is not None and wanted is skip_implicit(present)):
         return _Kept.KEPT
-    if name not in _REPLACEABLE or (wanted is None and field.role is not ChildRole.BACKING):
-        raise InvalidParameter(name, f"cannot be changed while node '{node.node_name}' is open; name its present child")
+    comes_or_goes = present is None or wanted is None
+    if name not in _REPLACEABLE or (comes_or_goes and field.role is not ChildRole.BACKING):
+        present_child = "leave it out" if present is None else "name its present child"
+        raise InvalidParameter(name, f"cannot be changed while node '{node.node_name}' is open; {present_child}")
     if present is not None and present.implicit:
         raise CommandError(f"The '{name}' child of '{node.node_name}' cannot be changed while a job has a filter there")
     return wanted

@@ -66,6 +66,8 @@ class BlkverifyDriver(FilterDriver):
 
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
         """See `Driver`."""
+        if offset + len(buffer) > self.child.node.length:
+            self._differ(f"write offset={offset} bytes={len(buffer)} beyond the end of raw ({self.child.node.length})")
         await self._both(
             f"write offset={offset} bytes={len(buffer)}",
             requests.write_from(self.test, offset, buffer, fua=fua),

@@ -337,6 +337,24 @@ def test_blkverify_is_as_long_as_what_it_tests_and_flushes_only_that() -> None:
     run(main)
 
 
+def test_blkverify_says_that_raw_is_too_short_for_a_write() -> None:
+    """That is a difference as any other; QEMU 7.2 ends with a failed assertion."""
+
+    async def main() -> None:
+        for in_a_program in (True, False):
+            place = Place()
+            if in_a_program:
+                ending(place)
+            raw = {**DISK, "size": SIZE // 2}
+            node = await place.opener.open_blockdev({"driver": "blkverify", "node-name": "v", "test": DISK, "raw": raw})
+            backend = place.bench.backend(node)
+            await backend.write(SIZE // 2 - 512, bytes(512))
+            with pytest.raises(Ended if in_a_program else BlockIOError, match="beyond the end"):
+                await backend.write(SIZE // 2 - 512, bytes(1024))
+
+    run(main)
+
+
 def test_names_of_blkverify(tmp_path: Any) -> None:
     """``blkverify:RAW:TEST`` opens both, the latter with its format found out."""
 

@@ -154,3 +154,11 @@ def test_a_guest_does_not_write_to_what_it_took_as_read_only(local: LocalMachine
             local.run(change(0, 512))
     with pytest.raises(BlockIOError, match="read-only"):
         local.guest_write("d", 0, 512, 1)
+
+
+def test_a_child_that_is_not_there_cannot_be_given(local: LocalMachine) -> None:
+    """A blkmirror without a source gets one when it is put over a disk, not by a description."""
+    local.qmp.execute("blockdev-add", driver="blkmirror", node_name="copy", target={"driver": "memory", "node-name": "target"})
+    with pytest.raises(QmpError, match="leave it out"):
+        reopen(local, {"driver": "blkmirror", "node-name": "copy", "file": "base", "target": "target"})
+    assert_consistent(local.machine.system.graph)
