@@ -131,13 +131,14 @@ class BackupJob(BlockJob):
         self._reach = min(4 * self._reach, _MAX_REACH) if piece.content is not Content.DATA else self.copies.chunk
         operation = self.in_flight.begin(piece.offset, piece.length)
         self.spawn(self._copy(operation, piece), f"copy at {piece.offset}")
-        if delay := self.limit.delay_ns(piece.length if piece.content is not Content.UNWANTED else 0):
+        delay = self.limit.delay_ns(piece.length if piece.content is not Content.UNWANTED else 0)
+        if delay and self.copies.pending.count:
             await self.sleep_ns(delay)
         return True
 
     def _next_piece(self) -> Piece | None:
         """The next pending piece behind the last one; the walk goes round and round."""
-        limit = self.plan.max_chunk or self._reach
+        limit = self.plan.max_chunk or (self.copies.chunk if self.speed else self._reach)
         size = self.copies.pending.size
         return self.copies.take(self._cursor, size, limit=limit) or self.copies.take(0, self._cursor, limit=limit)
 
