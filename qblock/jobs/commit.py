@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from qblock import requests
 from qblock.backend import BlockBackend
+from qblock.blockers import block_all, unblock
 from qblock.copying_down import MAX_ZEROES, Piece
 from qblock.drain import drained
 from qblock.driver import BackingLink, SupportsBacking
@@ -82,6 +83,9 @@ class CommitJob(ScanningJob):
         assert isinstance(node.driver, CommitTop)
         self.filter = node.driver
         graph.append(node, onto=place.top, change=change, name="backing")
+        # A stream that counted the filter among its layers would freeze the link that has to change at the end.
+        token = block_all(node, f"block device is in use by block job: {self.type}")
+        change.add(abort=partial(unblock, token))
         self.hold("main node", place.device, Perm.NONE, Perm.ALL, change=change)
         for layer in place.layers():
             self.hold("intermediate node", layer, Perm.NONE, place.shared_on(layer), change=change)

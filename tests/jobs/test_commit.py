@@ -268,6 +268,22 @@ def test_jobs_on_disjoint_parts_of_a_chain_do_not_meet(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_stream_down_to_the_layer_that_goes_down_has_to_wait(tmp_path: Path) -> None:
+    """It would hold the link that the commit has to change at its end."""
+
+    async def main() -> None:
+        async with chain(tmp_path) as made:
+            job = await made.commit(top_node="low", speed=MiB)
+            with pytest.raises(NodeBusy):
+                await made.stream("top", job_id="k", base_node="low")
+            await finished(made, job)
+            await finished(made, await made.stream("top", job_id="k", base_node="base"))
+            assert made.layers() == ["top", "base"]
+            assert made.is_at_rest()
+
+    run(main)
+
+
 def test_cancelling_an_inner_commit_leaves_the_chain_as_it_was(tmp_path: Path) -> None:
     """What was written to the base is hidden by the layers above it."""
 

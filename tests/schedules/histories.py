@@ -30,7 +30,7 @@ from qblock.jobs.commit_plan import CommitRequest
 from qblock.jobs.job import BlockJob
 from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror
 from qblock.jobs.new_copy import SyncMode
-from qblock.jobs.state import IoStatus, OnError
+from qblock.jobs.state import VERBS, JobVerb, OnError
 from qblock.jobs.stream import StreamRequest, start_stream
 from qblock.node import BlockDriverState
 from qblock.permissions import Perm
@@ -401,8 +401,8 @@ class History:
         spoilt = any(node.poisoned is not None for node in self.graph.nodes.values())
         for _ in range(PATIENCE_MS):
             for job in jobs.jobs.copy():
-                if spoilt and isinstance(job, BlockJob) and job.io_status is not IoStatus.OK:
-                    await jobs.cancel(job, force=True)
+                if spoilt and isinstance(job, BlockJob) and job.status in VERBS[JobVerb.CANCEL]:
+                    await jobs.cancel(job, force=True)  # it may be told to try for ever
                 if isinstance(job, BlockJob) and job.speed:
                     job.set_speed(0)  # or the guest is faster than a mirror for ever
                 for tell in (jobs.resume, jobs.finalize):
