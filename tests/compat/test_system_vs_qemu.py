@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -254,3 +257,38 @@ def test_a_device_has_the_properties_of_the_real_one(model: str) -> None:
 
     ours = answer(Given("device", f"{model},help")) or ""
     assert facts(ours.splitlines()) == facts(asked(REAL, "-device", f"{model},help"))
+
+
+def test_a_client_that_knows_only_qemu_launches_both_by_one_line(tmp_path: Path) -> None:
+    """As libvirt does: a socket that listens already, everything in JSON, and QEMU's own client library."""
+    qemu_qmp = pytest.importorskip("qemu.qmp", reason="QEMU's QMP library is not installed")
+    disk = {"driver": "virtio-blk-pci", "bus": "rp", "drive": "n", "id": "v", "serial": "x"}
+    memory = {"qom-type": "memory-backend-ram", "id": "ram", "size": 1 << 26}
+    line = (
+        "-S", "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-machine", "q35,accel=tcg", "-cpu", "max",
+        "-m", "64", "-device", "pcie-root-port,id=rp", "-object", json.dumps(memory),
+        "-blockdev", json.dumps({"driver": "null-co", "node-name": "n", "size": 1 << 20}), "-device", json.dumps(disk),
+    )  # fmt: skip
+
+    async def talk(path: Path) -> Any:
+        client = qemu_qmp.QMPClient("test")
+        await client.connect(str(path))
+        answers = [await client.execute(name) for name in ("query-status", "query-block")]
+        await client.execute("device_del", {"id": "v"})
+        await client.execute("quit")
+        await client.disconnect()
+        return answers[0], [(entry["qdev"], entry["inserted"]["node-name"]) for entry in answers[1]]
+
+    def launched(command: Sequence[str], path: Path) -> Any:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(1)
+            fd = listener.fileno()
+            monitor = ("-chardev", f"socket,id=m,fd={fd},server=on,wait=off", "-mon", "chardev=m,id=monitor,mode=control")
+            with subprocess.Popen([*command, *line, *monitor], pass_fds=(fd,)) as process:
+                try:
+                    return asyncio.run(talk(path)), process.wait(30)
+                finally:
+                    process.kill()
+
+    assert launched((REAL,), tmp_path / "real") == launched(OURS, tmp_path / "ours")
