@@ -364,6 +364,7 @@ class JobRunner:
     async def _finalize_group(self, txn: JobTransaction) -> None:
         for member in txn.newest_first():
             try:
+                await member.undisturbed()  # two that drained one node at once would wait for each other
                 await member.settle()
                 await member.undisturbed()
                 await member.prepare()
@@ -391,6 +392,7 @@ class JobRunner:
                 await member.noticed()
         self._fail(culprit)
         for member in txn.newest_first():
+            await member.undisturbed()  # two that drained one node at once would wait for each other
             await member.settle()
             await member.undisturbed()
             self._fail(member)
