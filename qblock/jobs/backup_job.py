@@ -184,6 +184,13 @@ class BackupJob(BlockJob):
         if not self.drained_nodes:
             await self.drain(self.source, self.target)
 
+    async def undisturbed(self) -> None:
+        """See `Job`: a backup of the same source that ends together with this one is no disturbance."""
+        assert self.txn is not None
+        others = [job for job in self.txn.jobs if isinstance(job, BackupJob) and job is not self]
+        if not any(self.source in other.drained_nodes for other in others):
+            await super().undisturbed()
+
     def commit(self) -> None:
         """See `Job`."""
         self._dismantle()
