@@ -13,7 +13,6 @@ from typing import Final, Literal, TypeAlias, cast
 import attrs
 
 from qblock.errors import CommandError, InvalidParameter
-from qblock.options import parse_keyval
 
 
 @attrs.frozen
@@ -60,7 +59,7 @@ class FileAddress:
 
 @attrs.frozen
 class PlainAddress:
-    """``null`` (what comes is dropped, nothing is ever read) or ``pty`` (a new terminal)."""
+    """``null`` and ``vc`` (what comes is dropped, nothing is ever read) or ``pty`` (a new terminal)."""
 
     kind: Literal["null", "pty", "vc"]
 
@@ -91,13 +90,11 @@ _SOCKET: Final = frozenset({"path", "host", "port", "fd", "server", "wait"})
 _PLAIN: Final = frozenset({"null", "pty", "vc"})
 
 
-def parse_chardev(text: str) -> ChardevOptions:
-    """``socket,id=c,path=P,server=on,wait=off`` or ``stdio,id=c``, as --chardev takes it; raises `CommandError`."""
-    return chardev_from(parse_keyval(text, implied_key="backend"))
-
-
 def chardev_from(options: Mapping[str, object]) -> ChardevOptions:
-    """The same from a mapping of strings (JSON booleans for server and wait are taken as well)."""
+    """What --chardev says, read into a mapping of strings, ``backend`` among them (server and wait may be JSON booleans).
+
+    Raises `CommandError`.
+    """
     given = dict(options)
     backend, label = given.pop("backend", None), given.pop("id", None)
     if not isinstance(label, str):

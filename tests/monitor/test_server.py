@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from qblock.errors import CommandError
-from qblock.monitor.chardev import ChardevOptions, TcpAddress, UnixAddress, parse_chardev, parse_short
+from qblock.monitor.chardev import ChardevOptions, TcpAddress, UnixAddress, chardev_from, parse_short
 from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.hub import MonitorHub
 from qblock.monitor.qmp import Phase
 from qblock.monitor.server import MonitorServer
 from qblock.monitor.session import MAX_BACKLOG
+from qblock.options import parse_keyval
 from qblock.system import BlockSystem
 
 
@@ -241,7 +242,7 @@ def test_tcp_works_too_and_shows_its_port() -> None:
 )
 def test_chardev_options_are_read_as_qemu_reads_them(text: str, expected: ChardevOptions) -> None:
     """The defaults: connect, and if listening, wait."""
-    assert parse_chardev(text) == expected
+    assert chardev_from(parse_keyval(text, implied_key="backend")) == expected
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_chardev_options_are_read_as_qemu_reads_them(text: str, expected: Charde
 def test_chardev_options_that_do_not_fit_are_refused(text: str) -> None:
     """No option is accepted and ignored."""
     with pytest.raises(CommandError):
-        parse_chardev(text)
+        chardev_from(parse_keyval(text, implied_key="backend"))
 
 
 @pytest.mark.parametrize("text", ["unix:/p,server,nowait", "unix:/p,server=on,wait=off"])
