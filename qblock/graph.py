@@ -296,9 +296,12 @@ class Graph:
             self.replace_node(onto, overlay, change)
 
     def drop(self, filter_node: BlockDriverState, change: Transaction) -> None:
-        """Take a filter out: its parents move to its filtered child, and it lets go of that child."""
+        """Take a filter out: its parents move to its filtered child, and it lets go of that child. It is not to be used again;
+        `opening.close_orphans` closes it.
+        """
         edge = filter_node.filtered
         assert edge is not None, f"{filter_node!r} is not a filter with a child"
+        change.add(commit=partial(setattr, filter_node, "closed", True))
         with self.deferred_permissions(change):
             self.replace_node(filter_node, edge.node, change)
             self.detach(edge, change)

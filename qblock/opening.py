@@ -154,6 +154,7 @@ class Opener:
         """
         node = self._make_node(spec)
         node.probed = storage is not None and spec.driver.name == "raw"
+        node.closed = True  # others who find it by its name must not use it yet
         self._pinned.add(node)
         try:
             for name, field in child_names(spec):
@@ -172,6 +173,7 @@ class Opener:
             await self._close_tree(node, opened=False)
             await self.close_orphans()  # a child that could not be attached
             raise
+        node.closed = False
         refresh_length(node)
         return node
 
@@ -405,12 +407,16 @@ class Opener:
         async with self._closing:
             while orphans := [node for node in self.graph.orphans() if node not in self._pinned]:
                 for node in orphans:
-                    if not node.parents and not node.closed:
+                    if not node.parents and self._is_open(node):
                         await self.close_node(node)
             for node in [node for node in self.graph.nodes.values() if node.driver.unsettled]:
                 await node.driver.settle()
                 with Transaction() as change:
                     self.graph.refresh_permissions([node], change)
+
+    def _is_open(self, node: BlockDriverState) -> bool:
+        """Whether nobody has closed ``node``, or is at it."""
+        return node not in self._pinned and self.graph.nodes.get(node.node_name) is node
 
     async def close_node(self, node: BlockDriverState, *, opened: bool = True) -> None:
         """Flush and close one node that has no parents, and take it out of the graph; its children stay.

@@ -49,10 +49,12 @@ _COUNTERS: Final = tuple(
 
 def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
     """All nodes in QEMU's order of creation: a node's child ``file``, if opened with it, comes before it, with all below it; its
-    other children come after it.
+    other children come after it. Those that are being opened or closed are not among them.
     """
     order: dict[BlockDriverState, None] = {}
     for root in graph.nodes.values():
+        if root.closed:
+            continue
         pending = [(root, False)]  # and whether its storage has been entered
         while pending:
             node, has_storage = pending.pop()

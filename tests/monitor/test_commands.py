@@ -247,7 +247,7 @@ def test_a_mirror_can_be_watched_and_completed_by_commands_alone(tmp_path: Path)
         ("block-job-pause", "DeviceNotActive"), ("block-job-resume", "DeviceNotActive"), ("job-cancel", "GenericError"),
         ("job-complete", "GenericError"), ("job-dismiss", "GenericError"), ("job-finalize", "GenericError"),
         ("job-pause", "GenericError"), ("job-resume", "GenericError"), ("block-job-dismiss", "DeviceNotActive"),
-        ("block-job-finalize", "DeviceNotActive"), ("x-blockdev-amend", "CommandNotFound"), ("nosuch", "CommandNotFound"),
+        ("block-job-finalize", "DeviceNotActive"), ("nosuch", "CommandNotFound"),
     ],
 )  # fmt: skip
 def test_unknown_jobs_and_commands_have_the_class_that_clients_know(command: str, error_class: str) -> None:

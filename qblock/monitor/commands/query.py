@@ -102,7 +102,8 @@ async def x_debug_query_block_graph(ctx: CommandContext, args: NoArguments) -> X
         dump.add(node, "block-driver", node.node_name)
     for node in nodes:
         for edge in node.parents:
-            dump.connect(edge)
+            if edge.parent in dump:
+                dump.connect(edge)
     return XDbgBlockGraph(nodes=dump.nodes[::-1], edges=dump.edges[::-1])
 
 
@@ -118,6 +119,10 @@ class _GraphDump:
         """Enter a vertex."""
         self._ids[user] = len(self._ids) + 1
         self.nodes.append(XDbgBlockGraphNode(id=self._ids[user], type=kind, name=name))
+
+    def __contains__(self, user: EdgeParent) -> bool:
+        """Whether it is a vertex; a node that is being closed is none."""
+        return user in self._ids
 
     def connect(self, edge: BdrvChild) -> None:
         """Enter an edge."""

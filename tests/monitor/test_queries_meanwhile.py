@@ -1,0 +1,59 @@
+"""Queries at any moment of what other commands and jobs do: they see a graph that makes sense."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from qblock.monitor.client import QmpClient
+from qblock.monitor.hub import MonitorHub
+from qblock.testing.images import make_image
+from qblock.testing.machines import LocalMachine
+from qblock.testing.schedules import Seeded
+from qblock.units import KiB
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from reopen_desk import SlowFileDriver
+
+SIZE = 256 * KiB
+QUERIES = ("query-named-block-nodes", "query-block", "query-blockstats", "query-block-jobs", "x-debug-query-block-graph")
+
+
+async def ask_until(done: asyncio.Future[None], hub: MonitorHub, query: str) -> None:
+    """Ask again and again."""
+    async with await QmpClient.in_process(hub) as client:
+        while not done.done():
+            await client.execute(query)
+            await asyncio.sleep(0.0001)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nodes_that_are_going_away_are_not_shown(tmp_path: Path, seed: int) -> None:
+    """A job's filter that has been taken out has nothing below it, and is there until what it has begun is at an end."""
+
+    async def mirror(client: QmpClient, device: str) -> None:
+        target = {"target": str(tmp_path / "target" / device), "format": "qcow2"}
+        for _ in range(3):
+            await client.execute("drive-mirror", job_id=device, device=device, sync="full", **target)
+            await client.wait_event("BLOCK_JOB_READY", device=device)
+            await client.execute("block-job-cancel", device=device)
+            await client.wait_event("JOB_STATUS_CHANGE", status="null", id=device)
+
+    async def life(machine: LocalMachine, client: QmpClient) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        askers = [asyncio.ensure_future(ask_until(done, machine.machine.hub, query)) for query in QUERIES]
+        await asyncio.gather(mirror(client, "d0"), mirror(client, "d1"))
+        done.set_result(None)
+        await asyncio.gather(*askers)
+
+    (tmp_path / "target").mkdir()
+    with LocalMachine(Seeded(seed)) as machine:
+        machine.machine.system.registry.register(SlowFileDriver)
+        for device in ("d0", "d1"):
+            machine.add_drive(make_image(tmp_path / device, SIZE, {0: b"x" * 512}), device=device)
+        machine.run(life(machine, machine.qmp.client))
+        assert not any(node["drv"] == "mirror_top" for node in machine.qmp.execute("query-named-block-nodes"))
