@@ -1,4 +1,7 @@
-"""Runs one QMP script on a real QEMU program and on qblock, and brings both transcripts into a comparable form."""
+"""Runs one QMP script on a real QEMU program and on qblock, and brings both transcripts into a comparable form.
+
+`do`, `add`, `hmp`, `io`, `together` and `wait` are the words that scripts are written in.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,10 @@ DAEMONS = Pair(
     real=("qemu-storage-daemon", *CHARDEV),
     ours=(sys.executable, "-m", "qblock.tools.storage_daemon", *CHARDEV),
 )
-_QMP = ("-qmp", "unix:{socket},server=on,wait=off")
+QMP = ("-qmp", "unix:{socket},server=on,wait=off")
 SYSTEMS = Pair(
-    real=("qemu-system-x86_64", "-machine", "none", "-display", "none", "-nodefaults", *_QMP),
-    ours=(sys.executable, "-m", "qblock", "-monitor", "none", *_QMP),
+    real=("qemu-system-x86_64", "-machine", "none", "-display", "none", "-nodefaults", *QMP),
+    ours=(sys.executable, "-m", "qblock", "-monitor", "none", *QMP),
 )
 
 
@@ -108,6 +111,43 @@ def _connect(path: Path, process: subprocess.Popen[bytes]) -> socket.socket:
 
 Step = Json
 """A command, or ``{"wait": EVENT}``: until that event (data members given must match)."""
+
+
+def wire(members: dict[str, Any]) -> dict[str, Any]:
+    """Members under their names in QMP: ``_`` stands for ``-``."""
+    return {key.replace("_", "-"): value for key, value in members.items()}
+
+
+def do(command: str, arguments: dict[str, Any] | None = None, **members: Any) -> dict[str, Any]:
+    """A command; keywords' ``_`` stand for ``-``."""
+    given = (arguments or {}) | wire(members)
+    return {"execute": command, "arguments": given} if given else {"execute": command}
+
+
+def add(name: str, filename: str, **members: Any) -> dict[str, Any]:
+    """blockdev-add of a qcow2 image."""
+    return do("blockdev-add", driver="qcow2", node_name=name, file={"driver": "file", "filename": filename}, **members)
+
+
+def hmp(line: str) -> dict[str, Any]:
+    """A line at the human monitor."""
+    return do("human-monitor-command", command_line=line)
+
+
+def io(node: str, line: str) -> dict[str, Any]:
+    """A qemu-io command through the human monitor; what it prints goes to the program's standard output."""
+    return hmp(f'qemu-io {node} "{line}"')
+
+
+def together(*actions: tuple[str, dict[str, Any]], **properties: Any) -> dict[str, Any]:
+    """A transaction of these actions."""
+    given: dict[str, Any] = {"actions": [{"type": kind, "data": data} for kind, data in actions]}
+    return do("transaction", given | ({"properties": wire(properties)} if properties else {}))
+
+
+def wait(event: str, **data: Any) -> dict[str, Any]:
+    """Wait for an event."""
+    return {"wait": {"event": event, "data": data}}
 
 
 def transcript(argv: Sequence[str], place: Path, script: Sequence[Step]) -> list[Json]:

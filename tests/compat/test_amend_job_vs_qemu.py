@@ -11,8 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, both
-from test_qmp_replies import add, do, wait
+from qmp_pair import DAEMONS, add, both, do, wait
 
 pytest.importorskip("cryptography")
 

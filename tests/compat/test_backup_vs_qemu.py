@@ -15,9 +15,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, SYSTEMS, both
+from qmp_pair import DAEMONS, SYSTEMS, add, both, do, hmp, io, wait
 from test_jobs_vs_qemu import CONCLUDED, GONE, LOOK, OUT, PENDING, TOP, Script
-from test_qmp_replies import add, do, wait
 
 IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "4M"],
@@ -29,17 +28,7 @@ IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "other.qcow2", "8M"],
 ]
 OUT2, OTHER = add("out2", "out2.qcow2"), add("other", "other.qcow2")
-DRIVE = do("human-monitor-command", command_line="drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2,node-name=top")
-
-
-def hmp(line: str) -> dict[str, Any]:
-    """A command of the human monitor."""
-    return do("human-monitor-command", command_line=line)
-
-
-def io(node: str, line: str) -> dict[str, Any]:
-    """A command of qemu-io on a node or device."""
-    return hmp(f'qemu-io {node} "{line}"')
+DRIVE = hmp("drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2,node-name=top")
 
 
 def backup(**members: Any) -> dict[str, Any]:

@@ -13,12 +13,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, SYSTEMS, both
-from test_backup_vs_qemu import DRIVE, IMAGES, JOBS, NODES, OTHER, OUT, TOP, drive_backup, hmp, io
+from qmp_pair import DAEMONS, SYSTEMS, add, both, do, hmp, io, wait
+from test_backup_vs_qemu import DRIVE, IMAGES, JOBS, NODES, OTHER, OUT, TOP, drive_backup
 from test_backup_vs_qemu import backup as blockdev_backup
 from test_bitmaps_vs_qemu import without_file_length
 from test_jobs_vs_qemu import GRAPH, PENDING, READY, Script
-from test_qmp_replies import add, do, wait
 
 
 def bitmap(verb: str, name: str, node: str = "top", **members: Any) -> dict[str, Any]:

@@ -16,8 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, SYSTEMS, both, running
-from test_qmp_replies import add, do
+from qmp_pair import DAEMONS, SYSTEMS, add, both, do, hmp, running
 
 from qblock.tools.img import main as img
 from qblock.tools.io import main as io
@@ -131,7 +130,7 @@ def test_random_command_lines_leave_the_same_bitmaps(
 
 def hmp_io(node: str, line: str) -> dict[str, Any]:
     """A qemu-io command on a node, through the human monitor."""
-    return do("human-monitor-command", command_line=f'qemu-io {node} "{line}"')
+    return hmp(f'qemu-io {node} "{line}"')
 
 
 def every_hash(node: str) -> list[dict[str, Any]]:

@@ -12,9 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, both
+from qmp_pair import DAEMONS, both, do
 from test_filters_vs_qemu import LOOK, NULL, add, file
-from test_qmp_replies import do
 
 pytestmark = pytest.mark.qemu
 

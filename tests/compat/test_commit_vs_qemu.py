@@ -12,9 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, SYSTEMS, Pair, both
+from qmp_pair import DAEMONS, SYSTEMS, Pair, both, do, hmp, wait
 from test_jobs_vs_qemu import CHAIN, CONCLUDED, GONE, GRAPH, IMAGES, LOOK, PENDING, READY, Script
-from test_qmp_replies import do, wait
 
 _DRIVE = ("-drive", "if=virtio,id=d,file=top.qcow2,format=qcow2")
 GUESTS = Pair(
@@ -31,11 +30,6 @@ def commit(**members: Any) -> dict[str, Any]:
     """block-commit of the chain of top, or as said."""
     usual: dict[str, Any] = {"job_id": "j", "device": "top"}
     return do("block-commit", **(usual | members))
-
-
-def hmp(line: str) -> dict[str, Any]:
-    """A line at the human monitor."""
-    return do("human-monitor-command", command_line=line)
 
 
 def faulty(layer: str, event: str, errno: int) -> Script:

@@ -11,8 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import _QMP, DAEMONS, Pair, both
-from test_qmp_replies import do
+from qmp_pair import DAEMONS, QMP, Pair, both, do, io
 
 pytestmark = pytest.mark.qemu
 
@@ -53,14 +52,9 @@ def test_compress_preallocate_and_null(tmp_path: Path) -> None:
 def machine(*arguments: str) -> Pair:
     """A machine without anything but the block layer."""
     return Pair(
-        real=("qemu-system-x86_64", "-S", "-M", "none", "-display", "none", "-nodefaults", *_QMP, *arguments),
-        ours=(sys.executable, "-m", "qblock", "-monitor", "none", *_QMP, *arguments),
+        real=("qemu-system-x86_64", "-S", "-M", "none", "-display", "none", "-nodefaults", *QMP, *arguments),
+        ours=(sys.executable, "-m", "qblock", "-monitor", "none", *QMP, *arguments),
     )
-
-
-def io(node: str, line: str) -> dict[str, Any]:
-    """A qemu-io command through the human monitor; what it prints goes to the program's standard output."""
-    return do("human-monitor-command", {"command-line": f'qemu-io {node} "{line}"'})
 
 
 GROWING = [

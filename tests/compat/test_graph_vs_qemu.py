@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, both
+from qmp_pair import DAEMONS, both, do, together, wait, wire
 
 IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "1M"],
@@ -21,24 +21,14 @@ IMAGES = [
 ]
 
 
-def do(command: str, arguments: dict[str, Any] | None = None, **members: Any) -> dict[str, Any]:
-    """A command; keywords' ``_`` stand for ``-``."""
-    given = (arguments or {}) | _wire(members)
-    return {"execute": command, "arguments": given} if given else {"execute": command}
-
-
-def _wire(members: dict[str, Any]) -> dict[str, Any]:
-    return {key.replace("_", "-"): value for key, value in members.items()}
-
-
 def file(filename: str, **members: Any) -> dict[str, Any]:
     """Options of a file node."""
-    return {"driver": "file", "filename": filename} | _wire(members)
+    return {"driver": "file", "filename": filename} | wire(members)
 
 
 def qcow2(name: str, storage: str | dict[str, Any], **members: Any) -> dict[str, Any]:
     """Options of a qcow2 node."""
-    return {"driver": "qcow2", "node-name": name, "file": storage} | _wire(members)
+    return {"driver": "qcow2", "node-name": name, "file": storage} | wire(members)
 
 
 def add(options: dict[str, Any]) -> dict[str, Any]:
@@ -49,12 +39,6 @@ def add(options: dict[str, Any]) -> dict[str, Any]:
 def reopen(*options: dict[str, Any]) -> dict[str, Any]:
     """blockdev-reopen."""
     return do("blockdev-reopen", options=list(options))
-
-
-def together(*actions: tuple[str, dict[str, Any]], **properties: Any) -> dict[str, Any]:
-    """transaction."""
-    given: dict[str, Any] = {"actions": [{"type": kind, "data": data} for kind, data in actions]}
-    return do("transaction", given | ({"properties": _wire(properties)} if properties else {}))
 
 
 NODES = do("query-named-block-nodes", flat=True)
@@ -77,7 +61,7 @@ BACKING = [
     reopen(file("top.qcow2", node_name="tf", locking="off")), do("blockdev-del", node_name="bf"),
     do("blockdev-del", node_name="base"), add(qcow2("ov", file("ov.qcow2", node_name="of"))), NODES,
     reopen(qcow2("ov", "of", backing="top")), NODES, reopen(qcow2("ov", "tf", backing="top")),
-    do("block-stream", job_id="j", device="ov", speed=1), {"wait": {"event": "JOB_STATUS_CHANGE", "data": {"status": "null"}}},
+    do("block-stream", job_id="j", device="ov", speed=1), wait("JOB_STATUS_CHANGE", status="null"),
     reopen(qcow2("ov", "of", backing=None)), NODES, do("blockdev-snapshot", node="top", overlay="ov"), NODES,
 ]  # fmt: skip
 FLAGS = [
@@ -133,7 +117,7 @@ INTERNAL = [
     do("block_resize", node_name="top", size=2 << 20), NODES, do("block_resize", node_name="top", size=1 << 20),
     do("block-dirty-bitmap-add", node="top", name="b", persistent=True), keep("top", "wb"), drop("top", name="wb"), NODES,
     do("blockdev-mirror", job_id="m", device="top", target="r", sync="full"),
-    {"wait": {"event": "BLOCK_JOB_READY", "data": {}}}, keep("top", "busy"), drop("top", name="t"),
+    wait("BLOCK_JOB_READY"), keep("top", "busy"), drop("top", name="t"),
     together(("blockdev-snapshot", {"node": "top", "overlay": "ov"}), kept("ov", "late")), NODES,
 ]  # fmt: skip
 
@@ -145,7 +129,7 @@ def change(parent: str, **members: Any) -> dict[str, Any]:
 
 def quorum(name: str, *children: str, **members: Any) -> dict[str, Any]:
     """Options of a quorum of which two must agree."""
-    return {"driver": "quorum", "node-name": name, "children": list(children), "vote-threshold": 2} | _wire(members)
+    return {"driver": "quorum", "node-name": name, "children": list(children), "vote-threshold": 2} | wire(members)
 
 
 QUORUM = [

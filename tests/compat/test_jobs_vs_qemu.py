@@ -15,8 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, SYSTEMS, Pair, both
-from test_qmp_replies import add, do, wait
+from qmp_pair import DAEMONS, SYSTEMS, Pair, add, both, do, hmp, wait
 
 IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "4M"],
@@ -125,9 +124,9 @@ def test_both_tell_the_same_of_jobs_in_unusual_moments(name: str, tmp_path: Path
 def test_a_guest_that_writes_zeroes_leaves_the_copy_as_small_as_in_qemu(tmp_path: Path) -> None:
     """In write-blocking mode zeroes reach the target as zeroes, also where whole clusters have to be written."""
     pair: Pair = SYSTEMS
-    zeroes = do("human-monitor-command", command_line='qemu-io d "write -z 1M 512k"')
+    zeroes = hmp('qemu-io d "write -z 1M 512k"')
     script = [
-        do("human-monitor-command", command_line="drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2"), OUT,
+        hmp("drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2"), OUT,
         mirror(device="d", sync="none", copy_mode="write-blocking"), READY, zeroes, do("query-block-jobs"),
         do("job-cancel", id="j"), GONE,
     ]  # fmt: skip
@@ -142,9 +141,9 @@ def test_a_guest_that_writes_zeroes_leaves_the_copy_as_small_as_in_qemu(tmp_path
 
 def test_a_drive_with_a_job_is_not_deleted(tmp_path: Path) -> None:
     """HMP's drive_del says so, the drive and the job stay, and once the job has gone it works."""
-    delete = do("human-monitor-command", command_line="drive_del d")
+    delete = hmp("drive_del d")
     script = [
-        do("human-monitor-command", command_line="drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2"), OUT,
+        hmp("drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2"), OUT,
         mirror(device="d"), READY, delete, *LOOK, do("query-block"), do("job-cancel", id="j"), GONE, delete, *LOOK,
         do("query-block"),
     ]  # fmt: skip

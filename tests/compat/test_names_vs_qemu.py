@@ -9,9 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import both
+from qmp_pair import both, do
 from test_filters_vs_qemu import machine
-from test_qmp_replies import do
 
 pytestmark = pytest.mark.qemu
 

@@ -13,34 +13,29 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import SYSTEMS, Connection, Json, running
+from qmp_pair import SYSTEMS, Connection, Json, hmp, running
 
 DISKS = (
     "-S", "-drive", "if=none,id=d0,file=base.qcow2,format=qcow2", "-drive", "if=none,id=d1,file=other.qcow2,format=qcow2",
 )  # fmt: skip
 
 
-def human(line: str) -> Json:
-    """A line of the human monitor as a QMP command."""
-    return {"execute": "human-monitor-command", "arguments": {"command-line": line}}
-
-
 STEPS: Sequence[Json] = (
     {"execute": "query-status"},
     {"execute": "stop"},
-    human("info status"),
-    human("drive_mirror -f d1 copy.qcow2"),
+    hmp("info status"),
+    hmp("drive_mirror -f d1 copy.qcow2"),
     {"execute": "drive-mirror", "arguments": {"device": "d0", "job-id": "j", "target": "c.raw", "format": "raw", "sync": "full"}},
-    human("drive_mirror -n d0 copy.qcow2"),
+    hmp("drive_mirror -n d0 copy.qcow2"),
     {"execute": "block-job-cancel", "arguments": {"device": "j", "force": True}},
     {"execute": "cont"},
-    human("info status"),
-    human("snapshot_blkdev d0 nowhere/snap.qcow2"),
-    human("snapshot_blkdev d0 snap,1.qcow2 qcow2"),
-    human("snapshot_blkdev d0 snap.raw raw"),
-    human('qemu-io d0 "write -q -P 1 0 4k"'),
-    human('qemu-io d0 "read -P 2 0 4k"'),
-    human('qemu-io d0 "length"'),
+    hmp("info status"),
+    hmp("snapshot_blkdev d0 nowhere/snap.qcow2"),
+    hmp("snapshot_blkdev d0 snap,1.qcow2 qcow2"),
+    hmp("snapshot_blkdev d0 snap.raw raw"),
+    hmp('qemu-io d0 "write -q -P 1 0 4k"'),
+    hmp('qemu-io d0 "read -P 2 0 4k"'),
+    hmp('qemu-io d0 "length"'),
     {"execute": "blockdev-create",
      "arguments": {"job-id": "c", "options": {"driver": "file", "filename": "new.raw", "size": 4096}}},
 )  # fmt: skip

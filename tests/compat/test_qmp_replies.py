@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, SYSTEMS, Pair, both
+from qmp_pair import DAEMONS, SYSTEMS, Pair, add, both, do, hmp, wait
 
 IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "8M"],
@@ -24,22 +24,6 @@ IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "out.qcow2", "8M"],
     ["qemu-img", "create", "-q", "-f", "qcow2", "ov.qcow2", "8M"],
 ]
-
-
-def do(command: str, arguments: dict[str, Any] | None = None, **members: Any) -> dict[str, Any]:
-    """A command; keywords' ``_`` stand for ``-``."""
-    given = (arguments or {}) | {key.replace("_", "-"): value for key, value in members.items()}
-    return {"execute": command, "arguments": given} if given else {"execute": command}
-
-
-def add(name: str, filename: str, **members: Any) -> dict[str, Any]:
-    """blockdev-add of a qcow2 image."""
-    return do("blockdev-add", driver="qcow2", node_name=name, file={"driver": "file", "filename": filename}, **members)
-
-
-def wait(event: str, **data: Any) -> dict[str, Any]:
-    """Wait for an event."""
-    return {"wait": {"event": event, "data": data}}
 
 
 NODES = [
@@ -126,21 +110,21 @@ CREATE = [
     do("blockdev-create", options={"driver": "file", "filename": "new.raw", "size": 1}),
     do("blockdev-create", job_id="c", options={"driver": "qcow2", "file": "nope", "size": 1 << 20}),
     wait("JOB_STATUS_CHANGE", status="concluded"), do("query-jobs"), do("job-dismiss", id="c"),
-    do("query-status"), do("nosuch"), do("human-monitor-command", command_line="info block"), do("getfd", fdname="a"),
+    do("query-status"), do("nosuch"), hmp("info block"), do("getfd", fdname="a"),
 ]  # fmt: skip
 MACHINE = [
     do("query-status"), do("query-name"), do("query-block"), do("stop"), do("stop"), do("query-status"), do("cont"),
     do("getfd", fdname="a"), do("closefd", fdname="a"), do("block_resize", device="nope", size=5),
-    do("human-monitor-command", command_line="info block -v"),
-    do("human-monitor-command", command_line="nosuch"), do("human-monitor-command", command_line="info block x y"),
-    do("human-monitor-command", command_line="drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2"),
-    do("human-monitor-command", command_line="info block"), do("human-monitor-command", command_line="info block -n"),
-    do("human-monitor-command", command_line="info block-jobs"), do("query-block"),
+    hmp("info block -v"),
+    hmp("nosuch"), hmp("info block x y"),
+    hmp("drive_add 0 if=none,id=d,file=top.qcow2,format=qcow2"),
+    hmp("info block"), hmp("info block -n"),
+    hmp("info block-jobs"), do("query-block"),
     do("drive-mirror", device="d", target="m.qcow2", sync="full"), wait("BLOCK_JOB_READY"),
-    do("query-block"), do("human-monitor-command", command_line="info block-jobs"),
+    do("query-block"), hmp("info block-jobs"),
     do("block-job-complete", device="d"), wait("JOB_STATUS_CHANGE", status="null"), do("query-block"),
-    do("human-monitor-command", command_line="snapshot_blkdev d s.qcow2"), do("query-block"),
-    do("human-monitor-command", command_line="drive_del d"), do("query-block"), do("query-named-block-nodes"),
+    hmp("snapshot_blkdev d s.qcow2"), do("query-block"),
+    hmp("drive_del d"), do("query-block"), do("query-named-block-nodes"),
     do("object-add", qom_type="secret", id="s", data="x"), do("object-add", qom_type="secret", id="s", data="x"),
     do("object-del", id="s"), do("object-del", id="s"), do("quit"),
 ]  # fmt: skip

@@ -10,9 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, both
-from test_filters_vs_qemu import LOOK, NULL, add, file, io, machine
-from test_qmp_replies import do
+from qmp_pair import DAEMONS, both, do, io
+from test_filters_vs_qemu import LOOK, NULL, add, file, machine
 
 pytestmark = pytest.mark.qemu
 

@@ -10,8 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import _QMP, DAEMONS, Pair, both
-from test_qmp_replies import do
+from qmp_pair import DAEMONS, QMP, Pair, both, do
 
 pytestmark = pytest.mark.qemu
 
@@ -75,8 +74,8 @@ DRIVES = [
     "-drive", "if=none,id=e0",
 ]  # fmt: skip
 MACHINES = Pair(
-    real=("qemu-system-x86_64", "-S", "-M", "none", "-display", "none", "-nodefaults", *_QMP, *DRIVES),
-    ours=(sys.executable, "-m", "qblock", "-monitor", "none", *_QMP, *DRIVES),
+    real=("qemu-system-x86_64", "-S", "-M", "none", "-display", "none", "-nodefaults", *QMP, *DRIVES),
+    ours=(sys.executable, "-m", "qblock", "-monitor", "none", *QMP, *DRIVES),
 )
 LIMITS = [
     do("query-block"), limit("d0", bps=1000), do("query-block"),

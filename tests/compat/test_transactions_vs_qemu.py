@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, SYSTEMS, Pair, both
+from qmp_pair import DAEMONS, SYSTEMS, Pair, both, do, hmp, together, wait
 
 IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "8M"],
@@ -27,11 +27,6 @@ GRAPH = {"execute": "x-debug-query-block-graph"}
 ABORT = ("abort", {})
 
 
-def do(command: str, **members: Any) -> dict[str, Any]:
-    """A command; keywords' ``_`` stand for ``-``."""
-    return {"execute": command, "arguments": {key.replace("_", "-"): value for key, value in members.items()}}
-
-
 def add(name: str, **members: Any) -> dict[str, Any]:
     """blockdev-add of a qcow2 image that is called as its node."""
     return do(
@@ -42,20 +37,12 @@ def add(name: str, **members: Any) -> dict[str, Any]:
 def drive(name: str) -> dict[str, Any]:
     """A drive without a device."""
     line = f"drive_add 0 if=none,id={name},file={name}.qcow2,format=qcow2,node-name={name}-n"
-    return do("human-monitor-command", command_line=line)
+    return hmp(line)
 
 
 def raw(**members: Any) -> dict[str, Any]:
     """A transaction with these members."""
     return {"execute": "transaction", "arguments": members}
-
-
-def together(*actions: tuple[str, dict[str, Any]], **properties: str) -> dict[str, Any]:
-    """A transaction of these actions."""
-    given: dict[str, Any] = {"actions": [{"type": kind, "data": data} for kind, data in actions]}
-    if properties:
-        given["properties"] = {key.replace("_", "-"): value for key, value in properties.items()}
-    return raw(**given)
 
 
 def bitmap(verb: str, node: str, name: str, **members: Any) -> tuple[str, dict[str, Any]]:
@@ -131,7 +118,7 @@ SNAPSHOTS = [
 BESIDE_A_JOB = [
     add("top"), add("out"), add("ov"), add("ov2", backing=None),
     do("blockdev-mirror", job_id="j", device="top", target="out", sync="full"),
-    {"wait": {"event": "BLOCK_JOB_READY", "data": {}}}, together(), together(ABORT),
+    wait("BLOCK_JOB_READY"), together(), together(ABORT),
     together(bitmap("add", "top", "b"), ABORT, completion_mode="grouped"),
     together(bitmap("add", "top", "b"), bitmap("clear", "top", "b")),
     together(to_file("s1.qcow2", node_name="top", snapshot_node_name="s1")),

@@ -10,9 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qmp_pair import DAEMONS, both
+from qmp_pair import DAEMONS, both, do, wait
 from test_jobs_vs_qemu import CHAIN, CONCLUDED, GONE, GRAPH, IMAGES, OUT, PENDING, READY, Script
-from test_qmp_replies import do, wait
 
 STARTS: Final[dict[str, Any]] = {
     "stream": lambda **members: do("block-stream", device="top", **members),
