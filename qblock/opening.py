@@ -21,7 +21,7 @@ from qblock.backend import BlockBackend
 from qblock.creating import create_image
 from qblock.drain import wait_idle
 from qblock.driver import BackingLink, Driver, Environment, Json, SupportsBacking, SupportsDataFile
-from qblock.errors import CommandError, CorruptImage, InvalidParameter, QBlockError
+from qblock.errors import CommandError, CorruptImage, InvalidParameter, NodeNotFound, QBlockError
 from qblock.filenames import combine_filename, has_protocol
 from qblock.graph import Graph, check_node_name
 from qblock.node import BlockDriverState
@@ -213,7 +213,10 @@ class Opener:
 
     async def _open_child(self, ref: NodeSpec | NodeReference | UnprobedSpec, *, standalone: bool) -> BlockDriverState:
         if isinstance(ref, NodeReference):
-            return self.graph.lookup(ref.name)
+            node = self.graph.lookup(ref.name)
+            if node.closed:  # it is being opened or closed: not to be attached, nor to be closed when that fails
+                raise NodeNotFound(ref.name)
+            return node
         if isinstance(ref, UnprobedSpec):
             layer = await self._open_given(ref.given, ref.flags, shown=ref.path)
             return layer.node if standalone else await self._with_backing(layer, {_identity(layer.node)})

@@ -51,6 +51,7 @@ INLINE_ALONE: Final = 16 * MiB
 """Both limits where the loop is not shared: a thread would only add two switches to each copy."""
 _INLINE_SPACE: Final = MiB
 _COPY_PIECE: Final = 64 * MiB
+_MAX_EXTENT_SIZE_HINT: Final = (1 << 32) - 1
 _NOT_SUPPORTED: Final = (
     errno.EOPNOTSUPP,
     errno.ENOSYS,
@@ -521,6 +522,8 @@ class FileDriver(Driver):
             raise InvalidParameter("preallocation", "cannot be 'metadata': a plain file has none")
         if options.size < 0:
             raise InvalidParameter("size", f"cannot be negative ({options.size})")
+        if options.extent_size_hint is not None and not 0 <= options.extent_size_hint <= _MAX_EXTENT_SIZE_HINT:
+            raise InvalidParameter("extent-size-hint", f"must be between 0 and {_MAX_EXTENT_SIZE_HINT} bytes")
         loop = asyncio.get_running_loop()
         warnings = await loop.run_in_executor(context.env.executor, _create_file, options)
         for warning in warnings:

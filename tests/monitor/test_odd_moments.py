@@ -1,4 +1,4 @@
-"""Queries at any moment of what other commands and jobs do: they see a graph that makes sense."""
+"""Commands at odd moments and with odd arguments, as random sequences found them: each is answered, nothing stays behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qblock.monitor.client import QmpClient
+from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.hub import MonitorHub
 from qblock.testing.images import make_image
 from qblock.testing.machines import LocalMachine
@@ -57,3 +57,26 @@ def test_nodes_that_are_going_away_are_not_shown(tmp_path: Path, seed: int) -> N
             machine.add_drive(make_image(tmp_path / device, SIZE, {0: b"x" * 512}), device=device)
         machine.run(life(machine, machine.qmp.client))
         assert not any(node["drv"] == "mirror_top" for node in machine.qmp.execute("query-named-block-nodes"))
+
+
+def test_a_node_cannot_have_itself_below_it_while_it_is_opened() -> None:
+    """Such a description is refused, and nothing of it stays."""
+    child = {"driver": "copy-before-write", "file": "disk", "target": "x"}
+    with LocalMachine() as machine:
+        machine.qmp.execute("blockdev-add", driver="memory", node_name="disk", size=SIZE)
+        for driver, name in (("compress", "file"), ("raw", "file"), ("blkdebug", "image")):
+            with pytest.raises(QmpError, match="no block node named 'x'"):
+                machine.qmp.execute("blockdev-add", {"driver": driver, "node-name": "x", name: child})
+        assert list(machine.machine.system.graph.nodes) == ["disk"]
+
+
+@pytest.mark.parametrize("hint", [-1, 1 << 32, (1 << 63) - 1])
+def test_a_hint_that_no_file_system_could_take_is_refused(tmp_path: Path, hint: int) -> None:
+    """The job ends with an error that names the option, and no file is made."""
+    options = {"driver": "file", "filename": str(tmp_path / "new"), "size": 512, "extent-size-hint": hint}
+    with LocalMachine() as machine:
+        machine.qmp.execute("blockdev-create", job_id="j", options=options)
+        machine.qmp.wait_event("JOB_STATUS_CHANGE", status="concluded")
+        [job] = machine.qmp.execute("query-jobs")
+        assert "extent-size-hint" in job["error"]
+    assert not (tmp_path / "new").exists()
