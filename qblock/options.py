@@ -350,6 +350,19 @@ def parse_keyval(text: str, *, implied_key: str | None = None) -> dict[str, Any]
     return unflatten_dotted(split_keyval(text, implied_key=implied_key))
 
 
+def parse_options(text: str, *, implied_key: str | None = None) -> tuple[dict[str, Any], bool]:
+    """What an option of a command line holds, JSON or as `parse_keyval` reads it; and whether the values are text (no JSON).
+
+    Raises `CommandError`.
+    """
+    if not text.lstrip().startswith("{"):
+        return parse_keyval(text, implied_key=implied_key), True
+    try:
+        return dict(_parse_json(text)), False
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"this is not JSON: {error}: {_shown(text)}") from None
+
+
 def split_items(text: str) -> list[str]:
     """What stands between the commas of such a text; a doubled comma is one that belongs to an item."""
     # The last match is the empty one at the end of the text.
@@ -419,14 +432,24 @@ def parse_json_filename(filename: str) -> dict[str, Any] | None:
     """The options in a ``json:{…}`` file name (dotted keys are allowed in it), or None for any other name."""
     if not filename.startswith("json:"):
         return None
-    shown = filename if len(filename) <= _SHOWN else f"{filename[:_SHOWN]}…"
+    shown = _shown(filename)
     try:
-        value = json.loads(filename[5:], object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        value = _parse_json(filename[5:])
     except (ValueError, RecursionError) as error:
         raise CommandError(f"The file name '{shown}' does not hold valid JSON behind 'json:': {error}") from None
     if not isinstance(value, dict):
         raise CommandError(f"The file name '{shown}' must hold a JSON object behind 'json:'")
     return unflatten_dotted(value)
+
+
+def _shown(text: str) -> str:
+    """As much of a text as an error message has room for."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _parse_json(text: str) -> Any:
+    """The value of a JSON text without keys given twice; raises `ValueError` and, when it is too deep, `RecursionError`."""
+    return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random as random_module
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,14 +26,13 @@ from qblock.monitor.events import EVENTS
 from qblock.monitor.hub import MonitorHub
 from qblock.monitor.reports import Reports
 from qblock.monitor.server import MonitorServer
-from qblock.options import parse_keyval
+from qblock.options import parse_options
 from qblock.policy import OpenPolicy
 from qblock.runstate import RunState
 from qblock.system import BlockSystem
 from qblock.units import SECOND_NS, format_size
 
 if TYPE_CHECKING:
-    from qblock.driver import Json
     from qblock.monitor.replay import Execute
     from qblock.monitor.script import GuestIO
 
@@ -151,12 +149,8 @@ class Machine:
 
     async def add_blockdev(self, text: str) -> None:
         """As -blockdev: options as ``key=value`` text or as JSON."""
-        is_json = text.lstrip().startswith("{")
-        try:
-            options: Json = json.loads(text) if is_json else parse_keyval(text, implied_key="driver")
-        except ValueError as error:
-            raise CommandError(f"the options of a node are not JSON: {error}") from None
-        node = await self.system.opener.open_blockdev(options, strings=not is_json)
+        options, strings = parse_options(text, implied_key="driver")
+        node = await self.system.opener.open_blockdev(options, strings=strings)
         node.monitor_owned = True
 
     async def serve(self, where: str | ChardevOptions, *, label: str) -> None:

@@ -27,7 +27,7 @@ from qblock.graph import Graph
 from qblock.node import BlockDriverState
 from qblock.nodespec import DISCARD_WORDS
 from qblock.opening import Opener, OpenPolicy
-from qblock.options import fields, parse_keyval, split_items
+from qblock.options import fields, parse_keyval, parse_options, split_items
 from qblock.permissions import Perm
 from qblock.registry import DriverRegistry
 from qblock.snapshots import find_described
@@ -213,7 +213,7 @@ def with_secrets(arguments: Arguments, watch: Watch | None) -> Watch | None:
 
         table = ObjectTable(env)
         for text in texts:
-            given, strings = parse_object(text)
+            given, strings = parse_options(text, implied_key="qom-type")
             table.add(given, strings=strings)
         if watch is not None:
             watch(env)
@@ -235,17 +235,6 @@ def _answer_help(text: str) -> None:
             if field.wire not in ("qom-type", "id"):
                 print(f"  {field.wire}=<string>")
         raise OnlyHelp
-
-
-def parse_object(text: str) -> tuple[dict[str, Any], bool]:
-    """The options of an --object, and whether their leaves are text; raises `CommandError`."""
-    if not text.startswith("{"):
-        return parse_keyval(text, implied_key="qom-type"), True
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise CommandError(f"--object is not valid JSON: {error}") from None
-    return dict(given), False
 
 
 def run_session(body: Callable[[ImageSession], Awaitable[T]], watch: Watch | None = None) -> T:

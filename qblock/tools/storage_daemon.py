@@ -9,17 +9,16 @@ ours, the monitors speak as those of a proposal of 2011 or 2012.
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from qblock.errors import CommandError, InvalidParameter, QBlockError
-from qblock.options import parse_keyval
+from qblock.options import parse_options
 from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.background import in_background, remove_file, write_pid
 from qblock.tools.console import PROGRAM_VERSION, complain, end_program, ending_quietly
@@ -170,16 +169,6 @@ def _quit_on_signals(hub: MonitorHub) -> None:
         loop.add_signal_handler(number, begin)
 
 
-def _mapping(text: str, *, implied_key: str | None = None) -> tuple[dict[str, Any], bool]:
-    """Options in JSON or as key=value; and whether the values are strings (key=value)."""
-    if not text.startswith("{"):
-        return parse_keyval(text, implied_key=implied_key), True
-    try:
-        return dict(json.loads(text)), False
-    except ValueError as error:
-        raise CommandError(f"this is not JSON: {error}: {text}") from error
-
-
 @attrs.define(eq=False)
 class _Setup:
     """Carries out one option after the other."""
@@ -205,7 +194,7 @@ class _Setup:
                 raise CommandError(f"--{name}: {NO_EXPORTS}")
 
     async def _blockdev(self, text: str) -> None:
-        options, strings = _mapping(text, implied_key="driver")
+        options, strings = parse_options(text, implied_key="driver")
         if "node-name" not in options:
             raise InvalidParameter("node-name", "is missing: without a name nobody could use the node")
         node = await self.system.opener.open_blockdev(options, strings=strings)
@@ -216,7 +205,7 @@ class _Setup:
     def _chardev(self, text: str) -> None:
         from qblock.monitor.chardev import chardev_from
 
-        options = chardev_from(_mapping(text, implied_key="backend")[0])
+        options = chardev_from(parse_options(text, implied_key="backend")[0])
         if options.label in self.chardevs:
             raise CommandError(f"there are two character devices called '{options.label}'")
         self.chardevs[options.label] = options
@@ -224,7 +213,7 @@ class _Setup:
     async def _monitor(self, text: str) -> None:
         from qblock.monitor.server import MonitorServer
 
-        options, _ = _mapping(text, implied_key="chardev")
+        options, _ = parse_options(text, implied_key="chardev")
         label = options.pop("chardev", None)
         mode = options.pop("mode", "control")
         options.pop("id", None)
@@ -246,7 +235,7 @@ class _Setup:
             hit(chardev=label)
 
     async def _object(self, text: str) -> None:
-        options, strings = _mapping(text, implied_key="qom-type")
+        options, strings = parse_options(text, implied_key="qom-type")
         await self.system.add_object(options, strings=strings)
 
     @property

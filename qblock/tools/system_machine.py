@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from qblock.monitor.repl_commands import install
 from qblock.monitor.reports import Report, Reports
 from qblock.monitor.server import MonitorServer
 from qblock.monitor.session import MonitorSession
-from qblock.options import parse_keyval, split_keyval
+from qblock.options import parse_options, split_keyval
 from qblock.tools.background import Ready, remove_file, write_pid
 from qblock.tools.console import end_program
 from qblock.tools.machine_run import first_of
@@ -100,16 +99,6 @@ def _print(report: Report, *, talks_on_stdio: bool) -> None:
     print(report.text, end="", flush=True, file=sys.stderr if aside else sys.stdout)
 
 
-def _mapping(text: str, implied_key: str) -> tuple[dict[str, Any], bool]:
-    """Options in JSON or as key=value; and whether the values are strings (key=value)."""
-    if not text.startswith("{"):
-        return parse_keyval(text, implied_key=implied_key), True
-    try:
-        return dict(json.loads(text)), False
-    except ValueError as error:
-        raise CommandError(f"this is not JSON: {error}") from error
-
-
 @attrs.define(eq=False)
 class _Chardev:
     """A character device that the command line names; ``user`` makes its sessions, None while nobody is attached."""
@@ -177,7 +166,7 @@ class _Setup:
                     case "add-fd":
                         self._add_fd(split_keyval(option.value))
                     case "chardev":
-                        self._chardev(chardev_from(_mapping(option.value, "backend")[0]))
+                        self._chardev(chardev_from(parse_options(option.value, implied_key="backend")[0]))
 
     def _action(self, text: str) -> None:
         actions = self.machine.hub.actions
@@ -214,7 +203,7 @@ class _Setup:
         return None if text is None else str(split_keyval(text, implied_key="guest").get("guest", "")) or None
 
     async def _object(self, option: Given) -> None:
-        options, strings = _mapping(option.value, "qom-type")
+        options, strings = parse_options(option.value, implied_key="qom-type")
         await self.machine.system.add_object(options, strings=strings)
 
     # -------------------------------------------------------------------------------------------------------------- drives
@@ -268,7 +257,7 @@ class _Setup:
         for option in self.plan.given:
             with _About(option):
                 if option.name == "device":
-                    self._device(*_mapping(option.value, "driver"))
+                    self._device(*parse_options(option.value, implied_key="driver"))
                 elif option.name == "drive" and self._is_virtio(option):
                     self._device({"driver": "virtio-blk-pci", "drive": next(virtio)}, strings=True)
 

@@ -10,7 +10,6 @@ must not fail for that.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import attrs
 
 from qblock.errors import CommandError, InvalidParameter
-from qblock.options import parse_keyval
+from qblock.options import parse_options
 from qblock.tools.console import complain
 from qblock.tracing import Trace
 
@@ -144,16 +143,14 @@ class Tracer:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    if not text.startswith("{"):
-        return parse_keyval(text, implied_key="enable")
     try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise CommandError(f"--trace: this is not JSON: {error}") from error
+        options, _ = parse_options(text, implied_key="enable")
+    except CommandError as error:
+        raise CommandError(f"--trace: {error}") from error
     for name, value in options.items():
         if not isinstance(value, str):
             raise InvalidParameter(name, "must be a string")
-    return dict(options)
+    return options
 
 
 def asks_for_list(texts: Sequence[str]) -> bool:

@@ -24,6 +24,7 @@ from qblock.options import (
     option,
     parse_json_filename,
     parse_keyval,
+    parse_options,
     required,
     unflatten_dotted,
     visit,
@@ -289,6 +290,27 @@ def test_numbers_are_finite(number: object) -> None:
     """A rate of NaN compares with nothing."""
     with pytest.raises(InvalidParameter):
         visit(Numbers, {"rate": number}, strings=isinstance(number, str))
+
+
+def test_an_option_of_a_command_line_is_json_or_text() -> None:
+    """Whoever reads it has to know whether numbers are written as text."""
+    assert parse_options("null-co,size=5", implied_key="driver") == ({"driver": "null-co", "size": "5"}, True)
+    assert parse_options('{"driver": "null-co", "size": 5}', implied_key="driver") == (
+        {"driver": "null-co", "size": 5},
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", '{"a": 1, "a": 2}', '{"a": NaN}', "{} {}", '{"a":' * 100_000],
+    ids=["cut", "twice", "NaN", "two", "deep"],
+)
+def test_json_of_a_command_line_that_is_none_is_refused_shortly(text: str) -> None:
+    """A program is no parser's victim: neither depth nor length shows in its error."""
+    with pytest.raises(CommandError) as error:
+        parse_options(text)
+    assert len(str(error.value)) < 400
 
 
 def test_nested_and_dotted_keys_of_one_object_are_merged() -> None:
