@@ -23,7 +23,7 @@ import asyncio
 import enum
 import errno
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from itertools import pairwise
 from random import Random
 from typing import Final
@@ -74,13 +74,19 @@ def check_driver(
     keeps: Keeps = Keeps.UNTIL_CLOSED,
     steps: int = 200,
     seed: int = 0,
+    real_time: bool = False,
 ) -> None:
     """Try a driver; raises `ContractViolation`. Takes a fraction of a second and no virtual time of its own.
 
     ``drivers`` are made known beside qblock's own. With `Keeps.FOREVER` ``open_node`` is called a second time, when the
     first node is closed, and must find the same image. ``steps`` requests are drawn from ``seed``.
+    ``real_time``: on an ordinary loop, for what virtual time cannot wait for.
     """
-    run(lambda: _check(open_node, tuple(drivers), keeps, steps=steps, seed=seed))
+
+    def check() -> Coroutine[None, None, None]:
+        return _check(open_node, tuple(drivers), keeps, steps=steps, seed=seed)
+
+    asyncio.run(check()) if real_time else run(check)
 
 
 async def _check(

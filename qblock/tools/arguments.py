@@ -14,6 +14,7 @@ from typing import Final
 from qblock.errors import CommandError
 from qblock.units import parse_size
 
+AIO_MODES: Final = ("threads", "native", "io_uring")
 CACHE_MODES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe", "off")
 
 
@@ -95,6 +96,19 @@ def cache_options(mode: str | None, what: str = "cache option") -> dict[str, str
         "cache.direct": "on" if mode in ("none", "off", "directsync") else "off",
         "cache.no-flush": "on" if mode == "unsafe" else "off",
     }
+
+
+def aio_options(mode: str, cache: str | None) -> dict[str, str]:
+    """Node options for an aio mode of -i, for the file of an image that is opened with the cache mode ``cache``."""
+    if mode not in AIO_MODES:
+        raise CommandError(f"Invalid aio mode: '{mode}' (choose from {', '.join(AIO_MODES)})")
+    if mode == "threads":
+        return {}
+    if mode == "io_uring":
+        raise CommandError("the aio mode 'io_uring' is not supported: use threads or native")
+    if cache_options(cache).get("cache.direct") != "on":
+        raise CommandError("the aio mode 'native' needs a cache mode past the page cache: add -t none or -t directsync")
+    return {"file.aio": mode}
 
 
 def is_writethrough(mode: str | None) -> bool:

@@ -1,8 +1,7 @@
 """``qblock-img bench``: how long a number of requests of one size takes, a few of them at a time.
 
-Command line, checks and output as qemu-img 7.2's; -q silences nothing, as there. Differs from QEMU: requests are served by
-threads and the page cache only (``-i threads``; ``-n``, ``-i native`` and ``-i io_uring`` are refused by name), a depth of 0 and
-an empty image are refused, and a failing request ends the run at once.
+Command line, checks and output as qemu-img 7.2's; -q silences nothing, as there. Differs from QEMU: ``-i io_uring``, a
+depth of 0 and an empty image are refused, and a failing request ends the run at once.
 """
 
 from __future__ import annotations
@@ -16,7 +15,15 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.clock import Clock
 from qblock.errors import CommandError, QBlockError
-from qblock.tools.arguments import CACHE_MODES, Arguments, UsageError, cache_options, is_writethrough, size_of
+from qblock.tools.arguments import (
+    CACHE_MODES,
+    Arguments,
+    UsageError,
+    aio_options,
+    cache_options,
+    is_writethrough,
+    size_of,
+)
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
 
 MAX_NUMBER: Final = (1 << 31) - 1
@@ -63,17 +70,18 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         image_opts="image-opts" in arguments,
         writable="w" in arguments,
         force_share="U" in arguments,
-        extra=cache_options(cache),
+        extra=cache_options(cache) | aio_options(_aio_mode(arguments), cache),
         writethrough=is_writethrough(cache),
     )
     run_session(lambda session: _bench(session, wanted, settings), watch)
     return 0
 
 
+def _aio_mode(arguments: Arguments) -> str:
+    return "native" if "n" in arguments else arguments.get("i") or "threads"
+
+
 def _settings(arguments: Arguments) -> BenchSettings:
-    for name, value in [("n", "native"), *(("i", value) for value in arguments.all("i"))]:
-        if name in arguments and value != "threads":
-            raise CommandError(f"-{name} is not supported: '{value}' would be another name of the threads used here")
     writes = "w" in arguments
     length = _bytes(arguments, "s", "buffer size", DEFAULT_BUFFER)
     depth = _number(arguments, "d", "queue depth", DEFAULT_DEPTH)

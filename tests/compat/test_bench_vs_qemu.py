@@ -16,6 +16,7 @@ LINES = (
     "-c 100 --pattern 10", "-c 100 -w --pattern 256", "-c 100 -w --pattern x", "-c 0", "-c -1", "-c x", "-c 3000000000", "-d x",
     "-c 10 -s 0", "-c 10 -s 3G", "-c 10 -s 1000", "-c 10 -S 0", "-c 10 -o 3M -s 1M", "-c 10 -o 4M -s 1M", "-c 10 -o 5M",
     "-c 10 -s 5M", "-c 7 -w -d 1 -S 3M", "-c 7 -w -S 1500k", "-c 10 -o x", "-c 10 -i threads", "-c 10 -i foo", "-c 10 -t foo",
+    "-c 10 -n", "-c 10 -i native", "-c 10 -n -t none", "-c 10 -w -i native -t directsync", "-c 10 -n -i threads",
     "-c 10 -t none", "-c 10 -w -t writethrough", "-c 10 -U", "-c 10 -U -w", "-w --flush-interval x", "-w --flush-interval -3",
     "-c 10 --object secret,id=x,data=y", "-p", "-c 10 -S 3G", "-c 3 extra", "-c 2 -w -d 1 -o 3968k -S 200k -s 64k",
     "-c 1 -w -d 1 -o 4032k -s 128k",
@@ -42,7 +43,7 @@ def test_bench_says_and_does_what_qemu_does(
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("option", ["-n", "-i native", "-i io_uring", "-d 0"])
+@pytest.mark.parametrize("option", ["-i io_uring", "-t none -i io_uring", "-d 0"])
 def test_what_bench_cannot_do_is_refused_by_name(
     option: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

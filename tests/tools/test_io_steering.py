@@ -92,3 +92,4 @@ def test_an_unknown_aio_mode_is_not_taken_for_another(io: Run) -> None:
         assert code == 1
         assert mode in complaint
     assert io("length", options=("-i", "threads", "-m", "-n"))[0] == 0
+    assert io("length", options=("-k",))[0] == 1  # not through the page cache

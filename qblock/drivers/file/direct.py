@@ -1,6 +1,6 @@
-"""Reading and writing without the page cache (``O_DIRECT``): what alignment it takes, and buffers that have it.
+"""Reading and writing without the page cache (``O_DIRECT``): what alignment it takes, buffers that have it, and who runs it.
 
-All functions block, and raise `OSError`.
+All functions raise `OSError`, and those that are not coroutines block.
 """
 
 from __future__ import annotations
@@ -12,13 +12,85 @@ import os
 import threading
 from typing import Final
 
+from qblock.drivers.file import space
+from qblock.drivers.file.aio import LARGEST, LinuxAio
+from qblock.drivers.file.threads import ThreadQueue
 from qblock.units import MiB
 from qblock.zeroes import fill_zero
 
 BOUNCE: Final = MiB
 """Bytes of a `Bounce`."""
+_PASS_BY: Final = 16
+"""Writes that go to threads after one that would have had to wait: space is seldom allocated for one write alone."""
 _DIRECT_ALIGNMENTS: Final = (512, 4096)
 _BLKSSZGET: Final = 0x1268
+
+
+class DirectAccess:
+    """The requests of one file: small ones by the kernel's own queue where there is one, the others in threads.
+
+    ``alignment`` in bytes is what offsets and lengths are multiples of.
+    """
+
+    def __init__(self, threads: ThreadQueue, alignment: int, *, native: bool = False, max_batch: int = 0) -> None:
+        """Raises `OSError` where there is no queue and ``native`` insists on it; ``max_batch`` as in `LinuxAio`."""
+        self.alignment = alignment
+        self._threads = threads
+        self._bounce = Bounce()
+        self._passing_by = 0
+        """How many writes are not even offered to the queue."""
+        self._queue: LinuxAio | None = None
+        try:
+            self._queue = LinuxAio(max_batch=max_batch, may_block=native)
+        except OSError:
+            if native:
+                raise
+
+    def close(self) -> None:
+        """Give the queue back; there are no requests."""
+        if self._queue is not None:
+            self._queue.close()
+
+    async def read(self, fd: int, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, with zeroes behind the end of the file. A cancelled caller goes on when nobody works on it."""
+        done = 0
+        if (queue := self._queue_for(buffer)) is not None:
+            done = await queue.read(fd, offset, buffer)
+            if done == len(buffer):
+                return
+            done -= done % self.alignment
+        await self._threads.run(self._read_blocking, fd, offset + done, buffer[done:])
+
+    async def write(self, fd: int, offset: int, buffer: memoryview) -> None:
+        """Write all of ``buffer``; cancelled as `read`."""
+        done = 0
+        if self._passing_by:
+            self._passing_by -= 1
+        elif (queue := self._queue_for(buffer)) is not None:
+            done = await queue.write(fd, offset, buffer)
+            if done == len(buffer):
+                return
+            done -= done % self.alignment
+            self._passing_by = _PASS_BY
+        await self._threads.run(self._write_blocking, fd, offset + done, buffer[done:])
+
+    def _queue_for(self, buffer: memoryview) -> LinuxAio | None:
+        queue = self._queue
+        return queue if queue is not None and len(buffer) <= LARGEST and not queue.refused else None
+
+    def _read_blocking(self, fd: int, offset: int, buffer: memoryview) -> None:
+        bounce = self._bounce.buffer
+        for start in range(0, len(buffer), BOUNCE):
+            piece = bounce[: min(BOUNCE, len(buffer) - start)]
+            read_once(fd, offset + start, piece)
+            buffer[start : start + len(piece)] = piece
+
+    def _write_blocking(self, fd: int, offset: int, buffer: memoryview) -> None:
+        bounce = self._bounce.buffer
+        for start in range(0, len(buffer), BOUNCE):
+            piece = bounce[: min(BOUNCE, len(buffer) - start)]
+            piece[:] = buffer[start : start + len(piece)]
+            space.write_fully(fd, offset + start, piece)
 
 
 class Bounce(threading.local):

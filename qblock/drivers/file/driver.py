@@ -3,11 +3,13 @@
 Models QEMU's ``file`` with ``aio=threads`` (semantics.md section 16, image-locking.md). A small request that the page cache can
 serve is done at once on the loop's thread: reads ask with ``RWF_NOWAIT`` and go to a thread only when data must come from the
 disk, writes are a copy into the page cache. Everything that may take long (large requests, ``fdatasync``, allocation) runs in
-the environment's executor. With ``cache.direct`` the file is open with ``O_DIRECT`` and data go through aligned buffers.
+the environment's executor. With ``cache.direct`` the file is open with ``O_DIRECT``, and small requests are run by the kernel
+(aio.py) where it can.
 
-Differs from QEMU: ``aio=native`` and ``io_uring`` are refused, since they would only be other names for the same; so is
-``pr-manager``. ``auto-read-only`` decides when the file is opened, not again with every user. Block devices are taken, too.
-``drop-cache`` acts at the end of an incoming migration, which qblock does not have: both values do the same there and here.
+Differs from QEMU: with ``cache.direct`` that is so for ``aio=threads``, too; ``aio=native`` insists on it, and fails where there
+is no such queue. ``aio=io_uring`` is refused, since it would only be another name for the same; so is ``pr-manager``.
+``auto-read-only`` decides when the file is opened, not again with every user. Block devices are taken, too. ``drop-cache`` acts
+at the end of an incoming migration, which qblock does not have: both values do the same there and here.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from attrs import evolve, frozen
 
 from qblock.driver import CreateContext, Driver, Json, Limits
 from qblock.drivers.file import space
-from qblock.drivers.file.direct import BOUNCE, Bounce, alignment_of, read_once, set_direct
+from qblock.drivers.file.direct import DirectAccess, alignment_of, set_direct
 from qblock.drivers.file.locks import FileLocks
 from qblock.drivers.file.threads import ThreadQueue
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
@@ -71,9 +73,9 @@ class FileOptions(DriverOptions):
     pr_manager: str | None = option(None, doc="persistent reservation manager; not offered", since="2.11")
     locking: Literal["auto", "on", "off"] = option("auto", doc="byte-range locks on the file", since="2.10")
     aio: Literal["threads", "native", "io_uring"] = option(
-        "threads", doc="how requests are run; only threads", since="2.9"
+        "threads", doc="how requests are run; not io_uring", since="2.9"
     )
-    aio_max_batch: int = option(0, doc="largest batch of aio=native; only 0", since="6.2")
+    aio_max_batch: int = option(0, doc="largest batch of aio=native; 0: no limit", since="6.2")
     drop_cache: bool = option(True, doc="drop the page cache after an incoming migration", since="3.0")
     x_check_cache_dropped: bool = option(False, doc="check that drop-cache worked; only off", since="3.0")
 
@@ -149,9 +151,8 @@ class FileDriver(Driver):
     _failed_flush = 0
     _locks: FileLocks | None = None
     _new_fd: int | None = None
-    _direct = False
-    _inline_before = 0
-    """What ``_inline_read`` is when the page cache is used."""
+    _direct: DirectAccess | None = None
+    """What serves requests past the page cache."""
     _inline_read = INLINE_READ
     _read_flags = os.RWF_NOWAIT
     _inline_write = INLINE_WRITE
@@ -188,15 +189,20 @@ class FileDriver(Driver):
                 self._bypass_cache(alignment_of(self._fd, is_device=self._is_device))
             self._open_locks()
         except BaseException:
+            self._use_cache()
             os.close(self._fd)
             raise
 
     def _refuse_options(self) -> None:
         options = self.options
-        if options.aio != "threads":
-            raise InvalidParameter("aio", f"cannot be '{options.aio}': requests run in threads here; leave it out")
-        if options.aio_max_batch:
-            raise InvalidParameter("aio-max-batch", "belongs to aio=native, which is not offered; leave it out")
+        if options.aio == "io_uring":
+            raise InvalidParameter("aio", "cannot be 'io_uring', which is not offered; use threads or native")
+        if options.aio == "native" and not self.node.cache_direct:
+            raise InvalidParameter("aio", "cannot be 'native' without cache.direct=on")
+        if options.aio_max_batch and options.aio != "native":
+            raise InvalidParameter("aio-max-batch", "belongs to aio=native; leave it out")
+        if options.aio_max_batch < 0:
+            raise InvalidParameter("aio-max-batch", f"cannot be negative ({options.aio_max_batch})")
         if options.pr_manager is not None:
             raise InvalidParameter("pr-manager", "is not offered: there are no persistent reservations here")
         if options.x_check_cache_dropped:
@@ -211,14 +217,19 @@ class FileDriver(Driver):
         return _open_storage(self.options.filename, flags, self.env.fdsets)
 
     def _bypass_cache(self, alignment: int) -> None:
-        self._direct = True
-        self._inline_before, self._inline_read = self._inline_read, 0
+        options = self.options
+        try:
+            self._direct = DirectAccess(
+                self._threads, alignment, native=options.aio == "native", max_batch=options.aio_max_batch
+            )
+        except OSError as error:
+            raise CommandError(f"'{options.filename}' cannot be used with aio=native: {error.strerror}") from None
         self.limits = Limits(request_alignment=alignment)
-        self._bounce = Bounce()
 
     def _use_cache(self) -> None:
-        self._direct = False
-        self._inline_read = self._inline_before
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
         self.limits = Limits()
 
     def _open_locks(self) -> None:
@@ -246,6 +257,7 @@ class FileDriver(Driver):
 
     async def close(self) -> None:
         """See `Driver`."""
+        self._use_cache()
         os.close(self._fd)
         self._fd = -1
         if self._locks is not None:
@@ -265,7 +277,7 @@ class FileDriver(Driver):
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Driver`."""
         done = 0
-        if len(buffer) <= self._inline_read:
+        if self._direct is None and len(buffer) <= self._inline_read:
             try:
                 done = os.preadv(self._fd, (buffer,), offset, self._read_flags)
                 if done == len(buffer):
@@ -279,12 +291,14 @@ class FileDriver(Driver):
                 if error.errno != errno.EOPNOTSUPP:
                     raise _io_error(error, f"Reading '{self.options.filename}' at {offset} failed") from None
                 self._inline_read = 0
-        await self._read_in_thread(offset + done, buffer[done:])
+        await self._read_waiting(offset + done, buffer[done:])
 
-    async def _read_in_thread(self, offset: int, buffer: memoryview) -> None:
-        read = self._read_direct if self._direct else _read_fully
+    async def _read_waiting(self, offset: int, buffer: memoryview) -> None:
         try:
-            await self._run(read, self._fd, offset, buffer)
+            if self._direct is not None:
+                await self._direct.read(self._fd, offset, buffer)
+            else:
+                await self._run(_read_fully, self._fd, offset, buffer)
         except OSError as error:
             raise _io_error(error, f"Reading '{self.options.filename}' at {offset} failed") from None
 
@@ -292,8 +306,8 @@ class FileDriver(Driver):
         """See `Driver`."""
         end = offset + len(buffer)
         try:
-            if self._direct:
-                await self._run(self._write_direct, self._fd, offset, buffer)
+            if self._direct is not None:
+                await self._direct.write(self._fd, offset, buffer)
             elif len(buffer) > self._inline_write:
                 await self._run(self._write, self._fd, offset, buffer)
             else:
@@ -305,21 +319,6 @@ class FileDriver(Driver):
             self._length = end
         if fua:
             await self.flush()
-
-    def _read_direct(self, fd: int, offset: int, buffer: memoryview) -> None:
-        """Like `_read_fully`, through a buffer aligned as O_DIRECT needs it; offset and length are aligned."""
-        bounce = self._bounce.buffer
-        for start in range(0, len(buffer), BOUNCE):
-            piece = bounce[: min(BOUNCE, len(buffer) - start)]
-            read_once(fd, offset + start, piece)
-            buffer[start : start + len(piece)] = piece
-
-    def _write_direct(self, fd: int, offset: int, buffer: memoryview) -> None:
-        bounce = self._bounce.buffer
-        for start in range(0, len(buffer), BOUNCE):
-            piece = bounce[: min(BOUNCE, len(buffer) - start)]
-            piece[:] = buffer[start : start + len(piece)]
-            space.write_fully(fd, offset + start, piece)
 
     async def flush(self) -> None:
         """See `Driver`. After one failure of a buffered file all flushes fail until it is reopened."""
@@ -471,7 +470,9 @@ class FileDriver(Driver):
         super().check_reopen(evolve(options, drop_cache=self.options.drop_cache), read_only=read_only)
 
     def check_cache(self, *, direct: bool) -> None:
-        """See `Driver`: the file system must be able to do without the page cache."""
+        """See `Driver`: the file system must be able to do without the page cache, and aio=native takes nothing else."""
+        if not direct and self.options.aio == "native":
+            raise CommandError(f"'{self.options.filename}' needs cache.direct=on for aio=native")
         if not direct or self._direct:
             return
         try:
