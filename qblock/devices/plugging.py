@@ -6,6 +6,7 @@ found, the disk's backend is found or made, and its permissions are taken. When 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ from qblock.devices.device import GuestDevice
 from qblock.devices.models import BUS_KINDS, DeviceModel, DiskTraits, find_model
 from qblock.devices.properties import Value, parse_values
 from qblock.devices.tree import Bus, Device
+from qblock.drain import drained
 from qblock.errors import CommandError, InvalidParameter
 from qblock.graph import check_identifier
 from qblock.permissions import Perm
@@ -114,16 +116,44 @@ def unplug(system: BlockSystem, name: str) -> None:
         system.later(_remove(system, [device]), f"device_del of '{name}'")
 
 
-async def let_go(system: BlockSystem) -> None:
-    """The guest lets go of the devices that were told to leave, or a reset takes them from it."""
-    await _remove(system, system.devices.leaving)
+async def take_requests_back(system: BlockSystem) -> None:
+    """A reset begins: devices on buses on which they come and go wait for the end of their requests, leaving ones for good."""
+    for device in system.devices.devices.copy():
+        if device.bus is not None and BUS_KINDS[device.bus.kind].hotplug:
+            await _settle(device)
+    for device in system.devices.leaving:
+        for part in _with_all_behind(device):
+            await _settle(part)
 
 
-async def _remove(system: BlockSystem, leaving: list[Device]) -> None:
+async def let_go(system: BlockSystem, *, idle: bool = False) -> None:
+    """The guest lets go of the devices that were told to leave, or a reset takes them from it: then they are ``idle`` already."""
+    await _remove(system, system.devices.leaving, idle=idle)
+
+
+async def _remove(system: BlockSystem, leaving: list[Device], *, idle: bool = False) -> None:
+    """In drained sections as in QEMU, where ready jobs show each: requests end, the drive is released, its medium taken out."""
     for device in leaving:
+        for part in _with_all_behind(device):
+            for _ in range(2 if idle else 3):
+                await _settle(part)
         if device in system.devices.devices:  # it may have gone with the device that it was plugged into
             system.devices.remove(device)
     await system.opener.close_orphans()
+
+
+def _with_all_behind(device: Device) -> list[Device]:
+    """The device and all that is on its buses."""
+    behind = [child for bus in device.buses for child in bus.children]
+    return [device, *(part for child in behind for part in _with_all_behind(child))]
+
+
+async def _settle(device: Device) -> None:
+    """Wait for the end of all requests to the device's disk, if there is one."""
+    if device.disk is not None and device.disk.backend.root is not None:
+        async with drained(device.disk.backend.node):
+            pass
+        await asyncio.sleep(0)  # so that jobs that go on say so before anything else happens
 
 
 # ------------------------------------------------------------------------------------------------------------------ places

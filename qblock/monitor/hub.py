@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
-from qblock.devices.plugging import let_go
+from qblock.devices.plugging import let_go, take_requests_back
 from qblock.monitor.command import CommandTable
 from qblock.monitor.commands import table
 from qblock.monitor.dialects import Dialect
@@ -145,8 +145,9 @@ class MonitorHub:
         reason = {"guest": False, "reason": "host-qmp-system-reset"}
         if self.actions.reboot == "reset":
             self.system.run.reset()
+            await take_requests_back(self.system)
             self.system.emit("RESET", reason)
-            await let_go(self.system)
+            await let_go(self.system, idle=True)
             return
         self.system.emit("SHUTDOWN", reason)
         if self.actions.shutdown == "pause":
