@@ -53,12 +53,12 @@ class ActiveCommitJob(MirrorJob):
         if self.target.length < self.length:
             await self.target.truncate(self.length)
 
-    def dismantle(self, target: BlockDriverState, change: Transaction, *, switch: bool) -> None:
+    def let_go(self, target: BlockDriverState, change: Transaction) -> None:
         """See `MirrorJob`."""
         graph = self.runner.graph
         graph.unfreeze_chain(self.filter.node, target)
         change.add(abort=partial(graph.freeze_chain, self.filter.node, target))
-        super().dismantle(target, change, switch=switch)
+        super().let_go(target, change)
 
 
 @attrs.define(eq=False)

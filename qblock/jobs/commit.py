@@ -26,7 +26,7 @@ from qblock.blockers import block_all, unblock
 from qblock.copying_down import MAX_ZEROES, Piece
 from qblock.drain import drained
 from qblock.driver import BackingLink, SupportsBacking
-from qblock.errors import CommandError, QBlockError
+from qblock.errors import CommandError, PermissionConflict, QBlockError
 from qblock.jobs.commit_plan import CommitPlace, CommitRequest
 from qblock.jobs.commit_top import CommitTop
 from qblock.jobs.scanning import STEP, ScanningJob
@@ -164,18 +164,31 @@ class CommitJob(ScanningJob):
     def _dismantle(self, change: Transaction, *, below: BlockDriverState) -> None:
         """Take the filter out of the graph; what used it uses ``below`` instead."""
         graph, node = self.runner.graph, self.filter.node
-        graph.unfreeze_chain(node, self.place.base)
-        change.add(abort=partial(graph.freeze_chain, node, self.place.base))
-        self.reader.remove(change)
-        self.writer.remove(change)
+        self._let_go_of_chain(change)
         graph.replace_node(node, below, change)
         graph.detach(self.filter.child, change)
 
     def abort(self) -> None:
-        """See `Job`: the chain stays; what was written to the base is hidden by the layers above it."""
-        with Transaction() as change, self.runner.graph.deferred_permissions(change):
-            self.release(change)
-            self._dismantle(change, below=self.place.top)
+        """See `Job`: the chain stays; what was written to the base is hidden by the layers above it.
+
+        A filter without which somebody could not go on using a layer stays, too.
+        """
+        try:
+            with Transaction() as change, self.runner.graph.deferred_permissions(change):
+                self.release(change)
+                self._dismantle(change, below=self.place.top)
+        except PermissionConflict:  # a writer has come to a layer who may be there only below the filter
+            with Transaction() as change:
+                self.release(change)
+                self._let_go_of_chain(change)
+
+    def _let_go_of_chain(self, change: Transaction) -> None:
+        """Give back the links of the chain and the backends that the job reads and writes with."""
+        graph, node = self.runner.graph, self.filter.node
+        graph.unfreeze_chain(node, self.place.base)
+        change.add(abort=partial(graph.freeze_chain, node, self.place.base))
+        self.reader.remove(change)
+        self.writer.remove(change)
 
     def forgotten(self) -> None:
         """See `Job`: as in QEMU, one that has succeeded holds its nodes until it is dismissed."""

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from qblock import requests
 from qblock.dirty import DirtyBitmap
-from qblock.errors import CommandError, QBlockError
+from qblock.errors import CommandError, PermissionConflict, QBlockError
 from qblock.jobs.copying import IO_FAILURES, SLICE_NS, BufferPool, InFlight, Operation, io_error
 from qblock.jobs.job import BlockJob
 from qblock.jobs.mirror_guest import GuestRequests
@@ -531,15 +531,21 @@ class MirrorJob(BlockJob):
         """Take the job's parts out of the graph, and with ``switch`` put the target in the place of the source."""
         graph = self.runner.graph
         self.filter.retired = True
-        change.add(commit=self._forget_bitmap, abort=lambda: setattr(self.filter, "retired", False))
-        self.release(change)
-        self.target.remove(change)
+        change.add(abort=lambda: setattr(self.filter, "retired", False))
+        self.let_go(target, change)
         if switch:
             if self.plan.backing_at_end is BackingAtEnd.SOURCE_CHAIN:
                 graph.set_backing(graph.skip_filters(target), self.plan.backing_node, change)
             replaced = self.source if self.plan.replaces is None else graph.find_node(self.plan.replaces)
             graph.replace_node(replaced, target, change)
         graph.drop(self.filter.node, change)
+
+    def let_go(self, target: BlockDriverState, change: Transaction) -> None:
+        """Give back what the job holds, the filter aside."""
+        del target
+        change.add(commit=self._forget_bitmap)
+        self.release(change)
+        self.target.remove(change)
 
     def _forget_bitmap(self) -> None:
         self.source.dirty_bitmaps.remove(self.bitmap)
@@ -551,9 +557,14 @@ class MirrorJob(BlockJob):
                 await self.runner.opener.reopen(self._replacement, read_only=True)
 
     def abort(self) -> None:
-        """See `Job`: the source keeps its place."""
-        with Transaction() as change, self.runner.graph.deferred_permissions(change):
-            self.dismantle(self.target_edge.node, change, switch=False)
+        """See `Job`: the source keeps its place. A filter without which somebody could not go on using the source stays."""
+        target = self.target_edge.node
+        try:
+            with Transaction() as change, self.runner.graph.deferred_permissions(change):
+                self.dismantle(target, change, switch=False)
+        except PermissionConflict:  # a writer has come to the source who may be there only below the filter
+            with Transaction() as change:
+                self.let_go(target, change)
 
     def clean(self) -> None:
         """See `Job`."""
