@@ -84,7 +84,7 @@ FLAGS = [
     reopen({"driver": "blkdebug", "node-name": "bd", "image": "q"}),
     add({"driver": "raw", "node-name": "w", "file": "n"}), reopen({"driver": "raw", "node-name": "w", "file": "q"}), NODES,
     reopen({"driver": "raw", "node-name": "w", "file": "q", "size": 1 << 30}),
-    reopen({"driver": "raw", "node-name": "w", "file": "n", "size": 4096}), NODES, do("x-debug-query-block-graph"),
+    do("x-debug-query-block-graph"), reopen({"driver": "raw", "node-name": "w", "file": "n", "size": 4096}), NODES,
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Random histories of whole image chains, lived by the real programs and by ours: see `histories`."""
+"""Random histories of whole image chains, lived by the real programs and by ours: see `image_histories`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from histories import live
+from image_histories import live
 
 COUNT = int(os.environ.get("QBLOCK_HISTORIES", "10"))
 

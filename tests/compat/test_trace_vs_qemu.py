@@ -18,7 +18,7 @@ pytestmark = pytest.mark.qemu
 
 OURS = re.compile(
     "drive_reopen_|witness_|blkmirror_|stream_through_|transaction_|co_sleep_|job_cancel_sync_|mirror_flush_generation"
-    "|block_copy_(start|iteration|dirty|switch)$"
+    "|block_copy_(start|iteration|dirty|switch)$|qmp_block_commit$"
 )
 """Events that QEMU 7.2 does not have, and some of which it could not."""
 DAEMON = ("--chardev", "stdio,id=c", "--monitor", "chardev=c")

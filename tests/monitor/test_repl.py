@@ -212,7 +212,7 @@ def test_commands_nodes_disks_jobs_and_files_are_completed(bench: Bench) -> None
     assert bench.words("block_job_cancel -f vir") == bench.words("block_resize vir") == ["virtio0"]
     assert bench.words("drive_mirror -") == ["-n", "-f"]
     assert bench.words(f"drive_mirror virtio0 {bench.directory}/b") == [f"{bench.directory}/base.qcow2"]
-    assert bench.words("guest ") == ["start", "stop", "write", "read", "flush"]
+    assert bench.words("guest ") == ["start", "stop", "write", "read", "flush", "lock"]
     assert bench.words("guest start ") == ["virtio0"]
     assert "READY" in bench.words("run until ")
     assert {"within", "virtio0"} <= set(bench.words("run until READY "))

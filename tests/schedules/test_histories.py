@@ -1,4 +1,4 @@
-"""Random histories of jobs on one chain: nothing is lost, nothing hangs, nothing is left behind. More: `histories.py`."""
+"""Random histories of jobs on one chain: nothing is lost, nothing hangs, nothing is left behind. More: `job_histories.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from histories import live
+from job_histories import live
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -23,7 +23,7 @@ def disk(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qcow2"
     qblock.create(path, "1M")
     with qblock.open(path, writable=True) as image:
-        image.write(64 * KiB, b"hello")
+        image.write(64 * KiB, b"hello".ljust(64 * KiB, b"\0"))
         image.write(512 * KiB, bytes([7]) * 64 * KiB)
     return path
 

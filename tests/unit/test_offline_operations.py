@@ -42,7 +42,7 @@ def chain(tmp_path: Path) -> Path:
     make_image(tmp_path / "base", MiB, {0: b"b" * MiB})
     make_image(tmp_path / "middle", 2 * MiB, {"256k": b"m" * 256 * KiB}, backing=tmp_path / "base")
     make_image(tmp_path / "top", 3 * MiB, {"448k": b"t" * 128 * KiB, "2500k": b"t" * KiB}, backing=tmp_path / "middle")
-    make_image(tmp_path / "other", 2 * MiB, {"0": b"b" * 300 * KiB, "1M": b"o" * MiB})
+    make_image(tmp_path / "other", 2 * MiB, {"0": b"b" * 320 * KiB, "1M": b"o" * MiB})
     return tmp_path
 
 

@@ -6,7 +6,7 @@ format determines it, and show the same; and each side goes on with the other's 
 
 As a program it looks for differences as long as it is told to::
 
-    python tests/compat/histories.py --seed 0 --count 1000
+    python tests/compat/image_histories.py --seed 0 --count 1000
 """
 
 from __future__ import annotations

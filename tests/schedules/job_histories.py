@@ -3,7 +3,7 @@
 A history is made from its seed: the images, what the guest writes, which operation comes when, what fails, and the schedule of
 the tasks. A model knows what the disk must hold, and what each image must show as long as nobody writes below it. Run many::
 
-    python tests/schedules/histories.py 0 2000
+    python tests/schedules/job_histories.py 0 2000
 """
 
 from __future__ import annotations
