@@ -7,9 +7,9 @@ the environment's executor. With ``cache.direct`` the file is open with ``O_DIRE
 (aio.py) where it can.
 
 Differs from QEMU: with ``cache.direct`` that is so for ``aio=threads``, too; ``aio=native`` insists on it, and fails where there
-is no such queue. ``aio=io_uring`` is refused, since it would only be another name for the same; so is ``pr-manager``.
-``auto-read-only`` decides when the file is opened, not again with every user. Block devices are taken, too. ``drop-cache`` acts
-at the end of an incoming migration, which qblock does not have: both values do the same there and here.
+is no such queue, and without it ``aio-max-batch`` is refused. ``aio=io_uring`` is refused, since it would only be another name
+for the same; so is ``pr-manager``. ``auto-read-only`` decides when the file is opened, not again with every user. Block devices
+are taken, too. ``drop-cache`` acts at the end of an incoming migration, which qblock does not have: both values do the same.
 """
 
 from __future__ import annotations
