@@ -103,7 +103,7 @@ def test_the_same_commands_leave_the_same_images(pair: Pair, seed: int) -> None:
     backing: tuple[str, ...] = ()
     if not raw and random.random() < 0.6:
         pair.both("qemu-img", "create", "-f", "qcow2", "base", str(size - random.choice([0, 512 * KiB])))
-        pair.both("qemu-io", "-c", "write -P 99 0 300k", "-c", "write -z 100k 64k", "base")
+        pair.both("qemu-io", "-c", "write -P 99 0 320k", "-c", "write -z 100k 64k", "base")
         backing = ("-b", "base", "-F", "qcow2")
     real, ours = pair.both("qemu-img", "create", "-f", "qcow2", "-o", options, *backing, "image", str(size))
     assert real == ours
