@@ -51,10 +51,19 @@ def machine(disk: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+async def client_of(socket: Path) -> QmpClient:
+    """A client of the program, which may have made its socket but not listen yet."""
+    while True:
+        try:
+            return await QmpClient.connect(str(socket))
+        except ConnectionRefusedError:
+            await asyncio.sleep(0)
+
+
 async def mirror_until(moment: str, directory: Path, *, full: bool) -> None:
     """Start a mirror and bring it to the moment at which the program is to be killed."""
     speed = 4 * MiB if moment == "before it is in sync" else 0
-    async with await QmpClient.connect(str(directory / "qmp")) as qmp:
+    async with await client_of(directory / "qmp") as qmp:
         await qmp.execute("drive-mirror", device="d", target=str(directory / "copy.qcow2"), full=full, speed=speed)
         while True:
             (job,) = await qmp.execute("query-block-jobs")
