@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 import attrs
@@ -20,7 +20,7 @@ Operation = Literal["read", "write", "zero", "discard", "flush"]
 HistogramKind = Literal["rd", "wr", "flush"]
 
 _PREFIXES: Final = {"read": "rd", "write": "wr", "zero": "wr", "discard": "unmap", "flush": "flush"}
-_TIMED: Final = {"read": "rd", "write": "wr", "zero": "wr", "flush": "flush"}
+_TIMED: Final[Mapping[str, HistogramKind]] = {"read": "rd", "write": "wr", "zero": "wr", "flush": "flush"}
 """The operations that have a histogram, and its name."""
 
 
@@ -91,8 +91,8 @@ class DeviceAccounting:
     def _took(self, operation: Operation, started: int) -> None:
         now = self.last_access_ns = self.clock.now_ns()
         self._add(f"{_PREFIXES[operation]}_total_time_ns", now - started)
-        kind: HistogramKind | None = _TIMED.get(operation)  # type: ignore[assignment]
-        if kind in self.histograms:
+        kind = _TIMED.get(operation)
+        if kind is not None and kind in self.histograms:
             self.histograms[kind].count(now - started)
 
     def _add(self, name: str, count: int) -> None:
