@@ -1,21 +1,23 @@
 """Serving monitors on character devices: unix sockets, TCP, standard input and output, a terminal of its own.
 
 Models a monitor on a character device of QEMU: one client at a time, the next one is accepted when that one has gone; a
-socket file that is in the way is replaced. Differs from QEMU: a socket file is private to its owner (mode 0600, set before
-anybody can connect), and a file in the way that is no socket is left alone and reported.
+socket file that is in the way is replaced. Differs from QEMU: a socket file is there only once it can be connected to, it is
+private to its owner (mode 0600), and a file in the way that is no socket is left alone and reported.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import secrets
 import socket
 import stat
 import sys
 import tty
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import attrs
 
@@ -33,6 +35,9 @@ from qblock.monitor.connecting import connect_socket, resolve
 from qblock.monitor.hub import MonitorHub
 from qblock.monitor.link import DescriptorLink, Link, Receiver, SocketLink
 from qblock.monitor.session import MonitorSession
+
+_MAX_UNIX_PATH: Final = 107
+"""Bytes that a socket's path can have: sun_path of Linux, with the zero at its end."""
 
 
 class Session(Receiver, Protocol):
@@ -174,20 +179,13 @@ class MonitorServer:
     async def _listen(self, address: SocketAddress | FdAddress) -> socket.socket:
         if isinstance(address, FdAddress):
             listener = _inherited(address)
+            listener.listen(1)
         elif isinstance(address, UnixAddress):
-            listener = _bind_unix(address.path)
+            listener = _listen_unix(address.path)
             self._inode = os.stat(address.path).st_ino
         else:
-            family, kind, protocol, where = await resolve(address, passive=True)
-            listener = socket.socket(family, kind, protocol)
-            try:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(where)
-            except OSError:
-                listener.close()
-                raise
+            listener = await _listen_tcp(address)
         listener.setblocking(False)
-        listener.listen(1)
         return listener
 
     def _unlink(self) -> None:
@@ -246,17 +244,48 @@ def _inherited(address: FdAddress) -> socket.socket:
     return sock
 
 
-def _bind_unix(path: str) -> socket.socket:
-    """A bound unix socket that only this user can connect to; a stale socket file is replaced."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise CommandError(f"'{path}' exists and is no socket; remove it, or choose another path")
-        os.unlink(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+async def _listen_tcp(address: TcpAddress) -> socket.socket:
+    family, kind, protocol, where = await resolve(address, passive=True)
+    listener = socket.socket(family, kind, protocol)
     try:
-        listener.bind(path)
-        os.chmod(path, 0o600)  # nobody can connect before listen()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(1)
     except OSError:
         listener.close()
         raise
     return listener
+
+
+def _listen_unix(path: str) -> socket.socket:
+    """A socket at ``path`` to which this user alone can connect, from the moment it is there; a stale one is replaced.
+
+    It gets its place by a rename when it listens. Until then it is reached through its directory's descriptor, so that the
+    other name is no longer than the system allows, whatever ``path``.
+    """
+    _check_place(path)
+    directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY)
+    beside = f"/proc/self/fd/{directory}/{os.path.basename(path)[:16]}.{secrets.token_hex(4)}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(beside)
+        os.chmod(beside, 0o600)  # nobody can connect before listen()
+        listener.listen(1)
+        os.rename(beside, path)
+    except OSError:
+        listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+    finally:
+        os.close(directory)
+    return listener
+
+
+def _check_place(path: str) -> None:
+    """Raise `OSError` if no client could name ``path``, or if something else than a socket would be replaced there."""
+    if len(os.fsencode(path)) > _MAX_UNIX_PATH:
+        raise OSError(errno.ENAMETOOLONG, f"the path of a socket can have {_MAX_UNIX_PATH} bytes at most; choose a shorter one")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "this file exists and is no socket; remove it, or choose another path")

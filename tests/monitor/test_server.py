@@ -85,6 +85,47 @@ def test_a_stale_socket_file_is_replaced_and_another_file_is_not(at: ChardevOpti
     assert Path(path_of(at)).read_text() == "precious"
 
 
+def test_a_socket_file_is_private_from_the_first_moment_and_there_only_once_it_can_be_connected_to(
+    at: ChardevOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for the file and then connects must not be refused, nor anybody else be let in."""
+    seen = []
+
+    def rename(source: str, target: str, rename: Callable[[str, str], None] = os.rename) -> None:
+        assert not os.path.exists(target)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(source)
+        seen.append(stat.S_IMODE(os.stat(source).st_mode))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+
+    async def test(hub: MonitorHub, server: MonitorServer) -> None:
+        assert os.listdir(os.path.dirname(path_of(at))) == ["qmp"]
+
+    serve(at, test)
+    assert seen == [0o600]
+
+
+@pytest.mark.parametrize("room", [0, -1])
+def test_a_socket_path_may_be_as_long_as_the_system_allows_and_no_longer(room: int) -> None:
+    """The name that a socket has at first must not take from what the user may choose."""
+
+    async def test(hub: MonitorHub, server: MonitorServer) -> None:
+        async with await QmpClient.connect(path) as client:
+            assert (await client.execute("query-version"))["qemu"]["major"] == 7
+
+    with tempfile.TemporaryDirectory(prefix="qblock") as directory:
+        path = os.path.join(directory, "é" + "x" * (104 - len(directory) - room))
+        options = ChardevOptions("mon0", UnixAddress(path), server=True, wait=False)
+        if room == 0:
+            serve(options, test)
+        else:
+            with pytest.raises(CommandError, match="107 bytes"):
+                serve(options, test)
+        assert os.listdir(directory) == []
+
+
 def test_the_second_client_is_served_when_the_first_has_gone(at: ChardevOptions) -> None:
     """One client at a time, as on a character device of QEMU."""
 
