@@ -131,10 +131,10 @@ def _hidden_writer(opener: Opener, overlay: BlockDriverState) -> Iterator[None]:
     assert edge is not None
     below = edge.node
     with Transaction() as change, opener.graph.deferred_permissions(change):
-        node = opener.make_node(
-            CommitTop, DriverOptions(), node_name=None, like=below, implicit=True, change=change
-        )
-        node.length, node.read_only = below.length, True
+        node = opener.make_filter(
+            CommitTop, DriverOptions(), node_name=None, above=below, implicit=True, change=change
+        ).node
+        node.read_only = True
         opener.graph.attach(node, below, name="backing", role=ChildRole.FILTERED, change=change)
         opener.graph.set_backing(overlay, node, change)
     try:

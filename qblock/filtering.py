@@ -58,8 +58,9 @@ class FilterDriver(Driver):
         """Raise `CommandError` when the filter, which was opened by itself, cannot be over the node that it has been put over."""
 
     def length(self) -> int:
-        """See `Driver`."""
-        return self.child.node.length
+        """See `Driver`: the child's; what it was last, once the filter is taken out."""
+        edge = self.node.filtered
+        return self.node.length if edge is None else edge.node.length
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Driver`."""
@@ -70,8 +71,11 @@ class FilterDriver(Driver):
         await requests.write_from(self.child, offset, buffer, fua=fua)
 
     async def flush(self) -> None:
-        """See `Driver`."""
-        below = self.child.node
+        """See `Driver`: nothing to do once the filter is taken out."""
+        edge = self.node.filtered
+        if edge is None:
+            return
+        below = edge.node
         below.driver.debug_event("flush_to_os")
         below.driver.debug_event("flush_to_disk")
         await requests.flush(below)

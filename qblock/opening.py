@@ -13,7 +13,7 @@ import asyncio
 import json
 import os.path
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import attrs
 
@@ -35,7 +35,7 @@ from qblock.nodespec import (
     child_names,
     specs_of,
 )
-from qblock.options import parse_json_filename, unflatten_dotted
+from qblock.options import DriverOptions, parse_json_filename, unflatten_dotted
 from qblock.permissions import ChildRole, Perm
 from qblock.policy import Mention, OpenPolicy
 from qblock.registry import DriverRegistry
@@ -49,6 +49,8 @@ PROBE_SIZE: Final = 2048
 """How many bytes of a file a driver's ``probe`` is shown."""
 PROBED_FIRST: Final = ("qcow2", "raw")
 """Our own formats; drivers of other packages are loaded for probing only when none but raw fits."""
+
+_FilterDriver = TypeVar("_FilterDriver", bound=Driver)
 
 
 @attrs.frozen(eq=False)
@@ -376,27 +378,28 @@ class Opener:
 
     # ---------------------------------------------------------------------------------------------- nodes made by others
 
-    def make_node(
+    def make_filter(
         self,
-        driver: type[Driver],
-        options: Any,
+        driver: type[_FilterDriver],
+        options: DriverOptions,
         *,
         node_name: str | None,
-        like: BlockDriverState,
+        above: BlockDriverState,
         implicit: bool,
         change: Transaction,
-    ) -> BlockDriverState:
-        """A filter node of a job, entered into the graph without edges; flags are those of ``like``, above which it goes.
+    ) -> _FilterDriver:
+        """The driver of a new filter node, which is in the graph, without edges so far; length and flags are those of ``above``.
 
         The driver needs no opening. Raises `InvalidParameter` and `DuplicateName`.
         """
         if node_name is not None:
             check_node_name(node_name)
         node = BlockDriverState(node_name or "", implicit=implicit)
-        NodeFlags.of(like).set_on(node)
-        node.driver = driver(node, options, self.env)
+        NodeFlags.of(above).set_on(node)
+        node.length = above.length
+        node.driver = made = driver(node, options, self.env)
         self.graph.add_node(node, change)
-        return node
+        return made
 
     # ------------------------------------------------------------------------------------------------------- closing
 

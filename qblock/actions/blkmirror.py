@@ -145,15 +145,15 @@ class MirrorByDriver(Action):
 
     def _put_over(self, source: BlockDriverState, target: BlockDriverState) -> None:
         system, change = self.system, self._change
-        node = system.opener.make_node(
+        driver = system.opener.make_filter(
             BlkmirrorDriver, BlkmirrorOptions(target=target.node_name),
-            node_name=None, like=source, implicit=False, change=change,
+            node_name=None, above=source, implicit=False, change=change,
         )  # fmt: skip
+        node = driver.node
         system.graph.attach(node, target, name="target", role=ChildRole.DATA, change=change)
         system.graph.append(node, onto=source, change=change)
         refresh_length(node)
-        assert isinstance(node.driver, BlkmirrorDriver)
-        node.driver.check_place()
+        driver.check_place()
         if (hit := system.env.trace.blkmirror_install) is not None:
             hit(device=self.device, node=node.node_name, target=target.node_name)
 

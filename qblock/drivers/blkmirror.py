@@ -186,8 +186,7 @@ class BlkmirrorDriver(FilterDriver):
         """See `Driver`: the source only."""
         if (hit := self.env.trace.blkmirror_flush) is not None:
             hit(node=self.node.node_name)
-        if self.node.filtered is not None:
-            await super().flush()
+        await super().flush()
 
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
         """See `Driver`."""

@@ -127,16 +127,7 @@ class CopyBeforeWriteDriver(FilterDriver):
         if hasattr(self, "copies"):
             self.copies.close()
 
-    def length(self) -> int:
-        """See `Driver`: the source's; what it was last, once the filter is taken out."""
-        return self.node.length if self.node.filtered is None else super().length()
-
     # ---------------------------------------------------------------------------------------------- what guests change
-
-    async def flush(self) -> None:
-        """See `Driver`: of the source; nothing to do once the filter is taken out."""
-        if self.node.filtered is not None:
-            await super().flush()
 
     async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
         """See `Driver`."""

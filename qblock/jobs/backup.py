@@ -220,13 +220,11 @@ class PreparedBackup:
 
     def _insert_filter(self, wanted: DirtyBitmap | None) -> CopyBeforeWriteDriver:
         graph, change, source = self.system.graph, self._change, self.source
-        node = self.system.opener.make_node(
-            CopyBeforeWriteDriver, filter_options(), node_name=self.request.filter_node_name, like=source,
+        driver = self.system.opener.make_filter(
+            CopyBeforeWriteDriver, filter_options(), node_name=self.request.filter_node_name, above=source,
             implicit=False, change=change,
         )  # fmt: skip
-        node.length = source.length
-        driver = node.driver
-        assert isinstance(driver, CopyBeforeWriteDriver)
+        node = driver.node
         with graph.deferred_permissions(change):
             graph.attach(node, self.target, name="target", role=ChildRole.DATA, change=change)
             graph.append(node, onto=source, change=change)

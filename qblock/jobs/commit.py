@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 _SHARED_BY_WRITER: Final = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
 
 
-
 class CommitJob(ScanningJob):
     """See the module."""
 
@@ -76,12 +75,11 @@ class CommitJob(ScanningJob):
         system, place, name = self.runner, self.place, self.request.filter_node_name
         graph = system.graph
         change.add(abort=partial(self._forget_backends))
-        node = system.opener.make_node(
-            CommitTop, DriverOptions(), node_name=name, like=place.top, implicit=name is None, change=change
+        self.filter = system.opener.make_filter(
+            CommitTop, DriverOptions(), node_name=name, above=place.top, implicit=name is None, change=change
         )
-        node.length, node.read_only = place.top.length, True
-        assert isinstance(node.driver, CommitTop)
-        self.filter = node.driver
+        node = self.filter.node
+        node.read_only = True
         graph.append(node, onto=place.top, change=change, name="backing")
         # A stream that counted the filter among its layers would freeze the link that has to change at the end.
         token = block_all(node, f"block device is in use by block job: {self.type}")

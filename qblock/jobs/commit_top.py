@@ -9,26 +9,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qblock.filtering import FilterDriver
-from qblock.options import DriverOptions
-from qblock.permissions import ChildRole, Perm, PermissionPair
+from qblock.jobs.job_filter import JobFilter
+from qblock.permissions import Perm, PermissionPair
 
 
-class CommitTop(FilterDriver):
+class CommitTop(JobFilter):
     """See the module."""
 
     name: ClassVar[str] = "commit_top"
-    options_class: ClassVar[type[DriverOptions]] = DriverOptions
 
-    def length(self) -> int:
-        """See `Driver`: the image's; what it was last, once the filter is taken out."""
-        return self.node.length if self.node.filtered is None else super().length()
-
-    async def flush(self) -> None:
-        """See `Driver`: nothing to do once the filter is taken out."""
-        if self.node.filtered is not None:
-            await super().flush()
-
-    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
+    def at_work(self, forwarding: PermissionPair) -> PermissionPair:
         """See the module."""
+        del forwarding
         return PermissionPair(Perm.NONE, Perm.ALL)

@@ -283,15 +283,13 @@ class PreparedMirror:
 
     def _insert_filter(self, change: Transaction) -> MirrorTop:
         name = self.request.filter_node_name
-        node = self.system.opener.make_node(
-            MirrorTop, DriverOptions(), node_name=name, like=self.source, implicit=name is None, change=change
+        driver = self.system.opener.make_filter(
+            MirrorTop, DriverOptions(), node_name=name, above=self.source, implicit=name is None, change=change
         )
-        node.length = self.source.length
-        node.read_only = False  # whatever the source: the filter itself has nothing to write
-        assert isinstance(node.driver, MirrorTop)
-        node.driver.within_chain = self.within_chain
-        self.system.graph.append(node, onto=self.source, change=change, name="backing")
-        return node.driver
+        driver.node.read_only = False  # whatever the source: the filter itself has nothing to write
+        driver.within_chain = self.within_chain
+        self.system.graph.append(driver.node, onto=self.source, change=change, name="backing")
+        return driver
 
 
 def _check_sizes(request: MirrorRequest) -> None:

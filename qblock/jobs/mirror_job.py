@@ -530,8 +530,7 @@ class MirrorJob(BlockJob):
     def dismantle(self, target: BlockDriverState, change: Transaction, *, switch: bool) -> None:
         """Take the job's parts out of the graph, and with ``switch`` put the target in the place of the source."""
         graph = self.runner.graph
-        self.filter.retired = True
-        change.add(abort=lambda: setattr(self.filter, "retired", False))
+        self.filter.retire(change)
         self.let_go(target, change)
         if switch:
             if self.plan.backing_at_end is BackingAtEnd.SOURCE_CHAIN:

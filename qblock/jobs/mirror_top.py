@@ -11,9 +11,8 @@ import errno
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qblock.errors import BlockIOError
-from qblock.filtering import FilterDriver
-from qblock.options import DriverOptions
-from qblock.permissions import ChildRole, Perm, PermissionPair
+from qblock.jobs.job_filter import JobFilter
+from qblock.permissions import Perm, PermissionPair
 
 if TYPE_CHECKING:
     from qblock.node import BdrvChild
@@ -39,16 +38,14 @@ class MirrorHost(Protocol):
         """The source is durable up to this write generation: wait for the target, if that is the copy mode."""
 
 
-class MirrorTop(FilterDriver):
-    """See the module. ``host`` is set while the job follows the source; a ``retired`` filter needs nothing from its child."""
+class MirrorTop(JobFilter):
+    """See the module. ``host`` is set while the job follows the source."""
 
     name: ClassVar[str] = "mirror_top"
-    options_class: ClassVar[type[DriverOptions]] = DriverOptions
 
     host: MirrorHost | None = None
     within_chain: bool = False
     """The target is a layer below: writing to it must be allowed, although the users above do not allow other writers."""
-    retired: bool = False
     generation: int = 0
     """How many changes of the source have ended, well or badly. Whoever was answered before is counted."""
 
@@ -57,12 +54,8 @@ class MirrorTop(FilterDriver):
         """The job, if guest writes go through it now."""
         return self.host if self.host is not None and self.host.copies_guest_writes else None
 
-    def length(self) -> int:
-        """See `Driver`: the source's; what it was last, once the filter is taken out."""
-        return self.node.length if self.node.filtered is None else super().length()
-
     async def flush(self) -> None:
-        """See `Driver`: of the source, and in semi-sync mode of the target too; nothing to do once the filter is taken out."""
+        """See `Driver`: of the source, and in semi-sync mode of the target too."""
         if self.node.filtered is None:
             return
         generation = self.generation
@@ -111,11 +104,8 @@ class MirrorTop(FilterDriver):
         finally:
             self.generation += 1
 
-    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
-        """Passes the needs of its parents on; once retired it must not stand in the way of the switch."""
-        if self.retired:
-            return PermissionPair(Perm.NONE, Perm.ALL)
-        needs, shares = super().child_permissions(role, perm, shared)
+    def at_work(self, forwarding: PermissionPair) -> PermissionPair:
+        """See `JobFilter`."""
         if self.within_chain:
-            return PermissionPair(needs & ~Perm.CONSISTENT_READ, shares | Perm.WRITE)
-        return PermissionPair(needs, shares)
+            return PermissionPair(forwarding.perm & ~Perm.CONSISTENT_READ, forwarding.shared | Perm.WRITE)
+        return forwarding

@@ -163,8 +163,7 @@ class StreamJob(ScanningJob):
         graph = self.runner.graph
         graph.unfreeze_chain(self.filter.node, self.lowest)
         change.add(abort=partial(graph.freeze_chain, self.filter.node, self.lowest))
-        self.filter.retired = True
-        change.add(abort=partial(setattr, self.filter, "retired", False))
+        self.filter.retire(change)
         self.release(change)
         self.reader.remove(change)
         graph.drop(self.filter.node, change)
@@ -279,12 +278,10 @@ def _set_up(
     """Insert the filter and give the job its nodes; all or nothing."""
     name = request.filter_node_name
     with Transaction() as change:
-        top = system.opener.make_node(
-            StreamTop, DriverOptions(), node_name=name, like=node, implicit=name is None, change=change
+        driver = system.opener.make_filter(
+            StreamTop, DriverOptions(), node_name=name, above=node, implicit=name is None, change=change
         )
-        top.length = node.length
-        driver = top.driver
-        assert isinstance(driver, StreamTop)
+        top = driver.node
         system.graph.append(top, onto=node, change=change)
         job = kind(
             system.jobs, request,

@@ -9,31 +9,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qblock.filtering import FilterDriver
-from qblock.options import DriverOptions
-from qblock.permissions import ChildRole, Perm, PermissionPair
+from qblock.jobs.job_filter import JobFilter
+from qblock.permissions import Perm, PermissionPair
 
 
-class StreamTop(FilterDriver):
-    """See the module. A ``retired`` filter needs nothing from its child."""
+class StreamTop(JobFilter):
+    """See the module."""
 
     name: ClassVar[str] = "copy-on-read"
-    options_class: ClassVar[type[DriverOptions]] = DriverOptions
 
-    retired: bool = False
-
-    def length(self) -> int:
-        """See `Driver`: the device's; what it was last, once the filter is taken out."""
-        return self.node.length if self.node.filtered is None else super().length()
-
-    async def flush(self) -> None:
-        """See `Driver`: nothing to do once the filter is taken out."""
-        if self.node.filtered is not None:
-            await super().flush()
-
-    def child_permissions(self, role: ChildRole, perm: Perm, shared: Perm) -> PermissionPair:
-        """Passes the needs of its parents on, and adds the job's own."""
-        if self.retired:
-            return PermissionPair(Perm.NONE, Perm.ALL)
-        needs, shares = super().child_permissions(role, perm, shared)
-        return PermissionPair(needs | Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED, shares)
+    def at_work(self, forwarding: PermissionPair) -> PermissionPair:
+        """See `JobFilter`: adds what the job needs."""
+        return PermissionPair(forwarding.perm | Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED, forwarding.shared)

@@ -135,8 +135,6 @@ def described_image(image: Path) -> Any:
     return info, [{key: value for key, value in entry.items() if key != "offset"} for entry in mapped]
 
 
-
-
 # ------------------------------------------------------------------------------------------------ bitmaps and their ends
 
 
