@@ -8,80 +8,51 @@ Undone, nothing is left but a target file that was made: a bitmap has what it ha
 
 from __future__ import annotations
 
-import abc
 from typing import TYPE_CHECKING, ClassVar
 
-from qblock.actions.action import Action, paused
+from qblock.actions.starting import StartJob
 from qblock.jobs.backup import (
-    BackupFile,
     BackupRequest,
     PreparedBackup,
     prepare_blockdev_backup,
     prepare_drive_backup,
 )
+from qblock.jobs.new_copy import TargetFile
 from qblock.node import BlockDriverState
 
 if TYPE_CHECKING:
     from qblock.system import BlockSystem
 
 
-class _StartBackup(Action):
-    joins_groups: ClassVar[bool] = True
-
-    def __init__(self, system: BlockSystem, device: str, request: BackupRequest) -> None:
-        super().__init__(system)
-        self.device = device
-        self.request = request
-        self._backup: PreparedBackup
-
-    @abc.abstractmethod
-    async def _prepared(self, source: BlockDriverState) -> PreparedBackup:
-        """All that can fail."""
-
-    async def prepare(self) -> None:
-        """See `Action`."""
-        source = self.system.graph.lookup(self.device)
-        await self.drain(source)
-        self._backup = await self._prepared(source)
-
-    def commit(self) -> None:
-        """See `Action`."""
-        self._backup.start()
-
-    async def afterwards(self) -> None:
-        """See `Action`: the job begins with a pause."""
-        await paused(self._backup.job)
-
-    async def abort(self) -> None:
-        """See `Action`."""
-        await self._backup.give_up()
-
-
-class StartDriveBackup(_StartBackup):
+class StartDriveBackup(StartJob):
     """``drive-backup``: the target is a file, which is made first unless it exists."""
 
     kind: ClassVar[str] = "drive-backup"
 
-    def __init__(self, system: BlockSystem, *, device: str, target: BackupFile, request: BackupRequest) -> None:
-        super().__init__(system, device, request)
+    def __init__(self, system: BlockSystem, *, device: str, target: TargetFile, request: BackupRequest) -> None:
+        super().__init__(system, device)
         self.target = target
+        self.request = request
 
-    async def _prepared(self, source: BlockDriverState) -> PreparedBackup:
+    async def set_up(self, source: BlockDriverState) -> PreparedBackup:
+        """See `StartJob`."""
         return await prepare_drive_backup(
             self.system, source=source, target=self.target, request=self.request, txn=self.group
         )
 
 
-class StartBlockdevBackup(_StartBackup):
+class StartBlockdevBackup(StartJob):
     """``blockdev-backup``: the target is the device or node ``target``."""
 
     kind: ClassVar[str] = "blockdev-backup"
 
     def __init__(self, system: BlockSystem, *, device: str, target: str, request: BackupRequest) -> None:
-        super().__init__(system, device, request)
+        super().__init__(system, device)
         self.target = target
+        self.request = request
 
-    async def _prepared(self, source: BlockDriverState) -> PreparedBackup:
+    async def set_up(self, source: BlockDriverState) -> PreparedBackup:
+        """See `StartJob`."""
         return await prepare_blockdev_backup(
             self.system, source=source, target=self.target, request=self.request, txn=self.group
         )

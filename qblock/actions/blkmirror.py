@@ -29,6 +29,7 @@ from qblock.driver import BackingLink
 from qblock.drivers.blkmirror import BlkmirrorDriver, BlkmirrorOptions
 from qblock.errors import CommandError, DeviceInUse
 from qblock.filenames import has_protocol
+from qblock.naming import format_of
 from qblock.nodespec import MediumFlags
 from qblock.permissions import ChildRole
 from qblock.requests import refresh_length
@@ -140,8 +141,7 @@ class MirrorByDriver(Action):
             raise CommandError(
                 f"Images of format '{self.target.format}' cannot have a backing file; use the mode no-backing-file"
             )
-        fmt = "raw" if image.driver.is_protocol else image.driver.name
-        return BackingLink(name if has_protocol(name) else os.path.abspath(name), fmt)
+        return BackingLink(name if has_protocol(name) else os.path.abspath(name), format_of(image))
 
     def _put_over(self, source: BlockDriverState, target: BlockDriverState) -> None:
         system, change = self.system, self._change

@@ -8,54 +8,34 @@ fails goes from created by way of aborting to null, and one that succeeds begins
 
 from __future__ import annotations
 
-import abc
 from typing import TYPE_CHECKING, ClassVar
 
 from qblock.actions.action import Action, paused
+from qblock.actions.starting import StartJob
 from qblock.errors import DeviceNotFound, NodeNotFound
 from qblock.jobs.mirror import (
     MirrorRequest,
-    NewTarget,
     PreparedMirror,
     prepare_blockdev_mirror,
     prepare_drive_mirror,
     root_node,
 )
 from qblock.jobs.mirror_2012 import Mirror2012Job, Target2012, prepare_mirror_2012
+from qblock.jobs.new_copy import TargetFile
 
 if TYPE_CHECKING:
+    from qblock.node import BlockDriverState
     from qblock.system import BlockSystem
 
 
-class _StartMirror(Action):
-    joins_groups: ClassVar[bool] = True
-
+class _StartMirror(StartJob):
     def __init__(self, system: BlockSystem, device: str, request: MirrorRequest) -> None:
-        super().__init__(system)
-        self.device = device
+        super().__init__(system, device)
         self.request = request
-        self._mirror: PreparedMirror
 
-    @abc.abstractmethod
-    async def _prepared(self) -> PreparedMirror:
-        """All that can fail."""
-
-    async def prepare(self) -> None:
-        """See `Action`."""
-        await self.drain(root_node(self.system, self.device))
-        self._mirror = await self._prepared()
-
-    def commit(self) -> None:
-        """See `Action`."""
-        self._mirror.start()
-
-    async def afterwards(self) -> None:
-        """See `Action`: the job begins with a pause."""
-        await paused(self._mirror.job)
-
-    async def abort(self) -> None:
-        """See `Action`."""
-        await self._mirror.give_up()
+    def source(self) -> BlockDriverState:
+        """See `StartJob`: nobody but devices may use it."""
+        return root_node(self.system, self.device)
 
 
 class StartDriveMirror(_StartMirror):
@@ -63,11 +43,13 @@ class StartDriveMirror(_StartMirror):
 
     kind: ClassVar[str] = "drive-mirror"
 
-    def __init__(self, system: BlockSystem, *, device: str, target: NewTarget, request: MirrorRequest) -> None:
+    def __init__(self, system: BlockSystem, *, device: str, target: TargetFile, request: MirrorRequest) -> None:
         super().__init__(system, device, request)
         self.target = target
 
-    async def _prepared(self) -> PreparedMirror:
+    async def set_up(self, source: BlockDriverState) -> PreparedMirror:
+        """See `StartJob`."""
+        del source  # it is looked up again, with all that is checked of it
         return await prepare_drive_mirror(
             self.system, device=self.device, target=self.target, request=self.request, txn=self.group
         )
@@ -82,7 +64,9 @@ class StartBlockdevMirror(_StartMirror):
         super().__init__(system, device, request)
         self.target = target
 
-    async def _prepared(self) -> PreparedMirror:
+    async def set_up(self, source: BlockDriverState) -> PreparedMirror:
+        """See `StartJob`."""
+        del source  # it is looked up again, with all that is checked of it
         return await prepare_blockdev_mirror(
             self.system, device=self.device, target=self.target, request=self.request, txn=self.group
         )

@@ -18,7 +18,7 @@ from qblock.drivers.copy_before_write import CopyBeforeWriteDriver, filter_optio
 from qblock.errors import CommandError, InvalidParameter
 from qblock.jobs.backup_job import BackupJob
 from qblock.jobs.backup_plan import BackupPlan, BitmapMode
-from qblock.jobs.new_copy import NewImageMode, SyncMode, create_target, format_of
+from qblock.jobs.new_copy import SyncMode, TargetFile, make_target
 from qblock.jobs.state import OnError
 from qblock.node import BlockDriverState
 from qblock.permissions import ChildRole, Perm
@@ -63,17 +63,6 @@ class BackupRequest:
     auto_dismiss: bool = True
 
 
-@attrs.frozen(kw_only=True)
-class BackupFile:
-    """Where ``drive-backup`` is to find or make its target. Without ``format`` a new image gets the source's, an existing
-    one is probed.
-    """
-
-    filename: str
-    format: str | None = None
-    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
-
-
 async def prepare_blockdev_backup(
     system: BlockSystem, *, source: BlockDriverState, target: str, request: BackupRequest, txn: JobTransaction | None
 ) -> PreparedBackup:
@@ -89,7 +78,7 @@ async def prepare_drive_backup(
     system: BlockSystem,
     *,
     source: BlockDriverState,
-    target: BackupFile,
+    target: TargetFile,
     request: BackupRequest,
     txn: JobTransaction | None,
 ) -> PreparedBackup:
@@ -103,12 +92,9 @@ async def prepare_drive_backup(
     if sync is SyncMode.TOP and below is None:
         sync = SyncMode.FULL
     layer_below = {SyncMode.TOP: below, SyncMode.NONE: source}.get(sync)
-    fmt = target.format
-    if target.mode is NewImageMode.ABSOLUTE_PATHS:
-        fmt = fmt or format_of(source)
-        await create_target(system, target.filename, fmt, size=source.length, backing=layer_below)
+    fmt = await make_target(system, target, source, backing=layer_below)
     node = await system.opener.open_image(
-        target.filename, fmt=fmt, read_only=False, backing=sync is not SyncMode.NONE,
+        target.filename, fmt=fmt, read_only=False, backing=sync is not SyncMode.NONE, node_name=target.node_name,
         options={"discard": "unmap", "detect-zeroes": "unmap"},
     )  # fmt: skip
     node.monitor_owned = True  # until the filter has it

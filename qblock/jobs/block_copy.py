@@ -40,6 +40,7 @@ from qblock.filenames import combine_filename, has_protocol
 from qblock.jobs.copying import IO_FAILURES, SLICE_NS, io_error
 from qblock.jobs.job import BlockJob
 from qblock.jobs.state import OnError
+from qblock.naming import format_of
 from qblock.permissions import Perm
 from qblock.status import FIRST_QUESTION, next_question
 from qblock.transaction import Transaction
@@ -316,7 +317,7 @@ async def _open_target(
     except BlockIOError as error:
         if error.errno != errno.ENOENT:
             raise
-    fmt = _format_of(source)
+    fmt = format_of(source)
     if base is not None and fmt == "raw":
         raise CommandError("A raw image cannot have a backing file; make the target yourself, or copy without -i")
     link = None if base is None else _link_to(skip_filters(base), overlay=filename)
@@ -348,10 +349,6 @@ async def _check_target(
         offset += count
 
 
-def _format_of(node: BlockDriverState) -> str:
-    return "raw" if node.driver.is_protocol else node.driver.name
-
-
 def _link_to(image: BlockDriverState, *, overlay: str) -> BackingLink:
     """What the header of the new file ``overlay`` is to say of the image below it."""
     name = image.driver.filename()
@@ -359,7 +356,7 @@ def _link_to(image: BlockDriverState, *, overlay: str) -> BackingLink:
         raise NodeNotFound(image.node_name, detail="No file name for a header to name the backing node by:")
     if not (has_protocol(name) or _same_file(name, combine_filename(overlay, name))):
         name = os.path.abspath(name)  # a relative one would be looked for in the directory of the overlay
-    return BackingLink(name, _format_of(image))
+    return BackingLink(name, format_of(image))
 
 
 def _same_file(name: str, other: str) -> bool:

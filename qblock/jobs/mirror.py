@@ -19,7 +19,7 @@ from qblock.errors import CommandError, InvalidParameter
 from qblock.jobs.mirror_job import MirrorJob
 from qblock.jobs.mirror_plan import BackingAtEnd, MirrorPlan
 from qblock.jobs.mirror_top import MirrorTop
-from qblock.jobs.new_copy import NewImageMode, SyncMode, create_target, format_of
+from qblock.jobs.new_copy import SyncMode, TargetFile, make_target
 from qblock.jobs.state import OnError
 from qblock.node import BlockDriverState
 from qblock.options import DriverOptions
@@ -68,18 +68,6 @@ class MirrorRequest:
     auto_dismiss: bool = True
 
 
-@attrs.frozen(kw_only=True)
-class NewTarget:
-    """Where ``drive-mirror`` is to find or make its target. Without ``format`` a new image gets the source's, an existing
-    one is probed.
-    """
-
-    filename: str
-    format: str | None = None
-    node_name: str | None = None
-    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
-
-
 async def start_blockdev_mirror(
     system: BlockSystem, *, device: str, target: str, request: MirrorRequest
 ) -> MirrorJob:
@@ -91,7 +79,7 @@ async def start_blockdev_mirror(
 
 
 async def start_drive_mirror(
-    system: BlockSystem, *, device: str, target: NewTarget, request: MirrorRequest
+    system: BlockSystem, *, device: str, target: TargetFile, request: MirrorRequest
 ) -> MirrorJob:
     """``drive-mirror``: mirror ``device`` to a file, which is made first unless it exists; returns the running job.
 
@@ -112,7 +100,7 @@ async def prepare_blockdev_mirror(
 
 
 async def prepare_drive_mirror(
-    system: BlockSystem, *, device: str, target: NewTarget, request: MirrorRequest, txn: JobTransaction | None = None
+    system: BlockSystem, *, device: str, target: TargetFile, request: MirrorRequest, txn: JobTransaction | None = None
 ) -> PreparedMirror:
     """All of `start_drive_mirror` that can fail; ``txn`` is the group that the job is to join, None for its own."""
     graph = system.graph
@@ -123,11 +111,7 @@ async def prepare_drive_mirror(
     below = graph.cow_node(source)
     full = request.sync is SyncMode.FULL or (request.sync is SyncMode.TOP and below is None)
     layer_below = source if request.sync is SyncMode.NONE else None if full else below
-    creates = target.mode is NewImageMode.ABSOLUTE_PATHS
-    fmt = target.format
-    if creates:
-        fmt = fmt or format_of(source)
-        await create_target(system, target.filename, fmt, size=source.length, backing=layer_below)
+    fmt = await make_target(system, target, source, backing=layer_below)
     node = await system.opener.open_image(
         target.filename, fmt=fmt, read_only=False, backing=False, node_name=target.node_name
     )
@@ -136,8 +120,8 @@ async def prepare_drive_mirror(
     backend.insert(node)
     mirror = PreparedMirror(
         system, source, backend, request, txn=txn,
-        zero_target=request.sync is SyncMode.FULL and not (creates and node.driver.zero_initialised),
-        backing_at_end=BackingAtEnd.SOURCE_CHAIN if creates else BackingAtEnd.HEADER,
+        zero_target=request.sync is SyncMode.FULL and not (target.is_made and node.driver.zero_initialised),
+        backing_at_end=BackingAtEnd.SOURCE_CHAIN if target.is_made else BackingAtEnd.HEADER,
         backing_node=layer_below,
     )  # fmt: skip
     await mirror.prepare(node)

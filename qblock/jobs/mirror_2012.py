@@ -40,6 +40,7 @@ from qblock.errors import CommandError, DeviceInUse, DeviceNotFound, InvalidPara
 from qblock.filenames import has_protocol
 from qblock.jobs.copying import SLICE_NS, BufferPool
 from qblock.jobs.job import BlockJob
+from qblock.naming import format_of
 from qblock.permissions import Perm
 from qblock.status import FIRST_QUESTION, next_question
 from qblock.transaction import Transaction
@@ -276,7 +277,7 @@ async def prepare_mirror_2012(
     base = None if full else below
     fmt, existing = target.format, target.mode is Mode2012.EXISTING
     if not existing:
-        fmt = fmt or _format_of(system.graph.skip_filters(source))
+        fmt = fmt or format_of(system.graph.skip_filters(source))
         await _create(system, target.filename, fmt, size=source.length, backing=base)
     node = await system.opener.open_image(
         target.filename, fmt=fmt, read_only=False, backing=False, options={"cache": {"no-flush": True}}
@@ -317,10 +318,6 @@ def _source(system: BlockSystem, device: str) -> BlockDriverState:
     return node
 
 
-def _format_of(node: BlockDriverState) -> str:
-    return "raw" if node.driver.is_protocol else node.driver.name
-
-
 async def _create(system: BlockSystem, filename: str, fmt: str, *, size: int, backing: BlockDriverState | None) -> None:
     """Make the target; its header names the image of ``backing``, if there is one, by its absolute path."""
     link = None
@@ -331,5 +328,5 @@ async def _create(system: BlockSystem, filename: str, fmt: str, *, size: int, ba
             raise CommandError(f"Node '{image.node_name}' has no file name for the new image's header; copy it in full")
         if not system.registry.get(fmt).supports_backing:
             raise CommandError(f"Images of format '{fmt}' cannot have a backing file; choose another, or copy in full")
-        link = BackingLink(name if has_protocol(name) else os.path.abspath(name), _format_of(image))
+        link = BackingLink(name if has_protocol(name) else os.path.abspath(name), format_of(image))
     await create_image_file(system.opener, filename, fmt, size=size, backing=link, announce=system.announce)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
+import attrs
+
 from qblock.creating import create_image_file
 from qblock.driver import BackingLink
 from qblock.errors import CommandError, NodeNotFound
+from qblock.naming import format_of
 from qblock.node import BlockDriverState
 
 if TYPE_CHECKING:
@@ -34,16 +37,33 @@ class NewImageMode(enum.Enum):
     ABSOLUTE_PATHS = "absolute-paths"
 
 
-def format_of(node: BlockDriverState) -> str:
-    """The format of an image, as headers name it."""
-    from_driver = node.driver
-    return "raw" if from_driver.is_protocol else from_driver.name
+@attrs.frozen(kw_only=True)
+class TargetFile:
+    """The file that is to hold the copy, and the name of its node. Without ``format`` a new image gets the source's, an
+    existing one is probed.
+    """
+
+    filename: str
+    format: str | None = None
+    node_name: str | None = None
+    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the command makes it."""
+        return self.mode is NewImageMode.ABSOLUTE_PATHS
 
 
-async def create_target(
-    system: BlockSystem, filename: str, fmt: str, *, size: int, backing: BlockDriverState | None
-) -> None:
-    """Make an image of ``size`` bytes whose header names ``backing`` as its backing file."""
+async def make_target(
+    system: BlockSystem, target: TargetFile, source: BlockDriverState, *, backing: BlockDriverState | None
+) -> str | None:
+    """Make the file, as long as ``source`` and with ``backing`` named in its header, unless it is there.
+
+    Returns the format to open it by; None: to be probed.
+    """
+    if not target.is_made:
+        return target.format
+    fmt = target.format or format_of(source)
     link = None
     if backing is not None:
         image = system.graph.skip_filters(backing)
@@ -53,4 +73,7 @@ async def create_target(
         link = BackingLink(name, format_of(image))
         if fmt == "raw":
             raise CommandError("A raw image cannot have a backing file; choose another format or sync=full")
-    await create_image_file(system.opener, filename, fmt, size=size, backing=link, announce=system.announce)
+    await create_image_file(
+        system.opener, target.filename, fmt, size=source.length, backing=link, announce=system.announce
+    )
+    return fmt

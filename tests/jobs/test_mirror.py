@@ -16,16 +16,9 @@ from qblock.blockers import OpType
 from qblock.clock import LoopClock
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, DuplicateName, NodeBusy, NodeNotFound, PermissionConflict, QBlockError
-from qblock.jobs.mirror import (
-    CopyMode,
-    MirrorRequest,
-    NewImageMode,
-    NewTarget,
-    SyncMode,
-    start_blockdev_mirror,
-    start_drive_mirror,
-)
+from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror, start_drive_mirror
 from qblock.jobs.mirror_job import MirrorJob
+from qblock.jobs.new_copy import NewImageMode, SyncMode, TargetFile
 from qblock.jobs.state import JobStatus
 from qblock.node import BlockDriverState
 from qblock.opening import OpenPolicy
@@ -78,7 +71,7 @@ class Desk:
         return await start_blockdev_mirror(self.system, device="disk", target=target, request=request)
 
     async def drive_mirror(self, sync: str = "full", *, target: Mapping[str, Any] | None = None, **members: Any) -> MirrorJob:
-        where = NewTarget(filename=self.path("new"), **(target or {}))
+        where = TargetFile(filename=self.path("new"), **(target or {}))
         request = MirrorRequest(sync=SyncMode(sync), **members)
         return await start_drive_mirror(self.system, device="disk", target=where, request=request)
 
@@ -491,7 +484,7 @@ def test_a_source_in_use_by_nodes_or_jobs_is_refused(tmp_path: Path) -> None:
         async with desk(tmp_path) as made:
             with pytest.raises(CommandError, match="root"):
                 await start_drive_mirror(
-                    made.system, device="base", target=NewTarget(filename=made.path("x")),
+                    made.system, device="base", target=TargetFile(filename=made.path("x")),
                     request=MirrorRequest(job_id="k", sync=SyncMode.FULL),
                 )  # fmt: skip
             job = await made.drive_mirror()

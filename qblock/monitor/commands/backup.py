@@ -6,9 +6,9 @@ import attrs
 
 from qblock.actions.action import perform
 from qblock.actions.backups import StartBlockdevBackup, StartDriveBackup
-from qblock.jobs.backup import BackupFile, BackupRequest, Performance
+from qblock.jobs.backup import BackupRequest, Performance
 from qblock.jobs.backup_plan import BitmapMode
-from qblock.jobs.new_copy import NewImageMode, SyncMode
+from qblock.jobs.new_copy import NewImageMode, SyncMode, TargetFile
 from qblock.jobs.state import OnError
 from qblock.monitor.command import CommandContext, command
 from qblock.options import option, required
@@ -82,7 +82,7 @@ def _request(args: BackupArguments) -> BackupRequest:
 
 def drive_backup_action(system: BlockSystem, args: DriveBackupArguments) -> StartDriveBackup:
     """The action of drive-backup."""
-    target = BackupFile(filename=args.target, format=args.format, mode=args.mode)
+    target = TargetFile(filename=args.target, format=args.format, mode=args.mode)
     return StartDriveBackup(system, device=args.device, target=target, request=_request(args))
 
 

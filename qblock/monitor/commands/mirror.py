@@ -8,11 +8,10 @@ from qblock.actions.mirrors import StartBlockdevMirror, StartDriveMirror
 from qblock.jobs.mirror import (
     CopyMode,
     MirrorRequest,
-    NewTarget,
     start_blockdev_mirror,
     start_drive_mirror,
 )
-from qblock.jobs.new_copy import NewImageMode, SyncMode
+from qblock.jobs.new_copy import NewImageMode, SyncMode, TargetFile
 from qblock.jobs.state import OnError
 from qblock.monitor.command import CommandContext, command
 from qblock.options import option, required
@@ -82,8 +81,8 @@ def _request(
     )
 
 
-def _target(args: DriveMirrorArguments) -> NewTarget:
-    return NewTarget(filename=args.target, format=args.format, node_name=args.node_name, mode=args.mode)
+def _target(args: DriveMirrorArguments) -> TargetFile:
+    return TargetFile(filename=args.target, format=args.format, node_name=args.node_name, mode=args.mode)
 
 
 def drive_mirror_action(system: BlockSystem, args: DriveMirrorArguments) -> StartDriveMirror:
