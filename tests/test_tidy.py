@@ -20,7 +20,7 @@ LAYERS = (
     "errors units",
     "extents ranges zeroes filenames policy",
     "findings",
-    "breakpoints clock options transaction formatting tracing witness runstate fdsets",
+    "breakpoints clock options transaction formatting tracing witness runstate fdsets threads",
     "crypto.* throttle_limits",
     "dirty snapshots throttling",
     "device_dirty",

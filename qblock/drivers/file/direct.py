@@ -14,7 +14,7 @@ from typing import Final
 
 from qblock.drivers.file import space
 from qblock.drivers.file.aio import LARGEST, LinuxAio
-from qblock.drivers.file.threads import ThreadQueue
+from qblock.threads import ThreadQueue
 from qblock.units import MiB
 from qblock.zeroes import fill_zero
 

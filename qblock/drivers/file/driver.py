@@ -29,13 +29,13 @@ from qblock.driver import CreateContext, Driver, Json, Limits
 from qblock.drivers.file import space
 from qblock.drivers.file.direct import DirectAccess, alignment_of, set_direct
 from qblock.drivers.file.locks import FileLocks
-from qblock.drivers.file.threads import ThreadQueue
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Data, Extent, Zero
 from qblock.fdsets import PREFIX as FDSETS
 from qblock.fdsets import FdSets
 from qblock.options import DriverOptions, option, required
 from qblock.permissions import Perm
+from qblock.threads import ThreadQueue
 from qblock.units import KiB, MiB
 from qblock.zeroes import fill_zero
 

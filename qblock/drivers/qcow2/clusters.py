@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final
 
 from qblock import requests
 from qblock.drivers.qcow2.cache import SECTOR, CachedTable, TableCache
-from qblock.drivers.qcow2.compression import decompress
 from qblock.drivers.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -35,7 +34,6 @@ from qblock.drivers.qcow2.layout import (
     Geometry,
     Kind,
     Run,
-    compressed_location,
     constant_run,
     decode_u64,
     encode_u64,
@@ -45,6 +43,7 @@ from qblock.drivers.qcow2.layout import (
 )
 from qblock.drivers.qcow2.refcounts import Freed, Refcounts
 from qblock.drivers.qcow2.storage import Area, ImageFile
+from qblock.drivers.qcow2.unpacking import Unpacker, packed_row
 from qblock.drivers.qcow2.writeback import Epochs, MappingLocation
 from qblock.errors import BlockIOError
 from qblock.extents import Fragment, Unallocated
@@ -79,6 +78,7 @@ class ClusterMap:
         slice_bytes = 1 << geometry.slice_bits + geometry.entry_bits
         self.cache = self._make_cache(cache_bytes // slice_bytes)
         self.tables = self.cache.tables
+        self.unpacker = Unpacker(file, geometry)
         self.epochs = Epochs()
         self.allocations: list[Allocation] = []
         self.refcounts: Refcounts | None = None
@@ -254,8 +254,11 @@ class ClusterMap:
                 index = self.index(guest)
                 limit = min(geometry.clusters(start + wanted - done), len(table.entries) - index)
                 run = self.run_at(table, index, limit)
-                count = min(run.clusters * geometry.cluster_size - start, wanted - done)
-                await self.read_run(run, guest, view[done : done + count])
+                if run.kind is Kind.COMPRESSED:
+                    count = await self.read_packed(table, guest, view[done:])
+                else:
+                    count = min(run.clusters * geometry.cluster_size - start, wanted - done)
+                    await self.read_run(run, guest, view[done : done + count])
             done += count
 
     async def read_run(self, run: Run, guest: int, view: memoryview) -> None:
@@ -279,9 +282,26 @@ class ClusterMap:
                     else:
                         await crypto.read(self.file.data, (run.entry & OFFSET_MASK) + start, guest, view)
                 else:
-                    view[:] = (await self._unpack(run.entry))[start : start + len(view)]
+                    await self.unpacker.read([run.entry], start, view)
             finally:
                 self.epochs.leave(epoch)
+
+    async def read_packed(self, table: CachedTable, guest: int, view: memoryview) -> int:
+        """Read from the compressed clusters in a row at a guest offset, which was looked up in this same step.
+
+        Returns how many bytes of ``view`` they fill.
+        """
+        geometry, index, start = self.geometry, self.index(guest), guest & (self.geometry.cluster_size - 1)
+        limit = min(geometry.clusters(start + len(view)), len(table.entries) - index)
+        row = packed_row(table.entries, index, limit)
+        count = min(len(row) * geometry.cluster_size - start, len(view))
+        epoch = self.epochs.current
+        epoch.count += 1
+        try:
+            await self.unpacker.read(row, start, view[:count])
+        finally:
+            self.epochs.leave(epoch)
+        return count
 
     async def read_below(self, guest: int, view: memoryview) -> None:
         """Read what an unallocated area shows: the backing node, or zeroes.
@@ -296,12 +316,6 @@ class ClusterMap:
         while (below := edge.node.backing) is not None and await _has_nothing(edge.node, guest, len(view)):
             edge = below
         await requests.read_into(edge, guest, view)
-
-    async def _unpack(self, entry: int) -> bytes:
-        offset, length = compressed_location(entry, self.geometry.cluster_bits)
-        self.file.event("read_compressed")
-        packed = await self.file.read(offset, length)
-        return decompress(self.file.header.compression_type, packed, self.geometry.cluster_size)
 
     # ------------------------------------------------------------------------------------------------------- status
 

@@ -2,15 +2,15 @@
 
 Models image-formats.md section 1.5: decoding stops when a whole cluster came out; what follows in the file belongs to the
 next cluster. Data that cannot be decoded is `EIO`, never an exception of the decoder. ``zstandard`` is imported when the
-first zstd cluster is met. Packing lets other threads run meanwhile.
+first zstd cluster is met. Both ways let other threads run meanwhile.
 """
 
 from __future__ import annotations
 
 import errno
 import zlib
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
 
 from qblock.errors import BlockIOError
 
@@ -20,29 +20,44 @@ _DEFLATE_WINDOW: Final = -12
 _DEFLATE_MEMORY: Final = 9
 
 
-def decompress(kind: int, packed: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
-    """One cluster's content, exactly ``cluster_size`` bytes, from its packed form. Raises ``BlockIOError(EIO)``."""
-    data = _inflate(packed, cluster_size) if kind == ZLIB else _unzstd(packed, cluster_size)
-    if len(data) != cluster_size:
-        raise BlockIOError(errno.EIO, f"a compressed cluster holds {len(data)} bytes instead of {cluster_size}")
-    return data
+class PackedPart(NamedTuple):
+    """The packed form of a cluster, and where to put its content from byte ``skip`` on, as much as ``view`` takes."""
+
+    packed: memoryview
+    skip: int
+    view: memoryview
 
 
-def _inflate(packed: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
+def decompress(kind: int, parts: Iterable[PackedPart], cluster_size: int) -> None:
+    """Unpack clusters, each of which must hold exactly ``cluster_size`` bytes. Raises ``BlockIOError(EIO)``."""
+    unpack = _inflate if kind == ZLIB else _zstd_unpacker()
+    for packed, skip, view in parts:
+        content = unpack(packed, cluster_size)
+        if len(content) != cluster_size:
+            raise BlockIOError(errno.EIO, f"a compressed cluster holds {len(content)} bytes instead of {cluster_size}")
+        view[:] = content if len(view) == cluster_size else memoryview(content)[skip : skip + len(view)]
+
+
+def _inflate(packed: memoryview, cluster_size: int) -> bytes:
     try:
         return zlib.decompressobj(_DEFLATE_WINDOW).decompress(packed, cluster_size)
     except zlib.error as error:
         raise BlockIOError(errno.EIO, f"a compressed cluster cannot be decoded ({error})") from error
 
 
-def _unzstd(packed: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
+def _zstd_unpacker() -> Callable[[memoryview, int], bytes]:
     import zstandard  # noqa: PLC0415 - heavy, and few images need it
 
-    try:
-        with zstandard.ZstdDecompressor().stream_reader(bytes(packed), read_across_frames=True) as reader:
-            return reader.read(cluster_size)
-    except zstandard.ZstdError as error:
-        raise BlockIOError(errno.EIO, f"a compressed cluster cannot be decoded ({error})") from error
+    decoder = zstandard.ZstdDecompressor()
+
+    def unpack(packed: memoryview, cluster_size: int) -> bytes:
+        try:
+            with decoder.stream_reader(packed, read_across_frames=True) as reader:
+                return reader.read(cluster_size)
+        except zstandard.ZstdError as error:
+            raise BlockIOError(errno.EIO, f"a compressed cluster cannot be decoded ({error})") from error
+
+    return unpack
 
 
 def compress(kind: int, data: memoryview, cluster_size: int) -> list[bytes | None]:

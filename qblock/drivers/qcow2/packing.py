@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -30,13 +29,13 @@ from qblock.drivers.qcow2.compression import compress
 from qblock.drivers.qcow2.layout import COMPRESSED, U64, Kind, compressed_clusters
 from qblock.drivers.qcow2.refcounts import Freed
 from qblock.errors import BlockIOError
+from qblock.threads import COMPUTING, ThreadQueue
 from qblock.units import KiB, MiB, align_up
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.allocation import Allocator
 
 _EMPTY: Final = (Kind.UNALLOCATED, Kind.ZERO)
-MAX_THREADS: Final = 6
 JOB: Final = 512 * KiB
 """Bytes (or one cluster) that a thread packs at a time."""
 WINDOW: Final = 4 * MiB
@@ -53,7 +52,7 @@ class CompressedWriter:
         self.file = allocator.file
         self.refcounts = allocator.refcounts
         self._cluster = self.map.geometry.cluster_size
-        self._threads = asyncio.Semaphore(min(os.cpu_count() or 1, MAX_THREADS))
+        self._threads = ThreadQueue(self.file.env.executor, COMPUTING)
         self._last: asyncio.Future[None] | None = None
 
     async def write(self, offset: int, data: memoryview) -> None:
@@ -88,10 +87,7 @@ class CompressedWriter:
         return [form for forms in packed for form in forms]
 
     async def _pack_job(self, data: memoryview) -> list[bytes | None]:
-        async with self._threads:
-            return await asyncio.get_running_loop().run_in_executor(
-                self.file.env.executor, compress, self.file.header.compression_type, data, self._cluster
-            )
+        return await self._threads.run(compress, self.file.header.compression_type, data, self._cluster)
 
     # ------------------------------------------------------------------------------------------------------- storing
 

@@ -249,7 +249,10 @@ class ExtendedMap(ClusterMap):
                 await self.read_below(guest, view[done : done + count])
             else:
                 kind, count, entry = self.sub_run(table, guest, wanted - done)
-                await self.read_run(Run(kind, 1, entry), guest, view[done : done + count])
+                if kind is Kind.COMPRESSED:
+                    count = await self.read_packed(table, guest, view[done:])
+                else:
+                    await self.read_run(Run(kind, 1, entry), guest, view[done : done + count])
             done += count
 
     async def status(self, offset: int, length: int) -> tuple[Kind, int, int | None]:

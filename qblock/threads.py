@@ -1,14 +1,16 @@
-"""Running blocking calls of one file in threads, many at a time, at little cost for each.
+"""Running in threads what would hold up the loop, many calls at a time, at little cost for each.
 
-Models QEMU's thread pool for ``aio=threads``. asyncio's ``run_in_executor`` wakes a thread for every call and the loop for every
-result; with many small requests under way that costs more than the requests. Here calls wait in a queue which a few workers
-empty, and all results that are ready are handed over in one turn of the loop. A worker lasts as long as there is work.
+Models QEMU's thread pool, which does ``aio=threads`` and packing. asyncio's ``run_in_executor`` wakes a thread for every call and
+the loop for every result; with many small requests under way that costs more than the requests. Here calls wait in a queue which
+a few workers empty, and all results that are ready are handed over in one turn of the loop. A worker lasts as long as there is
+work.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -18,8 +20,10 @@ from typing import Any, Final, TypeVar, TypeVarTuple, Unpack
 _Result = TypeVar("_Result")
 _Args = TypeVarTuple("_Args")
 
-MAX_WORKERS: Final = 8
-"""Calls of one file that run at the same time."""
+BLOCKING: Final = 8
+"""Calls of one queue that run at the same time and wait for something, such as a disk."""
+COMPUTING: Final = min(os.cpu_count() or 1, 6)
+"""The same of those that compute."""
 
 
 class _Call:
@@ -36,13 +40,14 @@ class _Call:
 
 
 class ThreadQueue:
-    """The calls of one file. Made and used on one loop; functions run in threads of ``executor``.
+    """The calls of one file or image. Made and used on one loop; functions run in up to ``workers`` threads of ``executor``.
 
     ``_lock`` protects ``_calls`` against a worker that leaves while a call is being added, nothing else.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, workers: int = BLOCKING) -> None:
         self._executor = executor
+        self._most = workers
         self._lock = threading.Lock()
         self._calls: deque[_Call] = deque()
         self._results: deque[tuple[_Call, Any, Exception | None]] = deque()
@@ -59,7 +64,7 @@ class ThreadQueue:
         call = _Call(answer, function, args)
         with self._lock:
             self._calls.append(call)
-            hire = self._workers < MAX_WORKERS
+            hire = self._workers < self._most
             self._workers += hire
         if hire:
             loop.run_in_executor(self._executor, self._work, loop)
