@@ -41,6 +41,11 @@ class StartJob(Action):
         self.device = device
         self._prepared: PreparedJob
 
+    @property
+    def job(self) -> Job:
+        """The job, once the action is prepared."""
+        return self._prepared.job
+
     def source(self) -> BlockDriverState:
         """The node that ``device`` means; raises unless it can be a source."""
         return self.system.graph.lookup(self.device)
@@ -61,7 +66,7 @@ class StartJob(Action):
 
     async def afterwards(self) -> None:
         """See `Action`: the job begins with a pause."""
-        await paused(self._prepared.job)
+        await paused(self.job)
 
     async def abort(self) -> None:
         """See `Action`."""

@@ -69,7 +69,7 @@ async def start(bench: JobBench, node: BlockDriverState, **members: object) -> t
     request = BackupRequest(**({"sync": SyncMode.FULL, "job_id": "j"} | members))  # type: ignore[arg-type]
     action, picture = StartBlockdevBackup(bench.system, device="d", target="target", request=request), TakePicture(bench, node)
     await perform(bench.system, [picture, action])
-    return action._backup.job, picture.picture
+    return action.job, picture.picture
 
 
 async def disturb(bench: JobBench, job: BackupJob, random: Random, *, cancels: bool) -> None:

@@ -135,7 +135,7 @@ async def attempt(chain: Chain, disk: BlockBackend, *, spoil: bool, mode: Bitmap
         actions = [picture, AddBitmap(bench.system, BitmapName(node, "b"), granularity=grain, persistent=True)]
     start = StartBlockdevBackup(bench.system, device="d", target=target.node_name, request=request)
     await perform(bench.system, [*actions, start])
-    job = start._backup.job
+    job = start.job
     if spoil:
         await spoil_it(chain, job, target)
     await see_to_its_end(chain, job)
