@@ -12,6 +12,7 @@ import enum
 import errno
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
+from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -20,18 +21,18 @@ import attrs
 from qblock.errors import BlockIOError, CommandError, NodeNotFound
 from qblock.extents import Data, Extent, Fragment
 from qblock.fdsets import FdSets
-from qblock.findings import Finding
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
-from qblock.snapshots import SnapshotInfo
-from qblock.throttling import ThrottleGroups
 from qblock.tracing import Trace
 
 if TYPE_CHECKING:
     from qblock.breakpoints import Breakpoints
     from qblock.clock import Clock
     from qblock.dirty import DirtyBitmap
+    from qblock.findings import Finding
     from qblock.node import BdrvChild, BlockDriverState
+    from qblock.snapshots import SnapshotInfo
+    from qblock.throttling import ThrottleGroups
 
 Json: TypeAlias = Any
 """A JSON value: dict with str keys, list, str, int, float, bool or None."""
@@ -98,11 +99,15 @@ class Environment:
     """The values of secret objects, by id."""
     fdsets: FdSets = attrs.field(factory=FdSets, repr=False)
     """Descriptors that files under ``/dev/fdset/N`` are opened from."""
-    throttle_groups: ThrottleGroups = attrs.field(
-        default=attrs.Factory(lambda env: ThrottleGroups(env.clock), takes_self=True), repr=False
-    )
     find_node: Callable[[str], BlockDriverState] = attrs.field(default=_no_node, repr=False)
     """The node that a device or node name means, for options that name one which is no child; raises `NodeNotFound`."""
+
+    @cached_property
+    def throttle_groups(self) -> ThrottleGroups:
+        """The groups whose members share limits, by name."""
+        from qblock.throttling import ThrottleGroups  # noqa: PLC0415  start-up time: most throttle nothing
+
+        return ThrottleGroups(self.clock)
 
 
 class Driver(abc.ABC):

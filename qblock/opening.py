@@ -18,7 +18,6 @@ from typing import Final, TypeVar
 import attrs
 
 from qblock.backend import BlockBackend
-from qblock.creating import create_image
 from qblock.drain import wait_idle
 from qblock.driver import BackingLink, Driver, Environment, Json, SupportsBacking, SupportsDataFile
 from qblock.errors import CommandError, CorruptImage, InvalidParameter, NodeNotFound, QBlockError
@@ -39,7 +38,6 @@ from qblock.options import DriverOptions, parse_json_filename, unflatten_dotted
 from qblock.permissions import ChildRole, Perm
 from qblock.policy import Mention, OpenPolicy
 from qblock.registry import DriverRegistry
-from qblock.reopening import reopen, reopen_described
 from qblock.requests import flush, refresh_length
 from qblock.transaction import Transaction
 
@@ -473,14 +471,20 @@ class Opener:
 
     async def create_image(self, driver: str, options: Mapping[str, Json], *, strings: bool = False) -> None:
         """Make a new image as ``blockdev-create`` does; ``options`` without ``driver``. See `creating.create_image`."""
+        from qblock.creating import create_image  # noqa: PLC0415  start-up time: most only open images
+
         await create_image(self, driver, options, strings=strings)
 
     async def reopen(self, node: BlockDriverState, *, read_only: bool) -> None:
         """Make a node read-only or writable in place; see `reopening.reopen`."""
+        from qblock.reopening import reopen  # noqa: PLC0415  start-up time
+
         await reopen(self, node, read_only=read_only)
 
     async def reopen_described(self, descriptions: Sequence[Mapping[str, Json]], *, strings: bool = False) -> None:
         """Give nodes new options in place, all or none; see `reopening.reopen_described`."""
+        from qblock.reopening import reopen_described  # noqa: PLC0415  start-up time
+
         await reopen_described(self, descriptions, strings=strings)
 
 

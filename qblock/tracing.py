@@ -18,14 +18,12 @@ import fnmatch
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import attrs
 
 Sink: TypeAlias = Callable[[str, Mapping[str, object]], None]
 """Gets an event's name and its members. Must not raise."""
-
-_DECLARATION: Final = "qblock.trace"
 
 
 @attrs.frozen
@@ -60,22 +58,19 @@ class Hit:
 
 def event(doc: str, line: str) -> Any:
     """Declare an event of `Trace`; see `TraceEvent`."""
-    return attrs.field(metadata={_DECLARATION: (doc, line)})
+    return _Declaration(doc, line)
 
 
-@attrs.define(eq=False, init=False, repr=False, getstate_setstate=False)
+class _Declaration(NamedTuple):
+    doc: str
+    line: str
+
+
 class Trace:
     """All events of one block system. Each attribute below is one event; those of ``extra`` are declared at run time.
 
     ``log`` gets the events that `switch` has switched on; by default (None) their lines go to standard error.
     """
-
-    extra: dict[str, Hit]
-    """Events declared with `declare` that are on, by name."""
-    log: Sink | None
-    _declared: dict[str, TraceEvent]
-    _switched_on: set[str]
-    _listeners: list[tuple[str, Sink]]
 
     # ------------------------------------------------------------------------------------------------------------- jobs
 
@@ -207,14 +202,14 @@ class Trace:
     # ------------------------------------------------------------------------------------------------------------------ all
 
     def __init__(self, log: Sink | None = None) -> None:
-        """Everything is off."""  # written by hand: attrs would compile eighty lines whenever a program starts
-        for name in DECLARED:
-            setattr(self, name, None)
-        self.extra = {}
+        """Everything is off."""
+        self.__dict__.update(dict.fromkeys(DECLARED))
+        self.extra: dict[str, Hit] = {}
+        """Events declared with `declare` that are on, by name."""
         self.log = log
-        self._declared = {}
-        self._switched_on = set()
-        self._listeners = []
+        self._declared: dict[str, TraceEvent] = {}
+        self._switched_on: set[str] = set()
+        self._listeners: list[tuple[str, Sink]] = []
 
     # -------------------------------------------------------------------------------------------------------- declarations
 
@@ -293,8 +288,6 @@ class Trace:
 
 
 DECLARED: Final[dict[str, TraceEvent]] = {
-    field.name: TraceEvent(field.name, *field.metadata[_DECLARATION])
-    for field in attrs.fields(Trace)
-    if _DECLARATION in field.metadata
+    name: TraceEvent(name, *declared) for name, declared in vars(Trace).items() if isinstance(declared, _Declaration)
 }
 """The events that every `Trace` has, by name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -127,6 +126,8 @@ class Progress:
         """What stands behind the percentage at a terminal."""
         if not self._terminal:
             return ""
+        import shutil  # only who shows progress needs it
+
         width = max(min(shutil.get_terminal_size().columns - 24, 60), 0)
         done = round(width * percent / 100)
         return f" {'█' * done}{'░' * (width - done)}"

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -147,6 +146,8 @@ class ImageSession:
 
     async def _temporary_overlay(self, node: BlockDriverState, wanted: ImageArguments) -> BlockDriverState:
         """A qcow2 image over ``node`` in a file that has no name any more."""
+        import tempfile
+
         fd, name = tempfile.mkstemp(prefix="qblock-", dir=os.environ.get("TMPDIR", "/var/tmp"))
         os.close(fd)
         keeper = BlockBackend(self.graph, perm=Perm.NONE, shared=Perm.ALL, description="the temporary overlay")

@@ -13,10 +13,9 @@ from typing import Final
 
 import attrs
 
+from qblock.drivers.file.locks import UNSHARED, USED
 from qblock.permissions import PERMISSION_NAMES, SINGLE_PERMISSIONS
 
-USED: Final = 100
-UNSHARED: Final = 200
 _LOCK: Final = re.compile(r"^(?:lock:\s*)?\d+: (\w+)\s+ADVISORY\s+\w+\s+(-?\d+) (\w+):(\w+):(\d+) (\d+) (\d+|EOF)", re.MULTILINE)
 
 

@@ -14,10 +14,12 @@ import os
 import struct
 from typing import Final
 
-from qblock.drivers.file.holders import UNSHARED, USED, lock_holders
 from qblock.errors import BlockIOError, ImageLocked
 from qblock.permissions import PERMISSION_NAMES, SINGLE_PERMISSIONS, Perm
 
+USED: Final = 100
+UNSHARED: Final = 200
+"""Where the bytes begin that stand for what an opener uses, and for what it does not share."""
 _OFD_GETLK: Final = 36
 _OFD_SETLK: Final = 37
 _FLOCK: Final = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
@@ -107,6 +109,8 @@ class FileLocks:
 
 def holders_of(fd: int) -> str:
     """Who else holds locks on the file of ``fd``, as "process 12 (qemu-img)", …; empty when the system does not tell."""
+    from qblock.drivers.file.holders import lock_holders  # noqa: PLC0415  start-up time: only a refusal names them
+
     own = os.getpid()
     holders = [one for one in lock_holders(fd, except_fd=fd) if one.pid is not None]
     named = ["another node of this process" if one.pid == own else str(one) for one in holders]
