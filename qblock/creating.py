@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, cast
 import attrs
 
 from qblock.backend import BlockBackend
-from qblock.driver import BackingLink, Environment, Json, SupportsCreate
+from qblock.driver import BackingLink, Json, SupportsCreate
+from qblock.environment import Environment
 from qblock.errors import CommandError, InvalidParameter
 from qblock.filenames import has_protocol
 from qblock.formatting import formatting_line

@@ -11,28 +11,22 @@ import abc
 import enum
 import errno
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Executor
-from functools import cached_property
-from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
-from qblock.errors import BlockIOError, CommandError, NodeNotFound
+from qblock.errors import BlockIOError, CommandError
 from qblock.extents import Data, Extent, Fragment
-from qblock.fdsets import FdSets
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
-from qblock.tracing import Trace
 
 if TYPE_CHECKING:
     from qblock.breakpoints import Breakpoints
-    from qblock.clock import Clock
     from qblock.dirty import DirtyBitmap
+    from qblock.environment import Environment
     from qblock.findings import Finding
     from qblock.node import BdrvChild, BlockDriverState
     from qblock.snapshots import SnapshotInfo
-    from qblock.throttling import ThrottleGroups
 
 Json: TypeAlias = Any
 """A JSON value: dict with str keys, list, str, int, float, bool or None."""
@@ -66,48 +60,6 @@ class NodeInfo:
     dirty: bool | None = False
     compressed: bool = False
     vm_state_offset: int = 0
-
-
-def _no_node(name: str) -> BlockDriverState:
-    raise NodeNotFound(name)
-
-
-def _fail_request(text: str) -> None:
-    raise BlockIOError(errno.EIO, text)
-
-
-@attrs.frozen
-class Environment:
-    """What a driver may use of the world, handed down by the BlockSystem: time, threads, randomness and where to report.
-
-    ``emit(event, data)`` sends a QMP event; ``warn(text)`` tells the person at the console. ``loop_is_shared`` is False in
-    programs in which nobody waits for the loop meanwhile: what the page cache can take or give is copied at once there.
-    ``trace`` has the trace events, see `tracing`.
-    """
-
-    clock: Clock
-    executor: Executor
-    random: Random
-    emit: Callable[[str, Mapping[str, Json]], None]
-    warn: Callable[[str], None]
-    fatal: Callable[[str], None] = attrs.field(default=_fail_request, repr=False)
-    """Told of what ends a program (a difference between disks that must be alike); where it returns, or in a library, only the
-    request fails."""
-    loop_is_shared: bool = True
-    trace: Trace = attrs.field(factory=Trace)
-    secrets: dict[str, bytes] = attrs.field(factory=dict, repr=False)
-    """The values of secret objects, by id."""
-    fdsets: FdSets = attrs.field(factory=FdSets, repr=False)
-    """Descriptors that files under ``/dev/fdset/N`` are opened from."""
-    find_node: Callable[[str], BlockDriverState] = attrs.field(default=_no_node, repr=False)
-    """The node that a device or node name means, for options that name one which is no child; raises `NodeNotFound`."""
-
-    @cached_property
-    def throttle_groups(self) -> ThrottleGroups:
-        """The groups whose members share limits, by name."""
-        from qblock.throttling import ThrottleGroups  # noqa: PLC0415  start-up time: most throttle nothing
-
-        return ThrottleGroups(self.clock)
 
 
 class Driver(abc.ABC):

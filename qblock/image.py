@@ -25,7 +25,8 @@ from qblock import status
 from qblock.backend import BlockBackend
 from qblock.chain import skip_filters
 from qblock.clock import RealClock
-from qblock.driver import CheckFix, CheckResult, Environment, SupportsBacking, SupportsCheck, SupportsSnapshots
+from qblock.driver import CheckFix, CheckResult, SupportsBacking, SupportsCheck, SupportsSnapshots
+from qblock.environment import Environment
 from qblock.errors import BlockIOError, CommandError
 from qblock.graph import Graph
 from qblock.imagebitmaps import ImageBitmaps, store_bitmaps

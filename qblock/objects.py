@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Final, Literal, Protocol
 
 import attrs
 
-from qblock.driver import Environment, Json
+from qblock.driver import Json
+from qblock.environment import Environment
 from qblock.errors import CommandError, DuplicateName, InvalidParameter
 from qblock.graph import check_identifier
 from qblock.options import dump, fields, option, required, visit

@@ -17,7 +17,7 @@ from typing import Final, TypeAlias, TypeVar
 
 from qblock.backend import BlockBackend
 from qblock.clock import RealClock
-from qblock.driver import Environment
+from qblock.environment import Environment
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
 from qblock.opening import Opener

@@ -19,7 +19,8 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.drain import wait_idle
-from qblock.driver import BackingLink, Driver, Environment, Json, SupportsBacking, SupportsDataFile
+from qblock.driver import BackingLink, Driver, Json, SupportsBacking, SupportsDataFile
+from qblock.environment import Environment
 from qblock.errors import CommandError, CorruptImage, InvalidParameter, NodeNotFound, QBlockError
 from qblock.filenames import combine_filename, has_protocol
 from qblock.graph import Graph, check_node_name

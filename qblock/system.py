@@ -24,7 +24,8 @@ from qblock.devices.board import Board
 from qblock.devices.drives import DriveOptions, attach_drive, parse_drive
 from qblock.devices.plugging import let_go
 from qblock.devices.tree import DeviceTree
-from qblock.driver import Environment, Json
+from qblock.driver import Json
+from qblock.environment import Environment
 from qblock.errors import NodeBusy
 from qblock.graph import Graph
 from qblock.jobs.runner import JobRunner

@@ -24,7 +24,7 @@ LAYERS = (
     "crypto.* throttle_limits",
     "dirty snapshots throttling",
     "device_dirty",
-    "permissions",
+    "permissions environment",
     "driver",
     "node registry",
     "chain blockers",
@@ -72,9 +72,9 @@ LAZY_MODULES = {
     "qblock.monitor.completion", "qblock.drivers.qcow2.bitmaps", "qblock.drivers.qcow2.check", "qblock.drivers.qcow2.owners",
     "qblock.drivers.qcow2.amending", "qblock.drivers.qcow2.shadow",
     "qblock.drivers.qcow2.snapshotting", "qblock.drivers.qcow2.encryption", "qblock.drivers.qcow2.encrypting",
-    "qblock.drivers.qcow2.keyslots",
+    "qblock.drivers.qcow2.keyslots", "qblock.throttling", "qblock.creating", "qblock.reopening", "qblock.drivers.file.holders",
 }  # fmt: skip
-"""Our own modules around such a package: they are imported like it."""
+"""Our own modules around such a package, and what most commands of the image tools do without."""
 
 LAZY_ROOMS = ("__init__", "__main__", "tools.", "testing.plugin", "registry")
 """Modules that dispatch: they import our own modules inside functions, when these are asked for."""

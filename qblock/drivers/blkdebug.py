@@ -24,7 +24,8 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 from attrs import evolve, frozen
 
 from qblock.breakpoints import Breakpoints
-from qblock.driver import Environment, Json, Limits
+from qblock.driver import Json, Limits
+from qblock.environment import Environment
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Extent
 from qblock.filtering import FilterDriver

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Final
 from attrs import evolve, frozen
 
 from qblock import requests
-from qblock.driver import Environment
+from qblock.environment import Environment
 from qblock.errors import CorruptImage, InvalidParameter
 from qblock.filtering import FilterDriver, outcomes
 from qblock.node import BdrvChild, BlockDriverState

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Final
 from attrs import frozen
 
 from qblock import requests
-from qblock.driver import Environment
+from qblock.environment import Environment
 from qblock.errors import BlockIOError, InvalidParameter
 from qblock.filtering import FilterDriver
 from qblock.node import BdrvChild, BlockDriverState

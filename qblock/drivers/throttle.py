@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from attrs import frozen
 
 from qblock import requests
-from qblock.driver import Environment
+from qblock.environment import Environment
 from qblock.filtering import FilterDriver
 from qblock.node import BlockDriverState
 from qblock.options import ChildRef, DriverOptions, child, required

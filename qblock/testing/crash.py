@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 import attrs
 
-from qblock.driver import Driver, Environment
+from qblock.driver import Driver
+from qblock.environment import Environment
 from qblock.errors import BlockIOError
 from qblock.extents import Data, Extent
 from qblock.node import BlockDriverState

@@ -16,7 +16,8 @@ from typing import Any
 
 from qblock import requests
 from qblock.backend import BlockBackend
-from qblock.driver import CheckFix, CheckResult, Driver, Environment, SupportsCheck
+from qblock.driver import CheckFix, CheckResult, Driver, SupportsCheck
+from qblock.environment import Environment
 from qblock.errors import QBlockError
 from qblock.node import BlockDriverState
 from qblock.permissions import ChildRole, Perm

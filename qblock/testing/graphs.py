@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import attrs
 
 from qblock.clock import RealClock
-from qblock.driver import Driver, Environment
+from qblock.driver import Driver
+from qblock.environment import Environment
 from qblock.graph import Graph
 from qblock.node import BdrvChild, BlockDriverState
 from qblock.options import DriverOptions

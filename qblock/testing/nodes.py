@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 from qblock.backend import BlockBackend
 from qblock.clock import Clock, LoopClock
-from qblock.driver import Driver, Environment, NodeInfo
+from qblock.driver import Driver, NodeInfo
 from qblock.drivers.memory import MemoryDriver
+from qblock.environment import Environment
 from qblock.errors import BlockIOError
 from qblock.extents import Data, Extent, Unallocated
 from qblock.graph import Graph

@@ -9,7 +9,8 @@ from __future__ import annotations
 from qblock.bitmaps import check_merge, new_bitmap
 from qblock.chain import skip_filters
 from qblock.dirty import DirtyBitmap
-from qblock.driver import Environment, SupportsBitmaps
+from qblock.driver import SupportsBitmaps
+from qblock.environment import Environment
 from qblock.errors import CommandError
 from qblock.node import BlockDriverState
 from qblock.tools.arguments import Arguments

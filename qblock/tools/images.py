@@ -20,7 +20,8 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.clock import RealClock
-from qblock.driver import Environment, SupportsSnapshots
+from qblock.driver import SupportsSnapshots
+from qblock.environment import Environment
 from qblock.errors import CommandError, QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState

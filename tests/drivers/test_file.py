@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from qblock.clock import RealClock
-from qblock.driver import CreateTarget, Environment
+from qblock.driver import CreateTarget
 from qblock.drivers.file import FileCreateOptions, FileDriver, FileOptions, space
+from qblock.environment import Environment
 from qblock.errors import BlockIOError, CommandError, ImageLocked, InvalidParameter
 from qblock.extents import Data, Zero
 from qblock.node import BlockDriverState

@@ -43,6 +43,7 @@ from qblock.drivers.qcow2.layout import (
 )
 from qblock.drivers.qcow2.refcounts import Freed, Refcounts
 from qblock.drivers.qcow2.storage import Area, ImageFile
+from qblock.drivers.qcow2.straight import slices_straight_on
 from qblock.drivers.qcow2.unpacking import Unpacker, packed_row
 from qblock.drivers.qcow2.writeback import Epochs, MappingLocation
 from qblock.errors import BlockIOError
@@ -112,11 +113,20 @@ class ClusterMap:
     def _l2_offset(self, index: int) -> int:
         """File offset of an L2 table that exists; `BlockIOError` when the entry is damaged."""
         entry = self.l1[index]
-        offset = entry & OFFSET_MASK
-        size = self.geometry.cluster_size
-        if entry & L1_RESERVED or offset & (size - 1) or offset + size > self.file.length():
+        if not self._is_sound(entry):
             raise self.file.bad_entry(f"entry {index} of the L1 table is {entry:#x}", self.l1_host + 8 * index)
-        return offset
+        return entry & OFFSET_MASK
+
+    def _is_sound(self, entry: int) -> bool:
+        """Whether an entry of the L1 table that is not 0 can be what it says, the place of an L2 table."""
+        offset, size = entry & OFFSET_MASK, self.geometry.cluster_size
+        return not (entry & L1_RESERVED or offset & (size - 1) or offset + size > self.file.length())
+
+    def slice_host(self, key: int) -> int:
+        """File offset of a slice, 0 when its table does not exist or its L1 entry is damaged."""
+        index = key >> self._slices_shift
+        entry = self.l1[index] if index < len(self.l1) else 0
+        return self._slice_host(key, entry & OFFSET_MASK) if entry and self._is_sound(entry) else 0
 
     def _slice_host(self, key: int, l2_offset: int) -> int:
         return l2_offset + (key & ((1 << self._slices_shift) - 1)) * self._slice_bytes
@@ -334,6 +344,12 @@ class ClusterMap:
                 break
             got += clusters * geometry.cluster_size
             looked += 1
+            if kind is Kind.DATA and clusters == 1 << geometry.slice_bits:
+                limit = min(length - got >> geometry.slice_shift, _STATUS_SLICES - looked)
+                following = entry + clusters * geometry.cluster_size
+                slices = await slices_straight_on(self, (offset + got) >> geometry.slice_shift, following, limit)
+                got += slices << geometry.slice_shift
+                looked += slices
         if kind is Kind.CORRUPT:
             raise self.file.bad_entry(f"the L2 entry for guest offset {offset:#x} is damaged", offset)
         return kind, min(got, length), host

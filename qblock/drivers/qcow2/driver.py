@@ -61,7 +61,8 @@ from qblock.units import align_up
 from qblock.zeroes import fill_zero
 
 if TYPE_CHECKING:
-    from qblock.driver import CreateContext, Environment
+    from qblock.driver import CreateContext
+    from qblock.environment import Environment
     from qblock.node import BdrvChild, BlockDriverState
 
 _SECTOR: Final = 512

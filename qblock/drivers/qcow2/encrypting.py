@@ -20,8 +20,8 @@ from qblock.units import align_up
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qblock.driver import Environment
     from qblock.drivers.qcow2.options import EncryptionCreate
+    from qblock.environment import Environment
 
 _LUKS_ONLY: Final = ("cipher_alg", "cipher_mode", "ivgen_alg", "ivgen_hash_alg", "hash_alg", "iter_time")
 DEFAULT_HASH: Final = "sha256"

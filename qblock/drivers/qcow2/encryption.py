@@ -28,9 +28,10 @@ from qblock.units import KiB
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qblock.driver import Environment, Json
+    from qblock.driver import Json
     from qblock.drivers.qcow2.header import Header
     from qblock.drivers.qcow2.options import Encryption
+    from qblock.environment import Environment
     from qblock.node import BdrvChild
 
 T = TypeVar("T")

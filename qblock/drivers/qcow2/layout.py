@@ -231,7 +231,12 @@ def ramp_run(entries: array[int], start: int, limit: int, step: int) -> int:
         part = entries[start + at : start + at + count]
         return _as_number(part) == (first + at * step) * _ramp(0, count) + _ramp(step, count)
 
-    return _gallop(min(limit, _MOST // step), fits) if first < 1 << 63 or first - (1 << 63) < 1 << 62 else 1
+    if first >= 1 << 63 and first - (1 << 63) >= 1 << 62:
+        return 1
+    limit = min(limit, _MOST // step)
+    if entries[start + limit - 1] == first + (limit - 1) * step and fits(0, limit):
+        return limit
+    return _gallop(limit, fits)
 
 
 _MOST: Final = 1 << 61

@@ -25,9 +25,9 @@ from qblock.errors import BlockIOError, FatalDamage, ImagePoisoned
 if TYPE_CHECKING:
     from pyroaring import BitMap64
 
-    from qblock.driver import Environment
     from qblock.drivers.qcow2.cache import CachedTable
     from qblock.drivers.qcow2.encryption import GuestCipher
+    from qblock.environment import Environment
     from qblock.node import BdrvChild, BlockDriverState
 
 
