@@ -153,23 +153,108 @@ def visit(cls: type[T], given: Any, *, path: str = "", strings: bool = False) ->
 
     Raises `InvalidParameter`: a member is missing, unexpected, or of the wrong type.
     """
-    if not isinstance(given, Mapping):
-        raise InvalidParameter(path or "arguments", "must be an object")
-    known = fields(cls)
-    wires = {field.wire for field in known}
-    for key in given:
-        if key not in wires:
-            raise InvalidParameter(_join(path, key), "is unexpected")
-    values: dict[str, Any] = {}
-    for field in known:
-        where = _join(path, field.wire)
-        if field.wire in given:
-            if given[field.wire] is None and not field.nullable:
-                raise InvalidParameter(where, "must not be null")
-            values[field.attribute] = _value(field.type, given[field.wire], where, strings)
-        elif field.required:
-            raise InvalidParameter(where, "is missing")
-    return cls(**{_init_name(name): value for name, value in values.items()})
+    made: T = (_TEXT if strings else _JSON).members(cls, given, path)
+    return made
+
+
+class _Visitor:
+    """Values of annotated types from JSON."""
+
+    def members(self, cls: Any, given: Any, path: str) -> Any:
+        if not isinstance(given, Mapping):
+            raise InvalidParameter(path or "arguments", "must be an object")
+        known = fields(cls)
+        wires = {field.wire for field in known}
+        for key in given:
+            if key not in wires:
+                raise InvalidParameter(_join(path, key), "is unexpected")
+        values: dict[str, Any] = {}
+        for field in known:
+            where = _join(path, field.wire)
+            if field.wire in given:
+                if given[field.wire] is None and not field.nullable:
+                    raise InvalidParameter(where, "must not be null")
+                values[field.attribute] = self.value(field.type, given[field.wire], where)
+            elif field.required:
+                raise InvalidParameter(where, "is missing")
+        return cls(**{_init_name(name): value for name, value in values.items()})
+
+    def value(self, kind: Any, given: Any, path: str) -> Any:
+        origin = typing.get_origin(kind)
+        if kind is Any:
+            return given
+        if origin in (Union, types.UnionType):
+            return self.alternate(typing.get_args(kind), given, path)
+        if origin is Literal:
+            return _choice(typing.get_args(kind), given, path)
+        if origin in (list, tuple, Sequence) or (isinstance(origin, type) and issubclass(origin, Sequence)):
+            return self.array(origin, typing.get_args(kind)[0], given, path)
+        if origin is not None and issubclass(origin, Mapping):
+            if not isinstance(given, Mapping):
+                raise InvalidParameter(path, "must be an object")
+            return given
+        if attrs.has(kind):
+            return self.members(kind, given, path)
+        if issubclass(kind, enum.Enum):
+            return kind(_choice(tuple(member.value for member in kind), given, path))
+        return self.scalar(kind, given, path)
+
+    def array(self, origin: Any, item: Any, given: Any, path: str) -> Any:
+        if not isinstance(given, (list, tuple)):
+            raise InvalidParameter(path, "must be an array")
+        values = [self.value(item, value, _join(path, index)) for index, value in enumerate(given)]
+        return values if origin is list else tuple(values)
+
+    def alternate(self, kinds: Sequence[Any], given: Any, path: str) -> Any:
+        """A value of one of several kinds: chosen by the JSON type of what is given, like QAPI's alternates."""
+        kinds = [kind for kind in kinds if kind is not Absent]
+        if given is None:
+            if type(None) in kinds:
+                return None
+            raise InvalidParameter(path, "must not be null")
+        kinds = [kind for kind in kinds if kind is not type(None)]
+        fitting = [kind for kind in kinds if self.fits(typing.get_origin(kind) or kind, given)]
+        if not fitting:
+            names = " or ".join(dict.fromkeys(_name(kind) for kind in kinds))
+            raise InvalidParameter(path, f"must be {names}")
+        return self.value(fitting[0], given, path)
+
+    def fits(self, origin: Any, given: Any) -> bool:
+        if origin is Any:
+            return True
+        if isinstance(given, Mapping):
+            return attrs.has(origin) or (isinstance(origin, type) and issubclass(origin, Mapping))
+        if isinstance(given, (list, tuple)):
+            return isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str
+        if origin is Literal or (isinstance(origin, type) and issubclass(origin, enum.Enum)):
+            return isinstance(given, str)
+        return self.fits_scalar(origin, given)
+
+    def fits_scalar(self, kind: Any, given: Any) -> bool:
+        if isinstance(given, bool):
+            return kind is bool
+        return isinstance(given, (int, float) if kind is float else kind)
+
+    def scalar(self, kind: Any, given: Any, path: str) -> Any:
+        if kind is float and isinstance(given, (int, float)) and not isinstance(given, bool):
+            return _finite(given, path)
+        if not isinstance(given, kind) or (kind is int and isinstance(given, bool)):
+            raise InvalidParameter(path, f"has the wrong type: it must be {_name(kind)}")
+        return _in_int64(given, path) if kind is int else given
+
+
+class _TextVisitor(_Visitor):
+    """The same from key=value text: a string may stand for a value of another type."""
+
+    def fits_scalar(self, kind: Any, given: Any) -> bool:
+        return kind in (str, int, bool, float)
+
+    def scalar(self, kind: Any, given: Any, path: str) -> Any:
+        return _parse_scalar(kind, given, path) if isinstance(given, str) else super().scalar(kind, given, path)
+
+
+_JSON: Final = _Visitor()
+_TEXT: Final = _TextVisitor()
 
 
 def _init_name(attribute: str) -> str:
@@ -182,72 +267,12 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _value(kind: Any, given: Any, path: str, strings: bool) -> Any:
-    origin = typing.get_origin(kind)
-    if kind is Any:
-        return given
-    if origin in (Union, types.UnionType):
-        return _alternate(typing.get_args(kind), given, path, strings)
-    if origin is Literal:
-        return _choice(typing.get_args(kind), given, path)
-    if origin in (list, tuple, Sequence) or (isinstance(origin, type) and issubclass(origin, Sequence)):
-        return _list(origin, typing.get_args(kind)[0], given, path, strings)
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(given, Mapping):
-            raise InvalidParameter(path, "must be an object")
-        return given
-    if attrs.has(kind):
-        return visit(kind, given, path=path, strings=strings)
-    if issubclass(kind, enum.Enum):
-        return kind(_choice(tuple(member.value for member in kind), given, path))
-    return _scalar(kind, given, path, strings)
-
-
 def _choice(values: Sequence[Any], given: Any, path: str) -> Any:
     if not isinstance(given, str):
         raise InvalidParameter(path, "must be a string")
     if given not in values:
         raise InvalidParameter(path, f"does not accept the value '{given:.{_SHOWN}}'; it takes {', '.join(map(str, values))}")
     return given
-
-
-def _list(origin: Any, item: Any, given: Any, path: str, strings: bool) -> Any:
-    if not isinstance(given, (list, tuple)):
-        raise InvalidParameter(path, "must be an array")
-    values = [_value(item, value, _join(path, index), strings) for index, value in enumerate(given)]
-    return values if origin is list else tuple(values)
-
-
-def _alternate(kinds: Sequence[Any], given: Any, path: str, strings: bool) -> Any:
-    """A value of one of several kinds: chosen by the JSON type of what is given, like QAPI's alternates."""
-    kinds = [kind for kind in kinds if kind is not Absent]
-    if given is None:
-        if type(None) in kinds:
-            return None
-        raise InvalidParameter(path, "must not be null")
-    kinds = [kind for kind in kinds if kind is not type(None)]
-    fitting = [kind for kind in kinds if _fits(kind, given, strings)]
-    if not fitting:
-        names = " or ".join(dict.fromkeys(_name(kind) for kind in kinds))
-        raise InvalidParameter(path, f"must be {names}")
-    return _value(fitting[0], given, path, strings)
-
-
-def _fits(kind: Any, given: Any, strings: bool) -> bool:
-    origin = typing.get_origin(kind) or kind
-    if origin is Any:
-        return True
-    if isinstance(given, Mapping):
-        return attrs.has(origin) or (isinstance(origin, type) and issubclass(origin, Mapping))
-    if isinstance(given, (list, tuple)):
-        return isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str
-    if origin is Literal or (isinstance(origin, type) and issubclass(origin, enum.Enum)):
-        return isinstance(given, str)
-    if strings:
-        return origin in (str, int, bool, float)
-    if isinstance(given, bool):
-        return origin is bool
-    return isinstance(given, (int, float) if origin is float else origin)
 
 
 _NAMES: Final = {str: "a string", int: "an integer", bool: "a boolean", float: "a number"}
@@ -260,16 +285,6 @@ def _name(kind: Any) -> str:
     if origin is Literal or (isinstance(origin, type) and issubclass(origin, enum.Enum)):
         return "a string"
     return "an object" if attrs.has(origin) or issubclass(origin, Mapping) else "an array"
-
-
-def _scalar(kind: Any, given: Any, path: str, strings: bool) -> Any:
-    if strings and isinstance(given, str):
-        return _parse_scalar(kind, given, path)
-    if kind is float and isinstance(given, (int, float)) and not isinstance(given, bool):
-        return _finite(given, path)
-    if not isinstance(given, kind) or (kind is int and isinstance(given, bool)):
-        raise InvalidParameter(path, f"has the wrong type: it must be {_name(kind)}")
-    return _in_int64(given, path) if kind is int else given
 
 
 def _in_int64(given: int, path: str) -> int:
