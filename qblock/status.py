@@ -89,6 +89,10 @@ class Further:
         if not (want_zero and layer.driver.probes_storage) or storage is None:
             return found
         known = self._known.setdefault(storage.node, _Known(storage.node))
+        if found:
+            first, end = min(place for _, _, place in found), max(place + size for _, size, place in found)
+            if await known.is_zero(first, end - first) is held.zero:
+                return found
         for number, (_, size, place) in enumerate(found):
             if await known.is_zero(place, size) is not held.zero:
                 return found[:number]
@@ -195,10 +199,11 @@ async def chain_status(
 def next_question(asked: int, answered: int) -> int:
     """How many bytes a walk along a chain should ask about next, after a question with an answer about ``answered`` bytes.
 
-    Answers that fill the question make it longer. Of a long one most is lost where a lower layer is in many parts: the layers
-    above it are searched to the end of the question for each part.
+    Long answers make it longer. Of a long one most is lost where a lower layer is in many parts: the layers above it are searched
+    to the end of the question for each part.
     """
-    return min(4 * asked, _MAX_QUESTION) if answered == asked else FIRST_QUESTION
+    longer = min(4 * answered, _MAX_QUESTION)
+    return longer if answered == asked else max(longer, FIRST_QUESTION)
 
 
 async def is_allocated_above(

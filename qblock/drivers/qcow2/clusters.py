@@ -19,18 +19,17 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from qblock import requests
 from qblock.drivers.qcow2.cache import SECTOR, CachedTable, TableCache
+from qblock.drivers.qcow2.lanes import plain_pieces
 from qblock.drivers.qcow2.layout import (
-    COMPRESSED,
     COPIED,
     L1_IN_USE,
     L1_RESERVED,
-    L2_RESERVED,
     OFFSET_MASK,
-    ZERO,
     Geometry,
     Kind,
     Run,
@@ -38,7 +37,6 @@ from qblock.drivers.qcow2.layout import (
     decode_u64,
     encode_u64,
     find_run,
-    ramp_run,
     zeroes_u64,
 )
 from qblock.drivers.qcow2.refcounts import Freed, Refcounts
@@ -55,8 +53,6 @@ if TYPE_CHECKING:
     from qblock.node import BlockDriverState
 
 _ENTRIES_PER_SECTOR: Final = SECTOR // 8
-_LONG_RUN: Final = 64
-"""Clusters in a row for which a fragment is told by itself."""
 _STATUS_SLICES: Final = 64
 """Slices that one status question looks at before it answers."""
 
@@ -360,31 +356,14 @@ class ClusterMap:
         table = await self.slice_at(offset)
         if table is None or offset & (size - 1) or table.entries[index] & OFFSET_MASK == after:
             return []
-        if self.file.crypto is not None:
-            # Nothing lies in the file as it is.
+        if self.file.crypto is not None or self.geometry.data_file:
+            # Nothing lies in the file as it is; or nothing may lie elsewhere than at its guest offset.
             return []
-        odd = COMPRESSED | L2_RESERVED | ZERO | size - 1
-        limit = min(length >> self.geometry.cluster_bits, len(table.entries) - index)
-        first = table.entries[index]
-        if not first & odd and first & OFFSET_MASK and limit:
-            run = ramp_run(table.entries, index, limit, size)
-            if run >= _LONG_RUN:
-                return [(offset, run * size, first & OFFSET_MASK)]
-        found: list[Fragment] = []
-        start, guest, place, expected = offset, offset, 0, -1
-        for entry in table.entries[index : index + limit]:
-            host = entry & OFFSET_MASK
-            if entry & odd or not host:
-                break
-            if host != expected:
-                if guest > start:
-                    found.append((start, guest - start, place))
-                start, place = guest, host
-            expected = host + size
-            guest += size
-        if guest > start:
-            found.append((start, guest - start, place))
-        return found
+        limit = min(length // size, len(table.entries) - index)
+        pieces = plain_pieces(table.entries, index, limit, self.geometry.cluster_bits)
+        lengths = [clusters * size for _, clusters in pieces]
+        starts = accumulate(lengths, initial=offset)
+        return [(start, length, place) for start, length, (place, _) in zip(starts, lengths, pieces, strict=False)]
 
     async def _run_at(self, guest: int, limit: int) -> Run:
         geometry = self.geometry

@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import sys
 from array import array
+from itertools import accumulate
 from typing import Final
 
 import attrs
 
-from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, U64
+from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, U64, gallop
 
 _TOP: Final = 1 << 63
 _LANE: Final = 8
@@ -36,12 +37,8 @@ class PlainEntries:
 
     def runs(self) -> list[tuple[int, int]]:
         """The host clusters as (first, count), each run as long as it can be."""
-        clusters, breaks, runs, at = self.clusters, self.breaks, [], 0
-        while at >= 0:
-            end = breaks.find(b"\x80", at + 1)
-            runs.append((clusters[at], (end if end >= 0 else len(clusters)) - at))
-            at = end
-        return runs
+        lengths = _lengths(self.breaks)
+        return [(self.clusters[at], length) for at, length in zip(accumulate(lengths, initial=0), lengths, strict=False)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -50,34 +47,66 @@ def _repeated(word: int, count: int) -> int:
     return int.from_bytes(word.to_bytes(_LANE, "little") * count, "little")
 
 
+def plain_pieces(entries: array[int], start: int, limit: int, cluster_bits: int) -> list[tuple[int, int]]:
+    """Plain data in a row from ``start`` on, at most ``limit`` entries: (file offset, clusters) of each piece that lies together.
+
+    A piece is as long as it can be, and may lie anywhere.
+    """
+    odd = _odd(cluster_bits)
+
+    def fits(at: int, count: int) -> bool:
+        lanes = _lanes(entries[start + at : start + at + count])
+        return not lanes & _repeated(odd, count) and _all_have(OFFSET_MASK, lanes, count)
+
+    if not limit or not fits(0, 1):
+        return []
+    count = gallop(limit, fits)
+    row = entries[start : start + count]
+    lengths = _lengths(_breaks(_lanes(row) & _repeated(OFFSET_MASK, count), 1 << cluster_bits, count))
+    return [(row[at] & OFFSET_MASK, length) for at, length in zip(accumulate(lengths, initial=0), lengths, strict=False)]
+
+
 def plain_entries(entries: array[int], cluster_bits: int, *, clusters: int) -> PlainEntries | None:
     """The entries of a table when all of them are those of plain data, or zero; None when some are not, or all are zero.
 
     Data must lie in a file of so many ``clusters``.
     """
-    offsets = OFFSET_MASK >> cluster_bits << cluster_bits
     lanes = _lanes(entries)
-    if lanes & _repeated(~(COPIED | offsets) & ((1 << 64) - 1), len(entries)):
+    if lanes & _repeated(_odd(cluster_bits), len(entries)):
         return None
-    if _allocated(lanes, len(entries)) < len(entries):
+    if not _all_have(OFFSET_MASK, lanes, len(entries)):
         entries = array(U64, filter(None, entries))
         lanes = _lanes(entries)
-        if not entries or _allocated(lanes, len(entries)) < len(entries):
+        if not entries or not _all_have(OFFSET_MASK, lanes, len(entries)):
             return None
     count, top = len(entries), _repeated(_TOP, len(entries))
-    found = (lanes & _repeated(offsets, count)) >> cluster_bits
+    found = (lanes & _repeated(OFFSET_MASK, count)) >> cluster_bits
     if found + _repeated(_TOP - clusters, count) & top:
         return None
-    following = (found << 64) + _repeated(1, count) & (1 << 64 * count) - 1
-    breaks = ((found ^ following) + _repeated(_TOP - 1, count) & top).to_bytes(_LANE * count, "little")
-    return PlainEntries(
-        entries, _array(found, count), lanes & top == top, b"\x80" + breaks[2 * _LANE - 1 :: _LANE]
-    )
+    return PlainEntries(entries, _array(found, count), lanes & top == top, _breaks(found, 1, count))
 
 
-def _allocated(lanes: int, count: int) -> int:
-    """How many of ``count`` entries have a place in the file."""
-    return ((lanes & _repeated(OFFSET_MASK, count)) + _repeated(_TOP - 1, count) & _repeated(_TOP, count)).bit_count()
+def _odd(cluster_bits: int) -> int:
+    """The bits that no entry of plain data has."""
+    return ~(COPIED | OFFSET_MASK >> cluster_bits << cluster_bits) & (1 << 64) - 1
+
+
+def _all_have(mask: int, lanes: int, count: int) -> bool:
+    """Whether each of ``count`` lanes has some of the bits of ``mask``, which leaves the top bit free."""
+    top = _repeated(_TOP, count)
+    return (lanes & _repeated(mask, count)) + _repeated(_TOP - 1, count) & top == top
+
+
+def _breaks(lanes: int, step: int, count: int) -> bytes:
+    """A byte for each of ``count`` lanes: 0 where it is ``step`` more than the one before it, otherwise 0x80."""
+    following = (lanes << 64) + _repeated(step, count) & (1 << 64 * count) - 1
+    breaks = (lanes ^ following) + _repeated(_TOP - 1, count) & _repeated(_TOP, count)
+    return b"\x80" + breaks.to_bytes(_LANE * count, "little")[2 * _LANE - 1 :: _LANE]
+
+
+def _lengths(breaks: bytes) -> list[int]:
+    """The lengths of the runs that begin where there are breaks."""
+    return [len(rest) + 1 for rest in breaks.split(b"\x80")[1:]]
 
 
 def _lanes(words: array[int]) -> int:

@@ -218,7 +218,7 @@ def compressed_clusters(entry: int, cluster_bits: int) -> range:
 def constant_run(entries: array[int], start: int, limit: int) -> int:
     """How many entries from ``start`` (at most ``limit``) equal the first one."""
     pattern = array(entries.typecode, [entries[start]])
-    return _gallop(limit, lambda at, count: entries[start + at : start + at + count] == pattern * count)
+    return gallop(limit, lambda at, count: entries[start + at : start + at + count] == pattern * count)
 
 
 def ramp_run(entries: array[int], start: int, limit: int, step: int) -> int:
@@ -236,7 +236,7 @@ def ramp_run(entries: array[int], start: int, limit: int, step: int) -> int:
     limit = min(limit, _MOST // step)
     if entries[start + limit - 1] == first + (limit - 1) * step and fits(0, limit):
         return limit
-    return _gallop(limit, fits)
+    return gallop(limit, fits)
 
 
 _MOST: Final = 1 << 61
@@ -254,8 +254,8 @@ def _ramp(step: int, count: int) -> int:
     return _as_number(array(U64, range(0, count * step, step)) if step else array(U64, [1]) * count)
 
 
-def _gallop(limit: int, fits: Callable[[int, int], bool]) -> int:
-    # `fits(at, count)`: do members `at` to `at + count` belong to the run?
+def gallop(limit: int, fits: Callable[[int, int], bool]) -> int:
+    """How long a run is, at most ``limit``, of which the first member is known; ``fits(at, count)``: do these belong to it?"""
     done, step = 1, min(limit - 1, 32)
     if not step:
         return done

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qblock.drivers.qcow2.lanes import plain_entries
+from qblock.drivers.qcow2.lanes import plain_entries, plain_pieces
 from qblock.drivers.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO, Geometry, Kind, classify
 from qblock.tools.img import main
 
@@ -55,6 +55,20 @@ def test_a_table_of_plain_data_is_understood_as_by_a_loop(words: list[int], odd:
     assert plain.breaks == bytes([0x80, *(0 if yes else 0x80 for yes in follows)])
     assert [first + i for first, count in plain.runs() for i in range(count)] == hosts
     assert len(plain.runs()) == plain.breaks.count(b"\x80")
+
+
+@given(st.lists(st.one_of(ORDINARY, st.builds(lambda at: at << BITS, st.integers(1, 4)), ODD), max_size=40), st.integers(0, 5))
+def test_plain_data_in_a_row_is_told_in_pieces(words: list[int], start: int) -> None:
+    """From any entry on, up to the first that is no plain data; each piece ends where the next one lies elsewhere."""
+    row: list[int] = []
+    for word in words[start:]:
+        if classify(word, V3) is not Kind.DATA:
+            break
+        row.append(word & OFFSET_MASK)
+    pieces = plain_pieces(array("Q", words), start, max(len(words) - start, 0), BITS)
+    assert [place + (i << BITS) for place, count in pieces for i in range(count)] == row
+    assert all(place + (count << BITS) != after for (place, count), (after, _) in itertools.pairwise(pieces))
+    assert plain_pieces(array("Q", words), start, 1, BITS) == [(place, 1) for place in row[:1]]
 
 
 @pytest.mark.qemu
