@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from qmp_pair import DAEMONS, add, both, do, wait
 
 pytest.importorskip("cryptography")

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from qmp_pair import DAEMONS, SYSTEMS, add, both, do, hmp, io, wait
 from test_jobs_vs_qemu import CONCLUDED, GONE, LOOK, OUT, PENDING, TOP, Script

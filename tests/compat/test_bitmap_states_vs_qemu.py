@@ -5,13 +5,10 @@ What may be done with them, with what error, and which bits they have. Left out:
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from qmp_pair import DAEMONS, SYSTEMS, add, both, do, hmp, io, wait
 from test_backup_vs_qemu import DRIVE, IMAGES, JOBS, NODES, OTHER, OUT, TOP, drive_backup

@@ -14,12 +14,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from qmp_pair import DAEMONS, SYSTEMS, add, both, do, hmp, running
-
 from qblock.tools.img import main as img
 from qblock.tools.io import main as io
+from qmp_pair import DAEMONS, SYSTEMS, add, both, do, hmp, running
 
 MiB = 1 << 20
 SIZE = 8 * MiB

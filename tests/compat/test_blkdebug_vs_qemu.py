@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from qmp_pair import DAEMONS, both, do
 from test_filters_vs_qemu import LOOK, NULL, add, file
 

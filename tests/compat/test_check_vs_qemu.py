@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qblock.tools.img import main
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from damaged import DAMAGES, Patch, make_sound
+from qblock.tools.img import main
 
 Outcome = tuple[int, dict[str, Any] | None]
 Check = Callable[..., Outcome]

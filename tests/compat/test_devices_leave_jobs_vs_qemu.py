@@ -8,8 +8,6 @@ from typing import Any, Final
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from qmp_pair import Pair, both
 from test_jobs_vs_qemu import GONE, GRAPH, IMAGES, READY, Script
 from test_qmp_replies import do, wait

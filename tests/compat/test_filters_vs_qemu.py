@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from qmp_pair import DAEMONS, QMP, Pair, both, do, io
 
 pytestmark = pytest.mark.qemu

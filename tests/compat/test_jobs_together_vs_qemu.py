@@ -6,14 +6,11 @@ Speed limits and pauses hold the jobs where they are, so that nothing depends on
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from qmp_pair import DAEMONS, Connection, comparable, running
 from test_jobs_vs_qemu import GRAPH, Script

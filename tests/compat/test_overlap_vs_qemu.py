@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qblock.tools.io import main
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from damaged import COPIED, OFFSETS, Patch, make_sound
+from qblock.tools.io import main
 
 AREAS: dict[str, Callable[[Patch], int]] = {
     "main-header": lambda it: 0,

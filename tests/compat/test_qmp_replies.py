@@ -5,13 +5,10 @@ Left out of the comparison: message texts, times, versions, allocated sizes, and
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from qmp_pair import DAEMONS, SYSTEMS, Pair, add, both, do, hmp, wait
 

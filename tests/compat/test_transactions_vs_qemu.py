@@ -5,13 +5,10 @@ Left out: stacked snapshots that are undone, of which QEMU 7.2 dies.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from qmp_pair import DAEMONS, SYSTEMS, Pair, both, do, hmp, together, wait
 

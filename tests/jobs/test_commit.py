@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import sys
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import itertools
-
 from chains import NAMES, SIZE, Chain, Faulty, chain
-
 from qblock.backend import BlockBackend
 from qblock.committing import commit_in_use
 from qblock.driver import BackingLink

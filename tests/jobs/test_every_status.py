@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from chains import SIZE, Chain, chain
-
 from qblock.errors import CommandError, QBlockError
 from qblock.jobs.job import BlockJob
 from qblock.jobs.mirror import MirrorRequest, start_blockdev_mirror

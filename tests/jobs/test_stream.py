@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from chains import NAMES, SIZE, Faulty, chain
-
 from qblock.driver import BackingLink
 from qblock.errors import CommandError, NodeBusy, QBlockError
 from qblock.jobs.state import OnError

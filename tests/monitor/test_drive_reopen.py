@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from reopen_desk import MACHINES, NEW, OLD, SIZE, desk, error_of, no_descriptor_is_left, on_step, prove
 
 from qblock.drive_reopen import drive_reopen
 from qblock.errors import BlockIOError
@@ -20,6 +15,7 @@ from qblock.image import create, open_image
 from qblock.monitor.dialects import Dialect
 from qblock.testing.images import make_chain, make_image
 from qblock.units import MiB
+from reopen_desk import MACHINES, NEW, OLD, SIZE, desk, error_of, no_descriptor_is_left, on_step, prove
 
 # ------------------------------------------------------------------------------------------------------- the way forward
 

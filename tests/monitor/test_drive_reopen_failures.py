@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from reopen_desk import MACHINES, NEW, OLD, SIZE, Desk, desk, error_of, no_descriptor_is_left, on_step, prove
 
 from qblock.drive_reopen import Witness, drive_reopen
 from qblock.errors import BlockIOError, DeviceInUse, QBlockError
@@ -22,6 +17,7 @@ from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import MachineOptions
 from qblock.testing.images import make_image
 from qblock.testing.machines import LocalMachine
+from reopen_desk import MACHINES, NEW, OLD, SIZE, Desk, desk, error_of, no_descriptor_is_left, on_step, prove
 
 # ------------------------------------------------------------------------------------------------------------ refusals
 

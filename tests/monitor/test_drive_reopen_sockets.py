@@ -12,17 +12,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from reopen_desk import SIZE, prove
 
 from qblock.clock import RealClock
 from qblock.guest import ContentMap
@@ -33,6 +28,7 @@ from qblock.monitor.machine import Machine, MachineOptions, qmp_socket
 from qblock.testing.images import make_image
 from qblock.testing.machines import ServedMachine
 from qblock.units import KiB, MiB
+from reopen_desk import SIZE, prove
 
 
 class Management:

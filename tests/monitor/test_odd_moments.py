@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,6 @@ from qblock.testing.images import make_image
 from qblock.testing.machines import LocalMachine
 from qblock.testing.schedules import Seeded
 from qblock.units import KiB
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from reopen_desk import SlowFileDriver
 
 SIZE = 256 * KiB
