@@ -1,4 +1,5 @@
-"""qemu-img bench beside qblock-img bench: requests of 4 KiB, 64 at a time, to raw and qcow2 images, cached and past the cache.
+"""qemu-img bench beside qblock-img bench: requests of 4 KiB, 64 at a time, to raw and qcow2 images, cached and past the cache,
+and by io_uring.
 
     python benchmarks/bench.py [--rounds N] [--only TEXT] [--json FILE]
 
@@ -25,6 +26,10 @@ def compare_all(table: Table) -> None:
                 words = ["bench", *flags, "-t", cache, "-d", "64", "-s", "4096", "-c", str(count), "-f", fmt, folder / fmt]
                 title = f"bench 4 KiB {what}, depth 64, {fmt}, -t {cache}"
                 table.compare_tool(title, words, required=SMALL, timed_by_itself=True)
+        for flags, what in (([], "reads"), (["-w"], "writes")):
+            words = ["bench", *flags, "-i", "io_uring", "-t", cache, "-c", str(count), "-f", "raw", folder / "raw"]
+            title = f"bench 4 KiB {what}, io_uring, raw, -t {cache}"
+            table.compare_tool(title, words, required=SMALL, timed_by_itself=True)
     # Each request meets another cluster.
     stride = ["bench", "-S", str(4096 * 4099), "-d", "64", "-s", "4096", "-c", "75000", "-t", "writeback", "-f", "qcow2"]
     for flags, what in (([], "reads"), (["-w"], "writes")):

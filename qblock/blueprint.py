@@ -30,11 +30,12 @@ _MARKS: Final = ("options_given", "implicit", "probed", "copy_on_read")
 
 @attrs.frozen(eq=False)
 class _Entry:
-    """One node. ``children`` are indices of entries, or names of nodes that stay open, or None for no backing; ``marks`` are
-    the fields of the node that no option sets.
+    """One node. ``children`` are indices of entries, or names of nodes that stay open, or None for no backing. ``inherited`` and
+    ``marks`` are flags and fields of the node that no option sets.
     """
 
     options: dict[str, Json]
+    inherited: NodeFlags
     children: dict[str, int | str | None]
     marks: dict[str, Any]
 
@@ -64,7 +65,7 @@ class Blueprint:
                 options = dict(entry.options)
                 for child, below in entry.children.items():
                     options[child] = built[below].node_name if isinstance(below, int) else below
-                node = await opener.open_blockdev(unflatten_dotted(options), strings=True, root=False)
+                node = await opener.open_blockdev(unflatten_dotted(options), strings=True, root=False, inherited=entry.inherited)
                 node.monitor_owned = True  # until its overlay is there
                 for name, mark in entry.marks.items():
                     setattr(node, name, mark)
@@ -143,4 +144,4 @@ def _entry(node: BlockDriverState, index: dict[BlockDriverState, int]) -> _Entry
         "discard": "unmap" if flags.discard_unmap else "ignore",
         "detect-zeroes": node.detect_zeroes,
     }
-    return _Entry(options, children, {name: getattr(node, name) for name in _MARKS})
+    return _Entry(options, NodeFlags(aio=flags.aio), children, {name: getattr(node, name) for name in _MARKS})

@@ -242,6 +242,7 @@ class _Exchange:
             read_only=medium.flags.read_only,
             options=medium.options(),
             force_share=medium.flags.force_share,
+            inherited=medium.flags,
         )
         self.backend.insert(node)
         prepare_medium(self.system, node, filename=self.filename, copy_on_read=medium.copy_on_read)

@@ -82,6 +82,7 @@ class BlockDriverState:
     cache_direct: bool = False
     cache_no_flush: bool = False
     force_share: bool = False
+    aio: str = "threads"
     to_check: bool = False
     implicit: bool = False
     monitor_owned: bool = False

@@ -3,8 +3,8 @@
 Models the input side of ``blockdev-add`` (semantics.md section 10.1): the whole tree is checked against the options of its
 drivers first, so that a wrong member opens no file. Differs from QEMU in that inheritance of common options from parent to
 child is resolved here, in one place: a child takes over ``read-only``, ``auto-read-only``, ``cache`` and ``force-share`` of its
-parent unless it sets them itself; the storage of a format takes ``discard`` (the format decides what it passes on); a
-backing child is read-only unless its own options say otherwise.
+parent unless it sets them itself, and ``aio`` where a command line gives it for a whole tree; the storage of a format takes
+``discard`` (the format decides what it passes on); a backing child is read-only unless its own options say otherwise.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class NodeFlags:
     cache_no_flush: bool = False
     force_share: bool = False
     discard_unmap: bool = False
+    aio: str = "threads"
+    """How files run their requests that do not say it themselves: ``BlockdevAioOptions``."""
     describe_only: bool = False
     """Opened to be asked what it is; an encrypted image is not unlocked for that, and shows no content."""
     to_check: bool = False
@@ -85,9 +87,14 @@ class NodeFlags:
             cache_no_flush=_either(cache.no_flush, self.cache_no_flush),
             force_share=_either(common.force_share, self.force_share),
             discard_unmap=self.discard_unmap if common.discard is None else common.discard == "unmap",
+            aio=self.aio,
             describe_only=self.describe_only,
             to_check=self.to_check,
         )
+
+    def for_another(self) -> NodeFlags:
+        """What an image takes over that is opened by its file name to go above this one, or to get its content."""
+        return NodeFlags(cache_direct=self.cache_direct, cache_no_flush=self.cache_no_flush, aio=self.aio)
 
     def set_on(self, node: BlockDriverState) -> None:
         """Store the flags in the node's fields of the same names."""
@@ -100,11 +107,15 @@ class NodeFlags:
         return cls(**{field.name: getattr(node, field.name) for field in attrs.fields(cls)})
 
 
+NO_FLAGS: Final = NodeFlags()
+"""What a node inherits that is opened by itself."""
+
+
 @attrs.frozen
 class MediumFlags:
     """How the image of a drive is opened, whichever it is: what a drive keeps when it gets another one."""
 
-    flags: NodeFlags = NodeFlags()
+    flags: NodeFlags = NO_FLAGS
     detect_zeroes: str = "off"
     copy_on_read: bool = False
 

@@ -27,6 +27,7 @@ from qblock.graph import Graph, check_node_name
 from qblock.node import BlockDriverState
 from qblock.nodespec import (
     MAX_NESTING,
+    NO_FLAGS,
     NodeFlags,
     NodeReference,
     NodeSpec,
@@ -74,15 +75,20 @@ class Opener:
     # ------------------------------------------------------------------------------------------------------- opening
 
     async def open_blockdev(
-        self, options: Mapping[str, Json], *, strings: bool = False, root: bool = True
+        self,
+        options: Mapping[str, Json],
+        *,
+        strings: bool = False,
+        root: bool = True,
+        inherited: NodeFlags = NO_FLAGS,
     ) -> BlockDriverState:
         """Open the tree that ``options`` (nested JSON; with ``strings`` leaves may be text) describe; gives its root.
 
-        ``root``: the node is to be the monitor's, so it needs a ``node-name``. Raises `CommandError` (options,
-        names, permissions), `ImageError` and `BlockIOError`; nothing stays open then. The caller gives the node its first
-        user, or sets ``monitor_owned``, before it awaits again.
+        ``root``: the node is to be the monitor's, so it needs a ``node-name``. ``inherited`` holds where options are silent.
+        Raises `CommandError` (options, names, permissions), `ImageError` and `BlockIOError`; nothing stays open then. The
+        caller gives the node its first user, or sets ``monitor_owned``, before it awaits again.
         """
-        spec = SpecReader(self.registry, strings).read(options, NodeFlags())
+        spec = SpecReader(self.registry, strings).read(options, inherited)
         if root and not spec.common.node_name:
             raise InvalidParameter("node-name", "is missing: the root of a tree of nodes needs a name")
         return await self._open_tree(spec)
@@ -99,15 +105,17 @@ class Opener:
         force_share: bool = False,
         to_check: bool = False,
         node_name: str | None = None,
+        inherited: NodeFlags = NO_FLAGS,
     ) -> BlockDriverState:
         """Open an image by file name (or ``json:{…}``), probing the format when ``fmt`` is None.
 
         ``options`` are more options of the format node (dotted keys and text leaves are allowed). ``backing=False`` leaves
         the backing file of the header closed, ``data_file=False`` its data file: what the image says of itself can be asked
-        then, not its content. ``to_check``: for a check and repair, see `NodeFlags`. Raises and returns as `open_blockdev`.
+        then, not its content. ``to_check``: for a check and repair, see `NodeFlags`. ``inherited`` are flags for which there
+        is no argument here. Raises and returns as `open_blockdev`.
         """
-        flags = NodeFlags(
-            read_only=read_only, force_share=force_share, describe_only=not data_file, to_check=to_check
+        flags = attrs.evolve(
+            inherited, read_only=read_only, force_share=force_share, describe_only=not data_file, to_check=to_check
         )
         extra = unflatten_dotted(options or {})
         if node_name:
@@ -117,12 +125,14 @@ class Opener:
             return self._hand_over(layer.node)
         return await self._with_backing(layer, {_identity(layer.node)})
 
-    async def open_described(self, options: Mapping[str, Json]) -> BlockDriverState:
+    async def open_described(
+        self, options: Mapping[str, Json], *, inherited: NodeFlags = NO_FLAGS
+    ) -> BlockDriverState:
         """Open an image by options of its nodes, dotted keys and text leaves allowed; without a ``driver`` it is probed.
 
-        Raises and returns as `open_blockdev`.
+        Arguments, result and errors as of `open_blockdev`.
         """
-        layer = await self._open_given(unflatten_dotted(options), NodeFlags(), shown="the drive")
+        layer = await self._open_given(unflatten_dotted(options), inherited, shown="the drive")
         return await self._with_backing(layer, {_identity(layer.node)})
 
     async def open_backing_chain(self, node: BlockDriverState) -> None:
@@ -387,14 +397,15 @@ class Opener:
         implicit: bool,
         change: Transaction,
     ) -> _FilterDriver:
-        """The driver of a new filter node, which is in the graph, without edges so far; length and flags are those of ``above``.
+        """The driver of a new filter node, which is in the graph, without edges so far; length and flags are those of ``above``,
+        but for the cache.
 
         The driver needs no opening. Raises `InvalidParameter` and `DuplicateName`.
         """
         if node_name is not None:
             check_node_name(node_name)
         node = BlockDriverState(node_name or "", implicit=implicit)
-        NodeFlags.of(above).set_on(node)
+        attrs.evolve(NodeFlags.of(above), cache_direct=False, cache_no_flush=False).set_on(node)
         node.length = above.length
         node.driver = made = driver(node, options, self.env)
         self.graph.add_node(node, change)

@@ -90,7 +90,8 @@ def _described(opener: Opener, given: Mapping[str, Json], path: str, *, strings:
     if not isinstance(name, str):
         raise InvalidParameter(f"{path}.node-name", "is missing" if name is None else "must be a string")
     node = opener.graph.find_node(name)
-    spec = SpecReader(opener.registry, strings=strings).read(given, NodeFlags(discard_unmap=node.discard_unmap), path=path)
+    kept = NodeFlags(discard_unmap=node.discard_unmap, aio=node.aio)
+    spec = SpecReader(opener.registry, strings=strings).read(given, kept, path=path)
     if spec.driver is not type(node.driver):
         raise InvalidParameter(f"{path}.driver", f"cannot be changed: node '{name}' is a {node.driver.name} node")
     if not spec.driver.supports_reopen:
@@ -100,12 +101,12 @@ def _described(opener: Opener, given: Mapping[str, Json], path: str, *, strings:
         if (child := _wanted_child(opener, node, field, spec)) is not _Kept.KEPT:
             children[field.wire] = child
     # Children are compared as nodes above, so they do not count as changed options here.
-    kept = {
+    same = {
         field.attribute: getattr(node.driver.options, field.attribute)
         for field in fields(spec.driver.options_class)
         if field.role is not None
     }
-    options = attrs.evolve(spec.options, **kept)
+    options = attrs.evolve(spec.options, **same)
     return _Step(node, options, spec.flags, spec.common.detect_zeroes, given, children)
 
 
@@ -161,7 +162,7 @@ def _passed_on(step: _Step) -> dict[str, bool]:
     return {name: getattr(step.flags, name) for name, is_stated in stated.items() if is_stated}
 
 
-def _followers(node: BlockDriverState, changes: Mapping[str, bool]) -> list[_Step]:
+def _followers(node: BlockDriverState, changes: Mapping[str, Any]) -> list[_Step]:
     """The nodes below that take over ``changes`` of flags, lowest first: those opened with ``node`` that nobody else uses."""
     steps: list[_Step] = []
     edges = [(edge, changes) for edge in node.children.values()]

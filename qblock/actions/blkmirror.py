@@ -30,7 +30,7 @@ from qblock.drivers.blkmirror import BlkmirrorDriver, BlkmirrorOptions
 from qblock.errors import CommandError, DeviceInUse
 from qblock.filenames import has_protocol
 from qblock.naming import format_of
-from qblock.nodespec import MediumFlags
+from qblock.nodespec import MediumFlags, NodeFlags
 from qblock.permissions import ChildRole
 from qblock.requests import refresh_length
 from qblock.transaction import Transaction
@@ -127,6 +127,7 @@ class MirrorByDriver(Action):
             read_only=False,
             backing=False,
             options={"cache": medium["cache"], "discard": medium["discard"]},
+            inherited=NodeFlags(aio=image.aio),
         )
 
     def _shared(self, backing: BlockDriverState) -> BackingLink:

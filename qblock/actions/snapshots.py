@@ -22,6 +22,7 @@ from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.filtering import FilterDriver
 from qblock.node import BlockDriverState
+from qblock.nodespec import NodeFlags
 from qblock.permissions import ChildRole
 from qblock.requests import flush, refresh_length
 from qblock.transaction import Transaction
@@ -126,8 +127,9 @@ class SnapshotToFile(_Snapshot):
         if target.create:
             await self._create(node)
         overlay = await self.system.opener.open_image(
-            target.filename, fmt=target.format, read_only=node.read_only, backing=False, node_name=target.node_name
-        )
+            target.filename, fmt=target.format, read_only=node.read_only, backing=False, node_name=target.node_name,
+            inherited=NodeFlags.of(graph.skip_filters(node)).for_another(),
+        )  # fmt: skip
         overlay.monitor_owned = True  # until it has users of its own
         self._opened = overlay
         return overlay

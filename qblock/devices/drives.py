@@ -22,6 +22,7 @@ from qblock.driver import Json
 from qblock.errors import CommandError, InvalidParameter
 from qblock.graph import check_identifier
 from qblock.node import BlockDriverState
+from qblock.nodespec import NodeFlags
 from qblock.opening import merge
 from qblock.options import fields, option, split_keyval, unflatten_dotted, visit
 from qblock.permissions import Perm
@@ -153,8 +154,6 @@ def node_options(drive: DriveOptions) -> dict[str, Any]:
         "detect-zeroes": drive.detect_zeroes,
         "auto-read-only": True,
     }
-    if drive.aio != "threads":
-        options["file"] = {"aio": drive.aio}
     return merge(options, drive.rest)
 
 
@@ -237,7 +236,9 @@ async def _open_image(system: BlockSystem, drive: DriveOptions) -> BlockDriverSt
     options = node_options(drive)
     if drive.file is not None:
         read_only = drive.opens_read_only
-        return await system.opener.open_image(drive.file, fmt=drive.format, read_only=read_only, options=options)
+        return await system.opener.open_image(
+            drive.file, fmt=drive.format, read_only=read_only, options=options, inherited=NodeFlags(aio=drive.aio)
+        )
     if isinstance(drive.rest.get("file"), Mapping) or drive.format is not None:
         return await _open_described(system, drive, options)
     if drive.rest:
@@ -252,4 +253,4 @@ async def _open_described(system: BlockSystem, drive: DriveOptions, options: dic
     if drive.format is not None:
         options["driver"] = drive.format
     options["read-only"] = drive.opens_read_only
-    return await system.opener.open_described(options)
+    return await system.opener.open_described(options, inherited=NodeFlags(aio=drive.aio))

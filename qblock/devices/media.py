@@ -109,7 +109,9 @@ async def change_medium(
     if mode != "retain":
         before = attrs.evolve(before, flags=attrs.evolve(before.flags, read_only=mode == "read-only"))
     read_only = before.flags.read_only
-    node = await system.opener.open_image(filename, fmt=fmt, read_only=read_only, options=before.options())
+    node = await system.opener.open_image(
+        filename, fmt=fmt, read_only=read_only, options=before.options(), inherited=before.flags
+    )
     node.monitor_owned = True  # until the drive has it
     try:
         if not open_tray(drive, force=force):

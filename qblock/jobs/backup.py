@@ -21,6 +21,7 @@ from qblock.jobs.backup_plan import BackupPlan, BitmapMode
 from qblock.jobs.new_copy import SyncMode, TargetFile, make_target
 from qblock.jobs.state import OnError
 from qblock.node import BlockDriverState
+from qblock.nodespec import NodeFlags
 from qblock.permissions import ChildRole, Perm
 from qblock.transaction import Transaction
 from qblock.units import align_down
@@ -96,6 +97,7 @@ async def prepare_drive_backup(
     node = await system.opener.open_image(
         target.filename, fmt=fmt, read_only=False, backing=sync is not SyncMode.NONE, node_name=target.node_name,
         options={"discard": "unmap", "detect-zeroes": "unmap"},
+        inherited=NodeFlags.of(graph.skip_filters(source)).for_another(),
     )  # fmt: skip
     node.monitor_owned = True  # until the filter has it
     backup = PreparedBackup(system, source, node, attrs.evolve(request, sync=sync), txn=txn)

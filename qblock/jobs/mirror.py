@@ -22,6 +22,7 @@ from qblock.jobs.mirror_top import MirrorTop
 from qblock.jobs.new_copy import SyncMode, TargetFile, make_target
 from qblock.jobs.state import OnError
 from qblock.node import BlockDriverState
+from qblock.nodespec import NodeFlags
 from qblock.options import DriverOptions
 from qblock.permissions import Perm, PermissionPair
 from qblock.transaction import Transaction
@@ -113,8 +114,9 @@ async def prepare_drive_mirror(
     layer_below = source if request.sync is SyncMode.NONE else None if full else below
     fmt = await make_target(system, target, source, backing=layer_below)
     node = await system.opener.open_image(
-        target.filename, fmt=fmt, read_only=False, backing=False, node_name=target.node_name
-    )
+        target.filename, fmt=fmt, read_only=False, backing=False, node_name=target.node_name,
+        inherited=NodeFlags.of(graph.skip_filters(source)).for_another(),
+    )  # fmt: skip
     # The backend keeps the node alive while this waits for other things.
     backend = BlockBackend(graph, perm=Perm.NONE, shared=Perm.ALL)
     backend.insert(node)

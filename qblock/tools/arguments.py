@@ -98,17 +98,12 @@ def cache_options(mode: str | None, what: str = "cache option") -> dict[str, str
     }
 
 
-def aio_options(mode: str, cache: str | None) -> dict[str, str]:
-    """Node options for an aio mode of -i, for the file of an image that is opened with the cache mode ``cache``."""
+def aio_mode(arguments: Arguments, native: str) -> str:
+    """How files run their requests, from -i and from the option ``native`` that is short for ``-i native``."""
+    mode = arguments.get("i", "threads")
     if mode not in AIO_MODES:
         raise CommandError(f"Invalid aio mode: '{mode}' (choose from {', '.join(AIO_MODES)})")
-    if mode == "threads":
-        return {}
-    if mode == "io_uring":
-        raise CommandError("the aio mode 'io_uring' is not supported: use threads or native")
-    if cache_options(cache).get("cache.direct") != "on":
-        raise CommandError("the aio mode 'native' needs a cache mode past the page cache: add -t none or -t directsync")
-    return {"file.aio": mode}
+    return "native" if native in arguments else mode
 
 
 def is_writethrough(mode: str | None) -> bool:

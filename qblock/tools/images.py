@@ -25,7 +25,7 @@ from qblock.environment import Environment
 from qblock.errors import CommandError, QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
-from qblock.nodespec import DISCARD_WORDS
+from qblock.nodespec import DISCARD_WORDS, NodeFlags
 from qblock.opening import Opener, OpenPolicy
 from qblock.options import fields, parse_keyval, parse_options, split_items
 from qblock.permissions import Perm
@@ -65,6 +65,8 @@ class ImageArguments:
     copy_on_read: bool = False
     temporary: bool = False
     """Writes go to an overlay that is gone with the session; the image itself is opened for reading."""
+    aio: str = "threads"
+    """How its files run their requests, where their options do not say it."""
     extra: Mapping[str, str] = attrs.field(factory=dict)
     snapshot: str | None = None
     """The internal snapshot to show in place of the disk, see `snapshots.find_described`; the size stays the disk's."""
@@ -122,6 +124,7 @@ class ImageSession:
             options=dict(wanted.extra),
             force_share=wanted.force_share,
             to_check=wanted.to_check,
+            inherited=NodeFlags(aio=wanted.aio),
         )
 
     async def open(self, wanted: ImageArguments) -> BlockBackend:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SUBCOMMANDS: Final[Mapping[str, str]] = {
     "amend": "amend [-f FMT | --image-opts] [-t CACHE] [--force] [-p] [-q] -o OPTIONS FILE",
-    "bench": "bench [-c COUNT] [-d DEPTH] [-f FMT | --image-opts] [--flush-interval=N [--no-drain]] [-i threads] [-o OFFSET]\n"
+    "bench": "bench [-c COUNT] [-d DEPTH] [-f FMT | --image-opts] [--flush-interval=N [--no-drain]] [-i AIO] [-o OFFSET]\n"
     "        [--pattern=BYTE] [-q] [-s SIZE] [-S STEP] [-t CACHE] [-w] [-U] FILE",
     "bitmap": "bitmap (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... [-b FILE [-F FMT]]\n"
     "         [-g GRANULARITY] [-f FMT | --image-opts] FILE BITMAP",

@@ -1,7 +1,7 @@
 """``qblock-img bench``: how long a number of requests of one size takes, a few of them at a time.
 
-Command line, checks and output as qemu-img 7.2's; -q silences nothing, as there. Differs from QEMU: ``-i io_uring``, a
-depth of 0 and an empty image are refused, and a failing request ends the run at once.
+Command line, checks and output as qemu-img 7.2's; -q silences nothing, as there. Differs from QEMU: a depth of 0 and an empty
+image are refused, and a failing request ends the run at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qblock.tools.arguments import (
     CACHE_MODES,
     Arguments,
     UsageError,
-    aio_options,
+    aio_mode,
     cache_options,
     is_writethrough,
     size_of,
@@ -70,15 +70,12 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         image_opts="image-opts" in arguments,
         writable="w" in arguments,
         force_share="U" in arguments,
-        extra=cache_options(cache) | aio_options(_aio_mode(arguments), cache),
+        aio=aio_mode(arguments, "n"),
+        extra=cache_options(cache),
         writethrough=is_writethrough(cache),
     )
     run_session(lambda session: _bench(session, wanted, settings), watch)
     return 0
-
-
-def _aio_mode(arguments: Arguments) -> str:
-    return "native" if "n" in arguments else arguments.get("i") or "threads"
 
 
 def _settings(arguments: Arguments) -> BenchSettings:

@@ -1,8 +1,7 @@
 """``qblock-io``: read, write and inspect one image by small commands, with qemu-io 7.2's command line and output.
 
 The commands are those of `qblock.iocmd`, plus ``open`` and ``close``. Without -c they are read from standard input, each behind
-the prompt ``qemu-io> `` (printed also when input is a file, as QEMU does, so that outputs can be compared). Differs from QEMU:
-``-i io_uring`` is refused.
+the prompt ``qemu-io> `` (printed also when input is a file, as QEMU does, so that outputs can be compared).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from qblock.iocmd.commands import COMMANDS
 from qblock.iocmd.shell import AlreadySaid, CommandFailed, IoCommand, IoShell, command_table, options_of
 from qblock.nodespec import DISCARD_WORDS
 from qblock.options import parse_keyval
-from qblock.tools.arguments import Arguments, UsageError, aio_options, cache_options, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, aio_mode, cache_options, is_writethrough
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
 from qblock.tools.images import ImageArguments, ImageSession, OnlyHelp, run_session, with_secrets
 from qblock.tools.tracing import Tracer, asks_for_list, print_events
@@ -40,7 +39,7 @@ Reads and writes a disk image by commands.
   -t, --cache MODE     none, writeback, writethrough, directsync or unsafe
   -d, --discard MODE   ignore (off) or unmap (on)
   -C, --copy-on-read   copy what is read from the backing file into the image
-  -i, --aio MODE       threads, or native (also called -k), which needs -n or -t none
+  -i, --aio MODE       threads, io_uring, or native (also called -k), which needs -n or -t none
   -m, --misalign       let the buffers of requests begin inside of a block
   -U, --force-share    open it although another program writes to it (needs -r)
   --image-opts         FILE is a list of options: driver=...,file.filename=...
@@ -60,7 +59,7 @@ _OPEN: Final = """ -r, -- read-only
  -U, -- although another program writes to it (needs -r)
  -t, -- the cache mode: none, writeback, writethrough, directsync or unsafe
  -d, -- what becomes of discards: ignore (off) or unmap (on)
- -i, -- the aio mode: threads, or native (also called -k)
+ -i, -- the aio mode: threads, io_uring, or native (also called -k)
  -o, -- options for the block driver, as key=value,..."""
 _LONG: Final = {
     "cmd=": "c", "format=": "f", "read-only": "r", "snapshot": "s", "nocache": "n", "copy-on-read": "C", "misalign": "m",
@@ -112,7 +111,6 @@ def _wanted(arguments: Arguments, name: str, *, image_opts: bool = False) -> Ima
     discard = arguments.get("d", "unmap") or ""
     if discard not in DISCARD_WORDS:
         raise CommandError(f"Invalid discard option: '{discard}' (choose from {', '.join(DISCARD_WORDS)})")
-    aio = "native" if "k" in arguments else arguments.get("i") or "threads"
     if "C" in arguments and "r" in arguments:
         raise CommandError("-C copies into the image, which -r forbids")
     return ImageArguments(
@@ -121,7 +119,8 @@ def _wanted(arguments: Arguments, name: str, *, image_opts: bool = False) -> Ima
         image_opts=image_opts or "image-opts" in arguments,
         writable="r" not in arguments,
         force_share="U" in arguments,
-        extra=cache_options(cache) | aio_options(aio, cache) | {"discard": DISCARD_WORDS[discard]},
+        aio=aio_mode(arguments, "k"),
+        extra=cache_options(cache) | {"discard": DISCARD_WORDS[discard]},
         writethrough=is_writethrough(cache),
         copy_on_read="C" in arguments,
         temporary="s" in arguments,

@@ -19,7 +19,7 @@ import pytest
 from qblock.tools.system_help import answer
 from qblock.tools.system_options import Given
 
-from .qmp_pair import Pair, both, comparable, do, hmp, transcript
+from .qmp_pair import Pair, both, comparable, do, hmp, transcript, wait
 
 pytestmark = [
     pytest.mark.qemu,
@@ -198,6 +198,20 @@ def test_statistics_and_histograms_are_shown_as_in_the_real_program(tmp_path: Pa
         hmp('qemu-io -d ih "read 0 512"'), do("query-blockstats"),
     ]  # fmt: skip
     run_both(tmp_path, options, script)
+
+
+@pytest.mark.parametrize("mode", ["cache=none,aio=native", "cache=unsafe", "aio=io_uring"])
+def test_an_overlay_and_a_copy_are_opened_as_the_drive_was(mode: str, tmp_path: Path) -> None:
+    """Management gives a cache mode once, for the drive: a snapshot must not take the page cache back into use."""
+    options = ("-nodefaults", "-machine", "none", "-drive", f"if=none,file=a.qcow2,id=d,discard=unmap,{mode}")
+    wanted: list[Any] = [
+        do("blockdev-snapshot-sync", device="d", snapshot_file="o.qcow2", format="qcow2"),
+        do("drive-mirror", device="d", target="m.qcow2", format="qcow2", sync="full", job_id="m"),
+        wait("BLOCK_JOB_READY"), do("query-named-block-nodes"), do("query-block"), do("block-job-cancel", device="m", force=True),
+        wait("BLOCK_JOB_CANCELLED"), do("blockdev-snapshot-sync", device="d", snapshot_file="p.qcow2", format="qcow2"),
+        do("query-named-block-nodes"),
+    ]  # fmt: skip
+    run_both(tmp_path, options, wanted)
 
 
 def test_an_error_stops_the_machine_that_the_guest_runs_on(tmp_path: Path) -> None:

@@ -401,8 +401,6 @@ def test_what_cannot_be_opened_is_told_at_once(tmp_path: Path, name: str, code: 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"aio": "io_uring"},
-        {"aio_max_batch": 4},
         {"pr_manager": "pr"},
         {"x_check_cache_dropped": True},
     ],

@@ -17,7 +17,9 @@ import pytest
 
 from qblock.drain import drained
 from qblock.drivers.file import FileDriver, FileOptions, aio
-from qblock.drivers.file.aio import DEPTH, LARGEST, LinuxAio
+from qblock.drivers.file.aio import LinuxAio
+from qblock.drivers.file.direct import DirectAccess
+from qblock.drivers.file.slots import DEPTH, LARGEST
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.node import BlockDriverState
 from qblock.opening import Opener
@@ -68,17 +70,17 @@ async def opened(path: Path, **options: Any) -> AsyncIterator[tuple[NodeBench, B
 
 def queue_of(node: BlockDriverState) -> LinuxAio:
     assert isinstance(node.driver, FileDriver)
-    assert node.driver._direct is not None
-    queue = node.driver._direct._queue
+    assert isinstance(node.driver._access, DirectAccess)
+    queue = node.driver._access._queue
     assert queue is not None
     return queue
 
 
 def replace_call(monkeypatch: pytest.MonkeyPatch, number: int, instead: KernelCall) -> None:
     """Let ``instead`` answer the system call that stands at this place of the table, the kernel all others."""
-    real = aio._call
+    real = aio.call
     numbers = {table[number] for table in aio._CALLS.values()}
-    monkeypatch.setattr(aio, "_call", lambda which, *args: (instead if which in numbers else real)(which, *args))
+    monkeypatch.setattr(aio, "call", lambda which, *args: (instead if which in numbers else real)(which, *args))
 
 
 def fail_with(code: int) -> KernelCall:
@@ -113,7 +115,7 @@ def test_requests_of_one_turn_go_to_the_kernel_together(
 ) -> None:
     """More requests than the queue has slots: the rest follows as slots become free, no batch is beyond the limit."""
     batches = []
-    real = aio._call
+    real = aio.call
 
     def count(*args: Any) -> int:
         batches.append(args[2].value)
@@ -313,12 +315,8 @@ def test_native_is_refused_where_it_would_not_be_so(path: Path) -> None:
                 pass
 
     async def cached() -> None:
-        for options in ({"aio": "native"}, {"aio_max_batch": 1}):
-            with pytest.raises(InvalidParameter):
-                await NodeBench().add(FileDriver, FileOptions(filename=str(path), **options))
-        with pytest.raises(InvalidParameter, match="negative"):
-            async with opened(path, aio_max_batch=-1):
-                pass
+        with pytest.raises(InvalidParameter):
+            await NodeBench().add(FileDriver, FileOptions(filename=str(path), aio="native"))
         async with opened(path) as (_, node):
             with pytest.raises(CommandError, match="needs cache"):
                 node.driver.check_cache(direct=False)

@@ -13,7 +13,8 @@ import threading
 from typing import Final
 
 from qblock.drivers.file import space
-from qblock.drivers.file.aio import LARGEST, LinuxAio
+from qblock.drivers.file.aio import LinuxAio
+from qblock.drivers.file.slots import LARGEST
 from qblock.threads import ThreadQueue
 from qblock.units import MiB
 from qblock.zeroes import fill_zero
@@ -33,7 +34,7 @@ class DirectAccess:
     """
 
     def __init__(self, threads: ThreadQueue, alignment: int, *, native: bool = False, max_batch: int = 0) -> None:
-        """Raises `OSError` where there is no queue and ``native`` insists on it; ``max_batch`` as in `LinuxAio`."""
+        """Raises `OSError` where there is no queue and ``native`` insists on it; ``max_batch`` as in `SlotQueue`."""
         self.alignment = alignment
         self._threads = threads
         self._bounce = Bounce()
@@ -73,6 +74,10 @@ class DirectAccess:
             done -= done % self.alignment
             self._passing_by = _PASS_BY
         await self._threads.run(self._write_blocking, fd, offset + done, buffer[done:])
+
+    async def sync(self, fd: int) -> None:
+        """``fdatasync``."""
+        await self._threads.run(os.fdatasync, fd)
 
     def _queue_for(self, buffer: memoryview) -> LinuxAio | None:
         queue = self._queue

@@ -4,12 +4,13 @@ Models QEMU's ``file`` with ``aio=threads`` (semantics.md section 16, image-lock
 serve is done at once on the loop's thread: reads ask with ``RWF_NOWAIT`` and go to a thread only when data must come from the
 disk, writes are a copy into the page cache. Everything that may take long (large requests, ``fdatasync``, allocation) runs in
 the environment's executor. With ``cache.direct`` the file is open with ``O_DIRECT``, and small requests are run by the kernel
-(aio.py) where it can.
+(aio.py) where it can. With ``aio=io_uring`` nothing but allocation runs in threads: what cannot be done at once goes to the
+kernel by way of shared rings (ring.py).
 
-Differs from QEMU: with ``cache.direct`` that is so for ``aio=threads``, too; ``aio=native`` insists on it, and fails where there
-is no such queue, and without it ``aio-max-batch`` is refused. ``aio=io_uring`` is refused, since it would only be another name
-for the same; so is ``pr-manager``. ``auto-read-only`` decides when the file is opened, not again with every user. Block devices
-are taken, too. ``drop-cache`` acts at the end of an incoming migration, which qblock does not have: both values do the same.
+Differs from QEMU: with ``cache.direct`` small requests are run by the kernel for ``aio=threads``, too; ``aio=native`` insists on
+it, and fails where there is no such queue. ``aio-max-batch`` holds for ``aio=io_uring`` as well, where QEMU ignores it.
+``pr-manager`` is refused. ``auto-read-only`` decides when the file is opened, not again with every user. Block devices are
+taken, too. ``drop-cache`` acts at the end of an incoming migration, which qblock does not have: both values do the same.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from attrs import evolve, frozen
 
 from qblock.driver import CreateContext, Driver, Json, Limits
 from qblock.drivers.file import space
+from qblock.drivers.file.access import Access, ThreadAccess
 from qblock.drivers.file.direct import DirectAccess, alignment_of, set_direct
 from qblock.drivers.file.locks import FileLocks
+from qblock.drivers.file.ring import IoUring
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Data, Extent, Zero
 from qblock.fdsets import PREFIX as FDSETS
@@ -51,6 +54,7 @@ INLINE_WRITE: Final = 256 * KiB
 """Writes up to this many bytes are copied into the page cache on the loop's thread, which takes less than 50 microseconds."""
 INLINE_ALONE: Final = 16 * MiB
 """Both limits where the loop is not shared: a thread would only add two switches to each copy."""
+_NEVER: Final = -1
 _INLINE_SPACE: Final = MiB
 _COPY_PIECE: Final = 64 * MiB
 _MAX_EXTENT_SIZE_HINT: Final = (1 << 32) - 1
@@ -72,10 +76,10 @@ class FileOptions(DriverOptions):
     filename: str = required(doc="path of the file")
     pr_manager: str | None = option(None, doc="persistent reservation manager; not offered", since="2.11")
     locking: Literal["auto", "on", "off"] = option("auto", doc="byte-range locks on the file", since="2.10")
-    aio: Literal["threads", "native", "io_uring"] = option(
-        "threads", doc="how requests are run; not io_uring", since="2.9"
+    aio: Literal["threads", "native", "io_uring"] | None = option(
+        None, doc="how requests are run; by default as the command line says, or threads", since="2.9"
     )
-    aio_max_batch: int = option(0, doc="largest batch of aio=native; 0: no limit", since="6.2")
+    aio_max_batch: int = option(0, doc="requests given to the kernel at once; 0: no limit", since="6.2")
     drop_cache: bool = option(True, doc="drop the page cache after an incoming migration", since="3.0")
     x_check_cache_dropped: bool = option(False, doc="check that drop-cache worked; only off", since="3.0")
 
@@ -93,17 +97,6 @@ class FileCreateOptions(DriverOptions):
 
 def _io_error(error: OSError, detail: str) -> BlockIOError:
     return BlockIOError(error.errno or errno.EIO, detail)
-
-
-def _read_fully(fd: int, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer``, with zeroes behind the end of the file. Blocks."""
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, (buffer[done:],), offset + done)
-        if not count:
-            fill_zero(buffer[done:])
-            return
-        done += count
 
 
 def _open_storage(filename: str, flags: int, fdsets: FdSets | None = None) -> int:
@@ -151,11 +144,12 @@ class FileDriver(Driver):
     _failed_flush = 0
     _locks: FileLocks | None = None
     _new_fd: int | None = None
-    _direct: DirectAccess | None = None
-    """What serves requests past the page cache."""
-    _inline_read = INLINE_READ
+    _access: Access
+    """Who runs what is not done at once."""
+    _is_direct = False
+    _inline_read = _NEVER
     _read_flags = os.RWF_NOWAIT
-    _inline_write = INLINE_WRITE
+    _inline_write = _NEVER
     _write = staticmethod(space.write_fully)
     _discards_ok = 0
     _discards_failed = 0
@@ -168,8 +162,6 @@ class FileDriver(Driver):
         self._refuse_options()
         self._threads = ThreadQueue(self.env.executor)
         node = self.node
-        if not self.env.loop_is_shared:
-            self._inline_read = self._inline_write = INLINE_ALONE
         try:
             self._fd = self._open_descriptor(read_only=node.read_only)
         except BlockIOError as error:
@@ -185,24 +177,21 @@ class FileDriver(Driver):
                 self._read_flags = 0
             if not self._is_device and space.gains_by_reserving(self._fd):
                 self._write = space.write_reserved
-            if node.cache_direct:
-                self._bypass_cache(alignment_of(self._fd, is_device=self._is_device))
+            self._access = self._make_access(self._settle_cache())
+        except BaseException:
+            os.close(self._fd)
+            raise
+        try:
             self._open_locks()
         except BaseException:
-            self._use_cache()
+            self._access.close()
             os.close(self._fd)
             raise
 
     def _refuse_options(self) -> None:
         options = self.options
-        if options.aio == "io_uring":
-            raise InvalidParameter("aio", "cannot be 'io_uring', which is not offered; use threads or native")
-        if options.aio == "native" and not self.node.cache_direct:
+        if self._aio == "native" and not self.node.cache_direct:
             raise InvalidParameter("aio", "cannot be 'native' without cache.direct=on")
-        if options.aio_max_batch and options.aio != "native":
-            raise InvalidParameter("aio-max-batch", "belongs to aio=native; leave it out")
-        if options.aio_max_batch < 0:
-            raise InvalidParameter("aio-max-batch", f"cannot be negative ({options.aio_max_batch})")
         if options.pr_manager is not None:
             raise InvalidParameter("pr-manager", "is not offered: there are no persistent reservations here")
         if options.x_check_cache_dropped:
@@ -216,21 +205,35 @@ class FileDriver(Driver):
             flags |= os.O_DIRECT
         return _open_storage(self.options.filename, flags, self.env.fdsets)
 
-    def _bypass_cache(self, alignment: int) -> None:
-        options = self.options
-        try:
-            self._direct = DirectAccess(
-                self._threads, alignment, native=options.aio == "native", max_batch=options.aio_max_batch
-            )
-        except OSError as error:
-            raise CommandError(f"'{options.filename}' cannot be used with aio=native: {error.strerror}") from None
-        self.limits = Limits(request_alignment=alignment)
+    @property
+    def _aio(self) -> str:
+        return self.options.aio or self.node.aio
 
-    def _use_cache(self) -> None:
-        if self._direct is not None:
-            self._direct.close()
-            self._direct = None
+    def _settle_cache(self) -> int:
+        """Use the page cache, or not, as the node says; the alignment of requests in bytes."""
+        self._is_direct = self.node.cache_direct
+        if self._is_direct:
+            alignment = alignment_of(self._fd, is_device=self._is_device)
+            self.limits = Limits(request_alignment=alignment)
+            self._inline_read = self._inline_write = _NEVER
+            return alignment
         self.limits = Limits()
+        self._inline_read, self._inline_write = INLINE_READ, INLINE_WRITE
+        if not self.env.loop_is_shared:
+            self._inline_read = self._inline_write = INLINE_ALONE
+        return 1
+
+    def _make_access(self, alignment: int) -> Access:
+        batch = self.options.aio_max_batch
+        try:
+            if self._aio == "io_uring":
+                return IoUring(alignment, max_batch=batch)
+            if self._is_direct:
+                return DirectAccess(self._threads, alignment, native=self._aio == "native", max_batch=batch)
+        except OSError as error:
+            name = self.options.filename
+            raise CommandError(f"'{name}' cannot be used with aio={self._aio}: {error.strerror}; use threads") from None
+        return ThreadAccess(self._threads, self._write)
 
     def _open_locks(self) -> None:
         if self.options.locking == "off" or self.node.force_share:
@@ -257,7 +260,7 @@ class FileDriver(Driver):
 
     async def close(self) -> None:
         """See `Driver`."""
-        self._use_cache()
+        self._access.close()
         os.close(self._fd)
         self._fd = -1
         if self._locks is not None:
@@ -277,7 +280,7 @@ class FileDriver(Driver):
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Driver`."""
         done = 0
-        if self._direct is None and len(buffer) <= self._inline_read:
+        if len(buffer) <= self._inline_read:
             try:
                 done = os.preadv(self._fd, (buffer,), offset, self._read_flags)
                 if done == len(buffer):
@@ -290,15 +293,12 @@ class FileDriver(Driver):
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise _io_error(error, f"Reading '{self.options.filename}' at {offset} failed") from None
-                self._inline_read = 0
+                self._inline_read = _NEVER
         await self._read_waiting(offset + done, buffer[done:])
 
     async def _read_waiting(self, offset: int, buffer: memoryview) -> None:
         try:
-            if self._direct is not None:
-                await self._direct.read(self._fd, offset, buffer)
-            else:
-                await self._run(_read_fully, self._fd, offset, buffer)
+            await self._access.read(self._fd, offset, buffer)
         except OSError as error:
             raise _io_error(error, f"Reading '{self.options.filename}' at {offset} failed") from None
 
@@ -306,12 +306,10 @@ class FileDriver(Driver):
         """See `Driver`."""
         end = offset + len(buffer)
         try:
-            if self._direct is not None:
-                await self._direct.write(self._fd, offset, buffer)
-            elif len(buffer) > self._inline_write:
-                await self._run(self._write, self._fd, offset, buffer)
-            else:
+            if len(buffer) <= self._inline_write:
                 self._write(self._fd, offset, buffer)
+            else:
+                await self._access.write(self._fd, offset, buffer)
         except OSError as error:
             self._length = _size_of(self._fd)
             raise _io_error(error, f"Writing '{self.options.filename}' at {offset} failed") from None
@@ -329,9 +327,9 @@ class FileDriver(Driver):
                 "reopen it",
             )
         try:
-            await self._run(os.fdatasync, self._fd)
+            await self._access.sync(self._fd)
         except OSError as error:
-            if not self._direct:
+            if not self._is_direct:
                 self._failed_flush = error.errno or errno.EIO
             raise _io_error(error, f"Flushing '{self.options.filename}' failed") from None
 
@@ -471,9 +469,9 @@ class FileDriver(Driver):
 
     def check_cache(self, *, direct: bool) -> None:
         """See `Driver`: the file system must be able to do without the page cache, and aio=native takes nothing else."""
-        if not direct and self.options.aio == "native":
+        if not direct and self._aio == "native":
             raise CommandError(f"'{self.options.filename}' needs cache.direct=on for aio=native")
-        if not direct or self._direct:
+        if not direct or self._is_direct:
             return
         try:
             set_direct(self._fd, on=True)
@@ -501,12 +499,14 @@ class FileDriver(Driver):
             os.close(self._fd)
             self._fd, self._new_fd = self._new_fd, None
             self._failed_flush = 0
-        if self.node.cache_direct and not self._direct:
-            set_direct(self._fd, on=True)
-            self._bypass_cache(alignment_of(self._fd, is_device=self._is_device))
-        elif self._direct and not self.node.cache_direct:
-            set_direct(self._fd, on=False)
-            self._use_cache()
+        if self.node.cache_direct is not self._is_direct:
+            set_direct(self._fd, on=self.node.cache_direct)
+            alignment = self._settle_cache()
+            if isinstance(self._access, IoUring):
+                self._access.alignment = alignment
+            else:
+                self._access.close()
+                self._access = self._make_access(alignment)
 
     def abort_reopen(self) -> None:
         """See `Driver`."""
