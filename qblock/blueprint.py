@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from qblock.chain import children_of, in_order
 from qblock.driver import Json
 from qblock.node import BlockDriverState, EdgeParent
 from qblock.nodespec import NodeFlags, child_fields
@@ -111,17 +112,7 @@ def _let_go(nodes: Iterable[BlockDriverState]) -> None:
 
 def _children_first(root: BlockDriverState, wanted: set[BlockDriverState]) -> list[BlockDriverState]:
     """The nodes of ``wanted`` below and including ``root``, each behind all of its children."""
-    order: dict[BlockDriverState, None] = {}
-    stack = [(root, iter(list(root.children.values())))]
-    while stack:
-        node, edges = stack[-1]
-        below = next((edge.node for edge in edges if edge.node in wanted and edge.node not in order), None)
-        if below is None:
-            order[node] = None
-            stack.pop()
-        else:
-            stack.append((below, iter(list(below.children.values()))))
-    return list(order)
+    return in_order([root], lambda node: [below for below in children_of(node) if below in wanted])[::-1]
 
 
 def _entry(node: BlockDriverState, index: dict[BlockDriverState, int]) -> _Entry:

@@ -1,4 +1,4 @@
-"""Walks down a chain of images: through filters, along backing links.
+"""Walks down a chain of images: through filters, along backing links; and over all nodes below or above some.
 
 Models QEMU's chain helpers (semantics.md section 7): a *chain* goes from a node down its backing link, or for a filter down
 its one filtered child; *backing chain* means its nodes that are no filters. Nothing here changes the graph or blocks.
@@ -8,7 +8,7 @@ Differs from QEMU in that file names are compared as texts (made absolute), neve
 from __future__ import annotations
 
 import os.path
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from qblock.driver import SupportsBacking
@@ -141,13 +141,36 @@ def is_root(node: BlockDriverState) -> bool:
     return all(edge.role is ChildRole.ROOT for edge in node.parents)
 
 
+def children_of(node: BlockDriverState) -> list[BlockDriverState]:
+    """The nodes that ``node`` has an edge to; one that has several of its edges is named as often."""
+    return [edge.node for edge in node.children.values()]
+
+
 def descendants(node: BlockDriverState) -> set[BlockDriverState]:
     """``node`` and all nodes that can be reached from it by any edges."""
-    seen = {node}
-    pending = [node]
-    while pending:
-        for edge in pending.pop().children.values():
-            if edge.node not in seen:
-                seen.add(edge.node)
-                pending.append(edge.node)
-    return seen
+    return set(in_order([node], children_of))
+
+
+def in_order(
+    nodes: Iterable[BlockDriverState], onward: Callable[[BlockDriverState], Iterable[BlockDriverState]]
+) -> list[BlockDriverState]:
+    """``nodes`` and all that ``onward`` leads to from them, each once and before those it leads to; linear in the edges."""
+    order: list[BlockDriverState] = []
+    seen: set[BlockDriverState] = set()
+    for start in nodes:
+        if start in seen:
+            continue
+        seen.add(start)
+        path = [(start, iter(onward(start)))]
+        while path:
+            node, ahead = path[-1]
+            for following in ahead:
+                if following not in seen:
+                    seen.add(following)
+                    path.append((following, iter(onward(following))))
+                    break
+            else:
+                order.append(node)
+                path.pop()
+    order.reverse()
+    return order

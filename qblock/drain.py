@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from qblock.chain import in_order
 from qblock.node import BlockDriverState
 
 if TYPE_CHECKING:
@@ -81,26 +82,9 @@ def is_busy(nodes: Iterable[BlockDriverState]) -> bool:
 
 def _from_below(nodes: Iterable[BlockDriverState]) -> list[BlockDriverState]:
     """``nodes`` and all nodes above them, each once, children before their parents."""
-    order: list[BlockDriverState] = []
-    seen: set[BlockDriverState] = set()
-    for start in nodes:
-        if start in seen:
-            continue
-        seen.add(start)
-        stack = [(start, iter(start.parents))]
-        while stack:
-            node, edges = stack[-1]
-            for edge in edges:
-                parent = edge.parent
-                if isinstance(parent, BlockDriverState) and parent not in seen:
-                    seen.add(parent)
-                    stack.append((parent, iter(parent.parents)))
-                    break
-            else:
-                order.append(node)
-                stack.pop()
-    order.reverse()
-    return order
+    return in_order(
+        nodes, lambda node: [edge.parent for edge in node.parents if isinstance(edge.parent, BlockDriverState)]
+    )
 
 
 def _sections(nodes: Sequence[BlockDriverState]) -> dict[BlockDriverState, int]:

@@ -362,7 +362,7 @@ class Graph:
             return
         touched = dict.fromkeys(nodes)
         if any(_needs_refresh(node) for node in touched):
-            for node in _parents_first(touched):
+            for node in chain.in_order(touched, chain.children_of):
                 if node in touched:
                     touched.update(dict.fromkeys(_refresh_node(node, change)))
 
@@ -527,25 +527,3 @@ def _store_cumulative(node: BlockDriverState, pair: PermissionPair) -> None:
 def _settle(node: BlockDriverState) -> None:
     """Tell the driver that the change is final; the permissions are those at the end of the whole transaction."""
     node.driver.set_permissions(node.perm, node.shared)
-
-
-def _parents_first(nodes: Iterable[BlockDriverState]) -> list[BlockDriverState]:
-    """``nodes`` and all below them, every node behind all of its parents (among these); linear in their edges."""
-    order: list[BlockDriverState] = []
-    seen: set[BlockDriverState] = set()
-    for start in nodes:
-        if start in seen:
-            continue
-        seen.add(start)
-        stack = [(start, iter(list(start.children.values())))]
-        while stack:
-            node, edges = stack[-1]
-            below = next((edge.node for edge in edges if edge.node not in seen), None)
-            if below is None:
-                order.append(node)
-                stack.pop()
-            else:
-                seen.add(below)
-                stack.append((below, iter(list(below.children.values()))))
-    order.reverse()
-    return order
