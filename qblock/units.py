@@ -23,6 +23,7 @@ _SIZE_UNITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 _SIZE_NAMES: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SIZE: Final = re.compile(r"\s*\+?(?:(?P<hex>0[xX][0-9a-fA-F]+)|(?P<number>\d+(?:\.\d*)?))(?P<unit>[bBkKmMgGtTpPeE]?)")
+_OFFSET_LIMIT: Final = 1 << 63
 _SIZE_LIMIT: Final = 1 << 64
 
 _DURATION_UNITS: Final[Mapping[str, int]] = {
@@ -66,6 +67,14 @@ def parse_size(text: str, *, default_unit: str = "") -> int:
     if size >= _SIZE_LIMIT:
         raise ValueError(f"'{text}' is too large: sizes must be below 16 EiB")
     return size
+
+
+def parse_offset(text: str) -> int:
+    """As `parse_size`, but below 2**63 bytes, which is where offsets end."""
+    offset = parse_size(text)
+    if offset >= _OFFSET_LIMIT:
+        raise ValueError(f"'{text}' is too large: it must be below 8 EiB")
+    return offset
 
 
 def format_size(n: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from qblock.iocmd.shell import CommandFailed
-from qblock.units import SECOND_NS, KiB, parse_size
+from qblock.units import SECOND_NS, KiB, parse_offset
 
 MAX_REQUEST: Final = (1 << 31) - 512
 SECTOR: Final = 512
@@ -14,12 +14,9 @@ SECTOR: Final = 512
 def number(text: str) -> int:
     """A size or an offset in bytes, with QEMU's suffixes."""
     try:
-        value = parse_size(text)
+        return parse_offset(text)
     except ValueError as error:
         raise CommandFailed(f"Parsing error: {error}") from None
-    if value >= 1 << 63:
-        raise CommandFailed(f"Parsing error: '{text}' is too large: offsets must be below 8 EiB")
-    return value
 
 
 def pattern_byte(text: str) -> int:

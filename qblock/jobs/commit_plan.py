@@ -94,39 +94,33 @@ def _place(graph: Graph, root: BlockDriverState, request: CommitRequest) -> Comm
         raise CommandError("'top' and 'top-node' cannot be given together")
     if request.base is not None and request.base_node is not None:
         raise CommandError("'base' and 'base-node' cannot be given together")
-    top = _top(graph, root, request)
-    base = _base(graph, top, request)
+    if request.top is not None and _is_file_of(root, request.top):
+        top = root
+    else:
+        top = _image(graph, root, node_name=request.top_node, filename=request.top) or root
+    base = _image(graph, top, node_name=request.base_node, filename=request.base) or base_of(top)
     if base is top:
         raise CommandError(f"Image '{top.node_name}' cannot be committed into itself: choose another base, or a higher top")
     return CommitPlace(root, top, base)
 
 
-def _top(graph: Graph, root: BlockDriverState, request: CommitRequest) -> BlockDriverState:
-    if request.top_node is not None:
-        top = graph.find_node(request.top_node)
-        if not contains(root, top):
-            raise CommandError(f"Node '{top.node_name}' is not in the backing chain of '{root.node_name}'")
-        return top
-    if request.top is None:
-        return root
-    own = root.driver.filename()
-    if own is not None and os.path.abspath(own) == os.path.abspath(request.top):
-        return root
-    found = find_backing_image(root, request.top)
-    if found is None:
-        raise CommandError(f"There is no '{request.top}' in the backing chain of '{root.node_name}' that could be the top")
-    return found
+def _is_file_of(node: BlockDriverState, filename: str) -> bool:
+    own = node.driver.filename()
+    return own is not None and os.path.abspath(own) == os.path.abspath(filename)
 
 
-def _base(graph: Graph, top: BlockDriverState, request: CommitRequest) -> BlockDriverState:
-    if request.base_node is not None:
-        base = graph.find_node(request.base_node)
-        if not contains(top, base):
-            raise CommandError(f"Node '{base.node_name}' is not in the backing chain of '{top.node_name}'")
-        return base
-    if request.base is None:
-        return base_of(top)
-    found = find_backing_image(top, request.base)
+def _image(
+    graph: Graph, active: BlockDriverState, *, node_name: str | None, filename: str | None
+) -> BlockDriverState | None:
+    """The image below ``active`` (by node name: or itself) that is meant; None where neither name is given."""
+    if node_name is not None:
+        node = graph.find_node(node_name)
+        if not contains(active, node):
+            raise CommandError(f"Node '{node.node_name}' is not in the backing chain of '{active.node_name}'")
+        return node
+    if filename is None:
+        return None
+    found = find_backing_image(active, filename)
     if found is None:
-        raise CommandError(f"There is no '{request.base}' in the backing chain of '{top.node_name}'")
+        raise CommandError(f"There is no '{filename}' in the backing chain of '{active.node_name}'")
     return found

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from qblock.errors import CommandError
-from qblock.units import parse_size
+from qblock.units import parse_offset
 
 AIO_MODES: Final = ("threads", "native", "io_uring")
 CACHE_MODES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe", "off")
@@ -78,12 +78,9 @@ class Arguments:
 def size_of(text: str, what: str) -> int:
     """Bytes from the text of a size; ``what`` names it in the error."""
     try:
-        size = parse_size(text)
+        return parse_offset(text)
     except ValueError as error:
         raise CommandError(f"Invalid {what}: {error}") from None
-    if size >= 1 << 63:
-        raise CommandError(f"Invalid {what}: '{text}' is not below 8 EiB")
-    return size
 
 
 def cache_options(mode: str | None, what: str = "cache option") -> dict[str, str]:
