@@ -197,9 +197,15 @@ class IdleObject:
         """See `UserObject`: nothing uses it."""
 
 
-def object_kinds() -> list[str]:
-    """The types of objects that a machine takes, in alphabetical order."""
-    return sorted({*_MAKERS, *IDLE_KINDS})
+OBJECT_PROPERTIES: Final[Mapping[str, Mapping[str, str]]] = {
+    kind.kind: kind.properties for kind in (Secret, ThrottleGroupObject)
+}
+"""The properties of the objects of each type that has an effect, with their QOM types."""
+
+
+def object_kinds(*, idle: bool = True) -> list[str]:
+    """The types of objects that a machine takes, in alphabetical order; without the ``idle`` ones those of a storage daemon."""
+    return sorted({*_MAKERS, *(IDLE_KINDS if idle else ())})
 
 
 class ObjectTable:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from qblock.devices.machine_types import Identity
 from qblock.devices.models import FLASH, MODELS, BusSpec
 from qblock.devices.plugging import Request, plug
 from qblock.devices.tree import UNATTACHED
@@ -42,7 +43,8 @@ CDROM_INDEX: Final = 2
 class BoardType:
     """A kind of board: its PCI bus, places for drives, its own devices in their order (``*`` marks a varying number).
 
-    ``pci_slots`` are taken by the board itself; its display and network cards come after the first of them.
+    ``pci_root`` is the path of what has that bus. ``pci_places`` (slot and function) are taken by the board itself; its display
+    and network cards come after the first of them.
     """
 
     default_interface: str = "none"
@@ -50,7 +52,9 @@ class BoardType:
     unattached: tuple[str, ...] = ()
     pci_bus: bool = True
     pci_hotplug: bool = True
-    pci_slots: frozenset[int] = frozenset()
+    pci_express: bool = False
+    pci_root: str = "/machine"
+    pci_places: frozenset[tuple[int, int]] = frozenset()
     has_defaults: bool = True
     default_drives: tuple[str, ...] = ("cdrom", "floppy", "sdcard")
 
@@ -75,7 +79,7 @@ BOARDS: Final[Mapping[str, BoardType]] = {
             "*cpu", "kvmvapic", "i440FX", "PIIX3", *_LEGACY, "*vga", *_TIMERS, "*serial", "*parallel", "isa-fdc",
             "*floppy", *_KEYBOARD, "*nic", "piix3-ide", "*ide",
         ),
-        pci_slots=frozenset({0, 1}),
+        pci_root="/machine/i440fx", pci_places=frozenset({(0, 0), (1, 0), (1, 1), (1, 3)}),
     ),
     "q35": BoardType(
         "ide",
@@ -86,7 +90,8 @@ BOARDS: Final[Mapping[str, BoardType]] = {
             "*cpu", "kvmvapic", "ICH9-LPC", *_LEGACY, *_TIMERS, "*serial", "*parallel", "*isa-fdc", "*floppy",
             *_KEYBOARD, "ich9-ahci", "*ide", "*vga", "*nic",
         ),
-        pci_hotplug=False, pci_slots=frozenset({0, 0x1F}), default_drives=("cdrom", "sdcard"),
+        pci_hotplug=False, pci_express=True, pci_root="/machine/q35", pci_places=frozenset({(0, 0), (31, 0), (31, 2), (31, 3)}),
+        default_drives=("cdrom", "sdcard"),
     ),
 }  # fmt: skip
 
@@ -122,6 +127,7 @@ class Board:
     """
 
     kind: BoardType = attrs.field(default=BOARDS["bare"])
+    identity: Identity = Identity()
     drives: list[Place] = attrs.field(factory=list, init=False)
     defaults: list[tuple[str, str, str]] = attrs.field(factory=list, init=False)
     built: bool = attrs.field(default=False, init=False)
@@ -174,19 +180,25 @@ class Board:
         Without ``fittings`` the board has no devices of its own.
         """
         self.built = True
-        tree = system.devices
-        pci = tree.add_bus(BusSpec("PCI"), None, hotplug=self.kind.pci_hotplug) if self.kind.pci_bus else None
-        if pci is not None and not self.kind.pci_hotplug:
-            pci.name = "pcie.0"
+        self._make_pci_bus(system, fittings)
         if fittings is None:
             return
-        if pci is not None:
-            first = 1 if not self.kind.pci_hotplug else 2
-            pci.reserved = self.kind.pci_slots | frozenset(range(first, first + bool(fittings.vga) + fittings.nic))
         for step in self.kind.unattached:
             self._make(system, step, fittings)
         for place in self.taken("pflash").values():
             connect_flash(system, place.unit, str(place.backend.name))
+
+    def _make_pci_bus(self, system: BlockSystem, fittings: Fittings | None) -> None:
+        if not self.kind.pci_bus:
+            return
+        pci = system.devices.add_bus(BusSpec("PCI"), None, hotplug=self.kind.pci_hotplug, below=self.kind.pci_root)
+        first = 2
+        if self.kind.pci_express:
+            pci.name, pci.path, first = "pcie.0", f"{self.kind.pci_root}/pcie.0", 1
+        if fittings is not None:
+            own = self.kind.pci_places
+            cards = {(first + number, 0) for number in range(bool(fittings.vga) + fittings.nic)}
+            pci.reserved = {place: (place[0], 3) in own for place in own | cards}
 
     def _make(self, system: BlockSystem, step: str, fittings: Fittings) -> None:
         """One of the board's devices, or the varying number of one kind."""
@@ -197,24 +209,30 @@ class Board:
             case "*isa-fdc" if not self.taken("floppy"):
                 return
             case "isa-fdc" | "*isa-fdc":
-                tree.next_number(UNATTACHED)
-                tree.add_bus(BusSpec("floppy-bus"), None)
+                tree.add_bus(BusSpec("floppy-bus"), None, below=_unattached(system))
+            case "PIIX3" | "ICH9-LPC":
+                tree.add_bus(BusSpec("ISA"), None, below=_unattached(system))
             case "piix3-ide" | "ich9-ahci":
-                tree.next_number(UNATTACHED)
+                controller = _unattached(system)
                 places = self.kind.interface("ide")
                 for _ in range(places.buses):
-                    tree.add_bus(BusSpec("IDE", units=places.units), None)
+                    tree.add_bus(BusSpec("IDE", units=places.units), None, below=controller)
             case _:
                 for _ in range(getattr(fittings, step[1:]) if step.startswith("*") else 1):
                     tree.next_number(UNATTACHED)
 
     def _connect_drives(self, system: BlockSystem, interface: str) -> None:
         for (bus, unit), place in sorted(self.taken(interface).items()):
-            number = system.devices.next_number(UNATTACHED)
+            path = _unattached(system)
             model = MODELS["floppy" if interface == "floppy" else "ide-cd" if place.is_cdrom else "ide-hd"]
             where = f"{model.bus.lower() if model.bus else ''}.{bus}"
             values: dict[str, Value] = {"drive": place.backend.name, "unit": unit}
-            plug(system, Request(model, "", where, values), hot=False, path=f"{UNATTACHED}/device[{number}]")
+            plug(system, Request(model, "", where, values), hot=False, path=path)
+
+
+def _unattached(system: BlockSystem) -> str:
+    """The path of the next device that the board makes."""
+    return f"{UNATTACHED}/device[{system.devices.next_number(UNATTACHED)}]"
 
 
 def _places(interface: Interface, first: int) -> Iterator[tuple[int, int]]:

@@ -111,6 +111,8 @@ _FLOPPY: Final = DiskTraits(optional=True, removable=True, follows_size=False, i
 _NVME: Final = DiskTraits(
     follows_size=False, io_status=False, error_actions=False, needs_writable=True, needs_serial=True
 )  # fmt: skip
+BACKEND: Final = "virtio-backend"
+"""The part of a virtio device that has its disk, or its buses."""
 _FIXED_VIRTIO: Final = frozenset({"disable-legacy", "disable-modern"})
 
 
@@ -120,7 +122,7 @@ def _virtio(
     """A virtio device on PCI, and its two variants that say which version of virtio they speak."""
     fixed = tuple(prop for prop in properties if prop.name not in _FIXED_VIRTIO)
     return [
-        DeviceModel(name + suffix, STORAGE, "PCI", "", "" if suffix else alias, own, buses, "virtio-backend", disk)
+        DeviceModel(name + suffix, STORAGE, "PCI", "", "" if suffix else alias, own, buses, BACKEND, disk)
         for suffix, own in (("", properties), ("-non-transitional", fixed), ("-transitional", fixed))
     ]
 

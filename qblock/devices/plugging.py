@@ -17,6 +17,7 @@ from qblock.devices.accounting import DeviceAccounting
 from qblock.devices.device import GuestDevice
 from qblock.devices.models import BUS_KINDS, DeviceModel, DiskTraits, find_model
 from qblock.devices.properties import Value, parse_values
+from qblock.devices.property_sets import PCI
 from qblock.devices.tree import Bus, Device
 from qblock.drain import drained
 from qblock.errors import CommandError, InvalidParameter
@@ -64,7 +65,8 @@ def read_request(
     if device_id is not None:
         check_identifier(device_id, parameter="id")
     if model.properties is None:
-        return Request(model, device_id or "", bus, {})
+        places = {name: value for name, value in given.items() if model.bus == "PCI" and name in ("addr", "multifunction")}
+        return Request(model, device_id or "", bus, parse_values(PCI, places, owner=model.name, strings=strings))
     wanted = {prop: value for name, prop, value in defaults if name == model.name and prop not in given}
     values = parse_values(model.properties, wanted, owner=model.name, strings=True)
     values |= parse_values(model.properties, given, owner=model.name, strings=strings)
@@ -84,7 +86,7 @@ def plug(system: BlockSystem, request: Request, *, hot: bool, path: str | None =
         raise CommandError(f"Nothing can be plugged into the bus '{bus.name}' of a machine that has been started")
     _check_boot_index(tree, request)
     address = () if bus is None else _PLACES.get(bus.kind, _anywhere)(bus, request)
-    device = Device(request.id, model, path or tree.path_for(request.id), bus, request.values, address)
+    device = Device(request.id, model, path or tree.path_for(request.id), bus, request.values, address, hotplugged=hot)
     if model.disk is not None and not (model.name == "nvme" and "drive" not in request.values):
         # Buses are named now: the path of the part that has the disk may begin with the name of one.
         tree.add(device)
@@ -167,8 +169,6 @@ def _find_bus(tree: DeviceTree, request: Request) -> Bus | None:
     if bus is None and request.bus is not None:
         raise CommandError(f"There is no bus '{request.bus}'")
     if bus is None:
-        if kind == "ISA" and request.model.disk is None:
-            return None
         raise CommandError(f"There is no bus of the kind '{kind}' for '{request.model.name}'; add a controller first")
     if bus.kind != kind:
         raise CommandError(f"'{request.model.name}' belongs on a bus of the kind '{kind}', and '{bus.name}' is '{bus.kind}'")
@@ -231,12 +231,12 @@ def _scsi_place(bus: Bus, request: Request) -> tuple[int, ...]:
 
 
 def _pci_slot(bus: Bus, request: Request) -> tuple[int, ...]:
-    """Slot and function; a slot can be shared by functions of one device."""
+    """Slot and function; a slot can be shared by the functions of one device, whose first one has to say so."""
     wanted = _number(request, "addr")
     slots = bus.units or PCI_SLOTS
-    taken = {child.address: child for child in bus.children}
+    taken = {**bus.reserved} | {child.address: child.values.get("multifunction") is True for child in bus.children}
     if wanted is None:
-        used = {address[0] for address in taken} | bus.reserved
+        used = {address[0] for address in taken}
         slot = next((n for n in range(slots) if n not in used), None)
         if slot is None:
             raise CommandError(f"No slot of the bus '{bus.name}' is free")
@@ -244,11 +244,13 @@ def _pci_slot(bus: Bus, request: Request) -> tuple[int, ...]:
     place = (wanted // PCI_FUNCTIONS, wanted % PCI_FUNCTIONS)
     if place[0] >= slots:
         raise CommandError(f"The bus '{bus.name}' has no slot {place[0]}: there are {slots}")
-    if place[0] in bus.reserved:
-        raise CommandError(f"Slot {place[0]} of the bus '{bus.name}' is the board's")
     if place in taken:
-        other = taken[place]
-        raise CommandError(f"Slot {place[0]} of the bus '{bus.name}' is taken by '{other.id or other.model.name}'")
+        other = next((child for child in bus.children if child.address == place), None)
+        owner = "the board" if other is None else f"'{other.id or other.model.name}'"
+        raise CommandError(f"Slot {place[0]} of the bus '{bus.name}' is taken by {owner} (function {place[1]})")
+    shared = taken.get((place[0], 0), True) if place[1] else request.values.get("multifunction") is True
+    if not shared and any(address[0] == place[0] for address in taken):
+        raise CommandError(f"Slot {place[0]} of the bus '{bus.name}' has one function only; give its function 0 multifunction=on")
     return place
 
 

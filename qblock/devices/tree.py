@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qblock.devices.device import GuestDevice
-from qblock.devices.models import BUS_KINDS, BusSpec, DeviceModel
+from qblock.devices.models import BACKEND, BUS_KINDS, BusSpec, DeviceModel
 from qblock.errors import CommandError, DeviceNotFound, DuplicateName
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ UNATTACHED: Final = "/machine/unattached"
 class Bus:
     """A bus with what is on it.
 
-    ``units`` is how many devices there is room for; ``owner`` is None for the board's own; ``reserved`` places are the board's.
+    ``units`` is how many devices there is room for; ``owner`` is None for the board's own, whose ``path`` the board knows.
+    ``reserved`` are the places that the board's devices have taken, and whether others may share their slots.
     """
 
     name: str
@@ -38,7 +39,8 @@ class Bus:
     owner: Device | None
     units: int | None
     hotplug: bool
-    reserved: frozenset[int] = frozenset()
+    path: str
+    reserved: Mapping[tuple[int, ...], bool] = attrs.field(factory=dict)
     children: list[Device] = attrs.field(factory=list, init=False)
 
     def __repr__(self) -> str:
@@ -47,7 +49,11 @@ class Bus:
 
 @attrs.define(eq=False)
 class Device:
-    """A device of any kind. ``values`` are the properties given; ``address`` its place on its bus, as the bus counts."""
+    """A device of any kind.
+
+    ``values`` are the properties given; ``address`` its place on its bus, as the bus counts. ``hotplugged``: it came while the
+    machine was on.
+    """
 
     id: str
     model: DeviceModel
@@ -55,6 +61,7 @@ class Device:
     bus: Bus | None
     values: Mapping[str, Value]
     address: tuple[int, ...] = ()
+    hotplugged: bool = False
     buses: list[Bus] = attrs.field(factory=list, init=False)
     disk: GuestDevice | None = attrs.field(default=None, init=False)
     leaving: bool = attrs.field(default=False, init=False)
@@ -134,6 +141,12 @@ class DeviceTree:
             for device in reversed(bus.children):
                 yield from self._buses(device.buses)
 
+    def ide_number(self, device: Device) -> int:
+        """Which IDE disk of the machine it is, from 0: all units of all buses are counted, in the order in which they came."""
+        buses = [bus for bus in (*self.roots, *(bus for other in self.devices for bus in other.buses)) if bus.kind == "IDE"]
+        assert device.bus is not None
+        return 2 * buses.index(device.bus) + device.address[0]
+
     # ---------------------------------------------------------------------------------------------------------------- growing
 
     def check_id(self, name: str) -> None:
@@ -147,15 +160,19 @@ class DeviceTree:
         self._numbers[of] = number + 1
         return number
 
-    def add_bus(self, spec: BusSpec, owner: Device | None, *, index: int = 0, hotplug: bool | None = None) -> Bus:
-        """Add one of the buses that ``spec`` describes to its owner, or to the board."""
+    def add_bus(
+        self, spec: BusSpec, owner: Device | None, *, index: int = 0, hotplug: bool | None = None, below: str = "/machine"
+    ) -> Bus:
+        """Add one of the buses that ``spec`` describes to its owner, or to the board: ``below`` is its controller's path."""
         kind = BUS_KINDS[spec.kind]
         if owner is not None and owner.id:
             name = owner.id if spec.named_as_device else f"{owner.id}.{index}"
         else:
             name = f"{spec.kind.lower()}.{self.next_number(f'bus {spec.kind}')}"
         units = spec.units if spec.units is not None else kind.units
-        bus = Bus(name, spec.kind, owner, units, kind.hotplug if hotplug is None else hotplug)
+        if owner is not None:
+            below = (owner.model.inner == BACKEND and owner.inner_path) or owner.path
+        bus = Bus(name, spec.kind, owner, units, kind.hotplug if hotplug is None else hotplug, f"{below}/{name}")
         (self.roots if owner is None else owner.buses).append(bus)
         return bus
 

@@ -80,8 +80,9 @@ class MonitorHub:
 
     ``name`` is the machine's name if it has one, ``package`` names the program in the greeting. ``report`` tells the person at
     the console what went wrong, ``output`` is the program's standard output (HMP's qemu-io prints there). ``on_resize`` are
-    told when a disk may have got another size, ``before_quit`` are awaited before the jobs are cancelled. Call `open` before
-    use and `close` at the end.
+    told when a disk may have got another size, ``before_quit`` are awaited before the jobs are cancelled. ``migration_switches``
+    are the migration capabilities that were switched on, ``migration_parameters`` what was set besides. Call `open` before use
+    and `close` at the end.
     """
 
     system: BlockSystem
@@ -91,6 +92,8 @@ class MonitorHub:
     output: Callable[[str], None] = _to_stdout
     package: str = "qblock"
     actions: Actions = attrs.field(factory=Actions)
+    migration_switches: set[str] = attrs.field(factory=set)
+    migration_parameters: dict[str, Json] = attrs.field(factory=dict)
     on_resize: list[Callable[[], None]] = attrs.field(factory=list, init=False, repr=False)
     before_quit: list[Callable[[], Awaitable[None]]] = attrs.field(factory=list, init=False, repr=False)
     turns: Turns = attrs.field(factory=Turns, init=False, repr=False)

@@ -7,25 +7,13 @@ from __future__ import annotations
 
 from typing import Final
 
+from qblock.devices.machine_types import MACHINE_TYPES
 from qblock.devices.models import find_model, help_lines
 from qblock.devices.properties import help_lines as property_lines
 from qblock.errors import CommandError
 from qblock.objects import object_kinds
 from qblock.tools.system_options import Given
 
-_PC: Final = "Standard PC (i440FX + PIIX, 1996)"
-_Q35: Final = "Standard PC (Q35 + ICH9, 2009)"
-_VERSIONS: Final = ("7.2", "7.1", "7.0", "6.2", "6.1", "6.0", "5.2", "5.1", "5.0", "4.2", "4.1", "4.0", "3.1", "3.0", "2.12")
-"""The versions of which there are machine types; they are all the same here."""
-
-MACHINES: Final = {
-    "pc": f"{_PC} (alias of pc-i440fx-7.2)",
-    **{f"pc-i440fx-{version}": _PC + (" (default)" if version == "7.2" else "") for version in _VERSIONS},
-    "q35": f"{_Q35} (alias of pc-q35-7.2)",
-    **{f"pc-q35-{version}": _Q35 for version in _VERSIONS},
-    "none": "empty machine",
-}
-"""The machine types with their descriptions."""
 ACCELERATORS: Final = ("tcg", "kvm", "qtest")
 """What can be asked for; there is no processor to be accelerated, and ``qtest`` means that time stands still."""
 _CHARDEVS: Final = ("stdio", "null", "socket", "vc", "file", "pty")
@@ -37,7 +25,8 @@ def answer(option: Given) -> str | None:
     asks = bool({"help", "?"} & set(words))
     match option.name:
         case "machine" | "M" if asks and len(words) == 1:
-            return "\n".join(["Supported machines are:", *(f"{name:<20} {text}" for name, text in MACHINES.items())])
+            lines = (line for kind in MACHINE_TYPES.values() for line in kind.help_lines())
+            return "\n".join(["Supported machines are:", *lines])
         case "accel" if asks:
             return "\n".join(["Accelerators supported in QEMU binary:", *ACCELERATORS])
         case "cpu" if asks:

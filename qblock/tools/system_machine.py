@@ -120,7 +120,7 @@ class _Setup:
         """Do all of it; True at the end. Errors begin with the option that they are about."""
         system, hub = self.machine.system, self.machine.hub
         system.objects.takes_idle = True
-        system.board = Board(self.plan.board)
+        system.board = Board(self.plan.board, self.plan.identity)
         install(self.machine)
         self._prepare()
         await self._each("object", self._object)

@@ -12,9 +12,10 @@ from typing import Final
 import attrs
 
 from qblock.devices.board import BOARDS, BoardType, Fittings
+from qblock.devices.machine_types import NO_UUID, Identity, machine_type
 from qblock.errors import CommandError, InvalidParameter
 from qblock.options import split_keyval
-from qblock.tools.system_help import ACCELERATORS, MACHINES
+from qblock.tools.system_help import ACCELERATORS
 from qblock.tools.system_options import Given
 from qblock.units import parse_size
 
@@ -50,7 +51,7 @@ class Plan:
     """The options, and what follows from all of them together."""
 
     given: Sequence[Given]
-    machine: str = "pc"
+    identity: Identity = Identity()
     board: BoardType = BOARDS["pc"]
     fittings: Fittings = Fittings()
     default_drives: Sequence[str] = ()
@@ -62,14 +63,14 @@ class Plan:
     def of(cls, given: Sequence[Given]) -> Plan:
         """Read the options; raises `CommandError` and `InvalidParameter`."""
         properties = _machine(given)
-        name = properties.pop("type", "pc")
-        if name not in MACHINES:
-            raise CommandError(f"There is no machine type '{name}'; see '-machine help'")
-        board = BOARDS["none" if name == "none" else "q35" if "q35" in name else "pc"]
+        kind = machine_type(properties.pop("type", "pc"))
+        board = BOARDS[kind.board]
+        if kind.board == "pc" and (properties.get("acpi") in ("off", "no", "false") or any(o.name == "no-acpi" for o in given)):
+            board = attrs.evolve(board, pci_hotplug=False)  # it is ACPI that tells the guest
         defaults = _defaults(given, board)
         return cls(
             given,
-            name,
+            Identity(kind, _uuid(given)),
             board,
             _fittings(given, defaults, board),
             [kind for kind in ("cdrom", "floppy", "sdcard") if kind in defaults],
@@ -104,12 +105,19 @@ def _machine(given: Sequence[Given]) -> dict[str, str]:
                 properties[key] = str(value)
         elif option.name == "m":
             _check_memory(option)
-        elif option.name == "uuid":
+    return properties
+
+
+def _uuid(given: Sequence[Given]) -> str:
+    """What ``-uuid`` says; the last one wins."""
+    found = NO_UUID
+    for option in given:
+        if option.name == "uuid":
             try:
-                uuid.UUID(option.value)
+                found = str(uuid.UUID(option.value))
             except ValueError:
                 raise CommandError(f"{option}: this is no UUID") from None
-    return properties
+    return found
 
 
 def _check_memory(option: Given) -> None:

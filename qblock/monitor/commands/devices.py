@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import attrs
 
-from qblock.devices.models import MODELS, find_model
+from qblock.devices.models import MODELS
 from qblock.devices.plugging import plug, read_request, unplug
 from qblock.driver import Json
-from qblock.errors import CommandError, InvalidParameter
+from qblock.errors import CommandError, DeviceNotFound, InvalidParameter
 from qblock.monitor.command import CommandContext, command
 from qblock.monitor.commands.media import DeviceIdArguments
-from qblock.monitor.commands.qom import ObjectPropertyInfo
+from qblock.monitor.commands.qom import ObjectPropertyInfo, TypeNameArguments
 from qblock.monitor.dialects import SYSTEM_ONLY
+from qblock.monitor.qom_types import object_types
 from qblock.options import option, required
 
 
@@ -38,14 +39,11 @@ class HistogramArguments:
     boundaries_flush: list[int] | None = option(None, doc="boundaries for flushes")
 
 
-@attrs.frozen
-class TypeNameArguments:
-    """Names a device model."""
-
-    typename: str = required(doc="the model")
+_JSON: Final = ("json-cli", "json-cli-hotplug")
+"""Devices can be asked for in JSON on the command line, and be unplugged then."""
 
 
-@command("device_add", since="0.13", open_arguments=DeviceAddArguments, dialects=SYSTEM_ONLY)
+@command("device_add", since="0.13", open_arguments=DeviceAddArguments, features=_JSON, dialects=SYSTEM_ONLY)
 async def device_add(ctx: CommandContext, args: Mapping[str, Json]) -> None:
     """Plug in a device."""
     plug(ctx.system, read_request(args, strings=False, defaults=ctx.system.board.defaults), hot=ctx.system.board.started)
@@ -60,12 +58,11 @@ async def device_del(ctx: CommandContext, args: DeviceIdArguments) -> None:
 @command("device-list-properties", since="1.2", returns=list[ObjectPropertyInfo], dialects=SYSTEM_ONLY)
 async def device_list_properties(ctx: CommandContext, args: TypeNameArguments) -> list[ObjectPropertyInfo]:
     """List the properties of a device model."""
-    del ctx
     model = MODELS.get(args.typename)
     if model is None:
-        alias = find_model(args.typename)
-        hint = f"; it stands for '{alias.name}'" if alias is not None else ""
-        raise CommandError(f"There is no device model '{args.typename}'{hint}")
+        if args.typename in object_types(ctx.dialect):
+            raise CommandError(f"'{args.typename}' is no device model")
+        raise DeviceNotFound(args.typename)
     return [
         ObjectPropertyInfo(
             name=prop.name, type=prop.kind, description=prop.doc or None, default_value=prop.default

@@ -1,20 +1,20 @@
-"""Commands that look at the tree of objects: the properties of those that object-add has made.
+"""Commands that look at objects: the tree of those that there are, and the types that there can be.
 
-Models ``qom-list``, ``qom-get`` and ``qom-set`` of QEMU 7.2 on ``/objects``; a path is absolute, or the end of one. Differs from
-QEMU in that the tree has no machine with its devices in it, and no character devices.
+Models ``qom-list``, ``qom-get``, ``qom-set``, ``qom-list-types`` and ``qom-list-properties`` of QEMU 7.2; see `qom_tree` and
+`qom_types` for what is in the tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
 from qblock.driver import Json
-from qblock.errors import CommandError, DeviceNotFound
+from qblock.errors import DeviceNotFound
 from qblock.monitor.command import CommandContext, command
-from qblock.objects import UserObject
+from qblock.monitor.qom_tree import find_object
+from qblock.monitor.qom_types import descends, object_types
 from qblock.options import option, required
 
 
@@ -50,57 +50,67 @@ class ObjectPropertyInfo:
 
 
 @attrs.frozen
-class _Container:
-    """An object that only holds others."""
+class QomTypesArguments:
+    """Arguments of qom-list-types."""
 
-    children: Mapping[str, str]
+    implements: str | None = option(None, doc="only types that are of this one")
+    abstract: bool | None = option(None, doc="also types of which nothing can be made")
 
 
-def _at(ctx: CommandContext, path: str) -> UserObject | _Container:
-    """What ``path`` names; raises `DeviceNotFound`."""
-    objects = ctx.system.objects.objects
-    match [part for part in path.split("/") if part], path.startswith("/"):
-        case ["objects", name], _ if name in objects:
-            return objects[name]
-        case [name], False if name in objects:
-            return objects[name]
-        case ["objects"], _:
-            return _Container({name: found.kind for name, found in objects.items()})
-        case [], True:
-            return _Container({"objects": "container"})
-    raise DeviceNotFound(path)
+@attrs.frozen
+class TypeNameArguments:
+    """Names a type."""
+
+    typename: str = required(doc="the type")
+
+
+@attrs.frozen
+class ObjectTypeInfo:
+    """Entry of qom-list-types."""
+
+    name: str = required(doc="the type")
+    abstract: bool | None = option(None, doc="true when nothing can be made of it")
+    parent: str | None = option(None, doc="the type that it is a kind of")
 
 
 @command("qom-list", since="1.2", returns=list[ObjectPropertyInfo])
 async def qom_list(ctx: CommandContext, args: QomPathArguments) -> list[ObjectPropertyInfo]:
     """List the properties of an object."""
-    found = _at(ctx, args.path)
-    if isinstance(found, _Container):
-        properties = {name: f"child<{kind}>" for name, kind in found.children.items()}
-    else:
-        properties = dict(found.properties)
-    return [ObjectPropertyInfo(name=name, type=kind) for name, kind in {"type": "string", **properties}.items()]
+    found = find_object(ctx.hub, args.path)
+    return [ObjectPropertyInfo(name=name, type=kind) for name, kind in found.properties().items()]
 
 
 @command("qom-get", since="1.2", returns=Any)
 async def qom_get(ctx: CommandContext, args: QomPropertyArguments) -> Json:
     """Tell the value of a property."""
-    found = _at(ctx, args.path)
-    if args.property == "type":
-        return "container" if isinstance(found, _Container) else found.kind
-    return _with_property(found, args).get(args.property)
+    return find_object(ctx.hub, args.path).get(args.property)
 
 
 @command("qom-set", since="1.2")
 async def qom_set(ctx: CommandContext, args: QomSetArguments) -> None:
     """Change a property."""
-    found = _at(ctx, args.path)
-    if args.property == "type":
-        raise CommandError("The type of an object cannot be changed")
-    _with_property(found, args).set(args.property, args.value)
+    find_object(ctx.hub, args.path).set(args.property, args.value)
 
 
-def _with_property(found: UserObject | _Container, args: QomPropertyArguments) -> UserObject:
-    if isinstance(found, _Container) or args.property not in found.properties:
-        raise CommandError(f"'{args.path}' has no property '{args.property}' that could be used")
-    return found
+@command("qom-list-types", since="1.2", returns=list[ObjectTypeInfo])
+async def qom_list_types(ctx: CommandContext, args: QomTypesArguments) -> list[ObjectTypeInfo]:
+    """List the types that there are."""
+    types = object_types(ctx.dialect)
+    return [
+        ObjectTypeInfo(name=found.name, abstract=found.is_abstract or None, parent=found.parent or None)
+        for found in types.values()
+        if (args.abstract or not found.is_abstract)
+        and (args.implements is None or descends(types, found.name, args.implements))
+    ]
+
+
+@command("qom-list-properties", since="2.12", returns=list[ObjectPropertyInfo])
+async def qom_list_properties(ctx: CommandContext, args: TypeNameArguments) -> list[ObjectPropertyInfo]:
+    """List the properties of the objects of a type."""
+    found = object_types(ctx.dialect).get(args.typename)
+    if found is None:
+        raise DeviceNotFound(args.typename)
+    return [
+        ObjectPropertyInfo(name="type", type="string"),
+        *(ObjectPropertyInfo(name=prop.name, type=prop.kind, description=prop.doc or None) for prop in found.properties),
+    ]

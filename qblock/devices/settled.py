@@ -1,0 +1,80 @@
+"""The properties of a device as they are once it is plugged in: what was given, what its place has decided, and defaults.
+
+Models what ``qom-get`` and ``info qtree`` of QEMU 7.2 show of disks. Differs from QEMU: the geometry of a disk for which none was
+given follows from its size alone; a partition table is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from qblock.devices.properties import INTEGERS, Property, Value
+from qblock.errors import QBlockError
+
+if TYPE_CHECKING:
+    from qblock.devices.tree import Device, DeviceTree
+
+_SECTOR: Final = 512
+_HEADS: Final = 16
+_SECTORS: Final = 63
+_CYLINDERS: Final = range(2, 16383 + 1)
+_DISCARD: Final = {"scsi-hd": 4096, "scsi-cd": 4096, "ide-hd": 512, "ide-cd": 512}
+_WORDS: Final[Mapping[str, Mapping[str, Value]]] = {
+    "scsi-hd": {"vendor": "QEMU", "product": "QEMU HARDDISK", "ver": "2.5+"},
+    "scsi-cd": {"vendor": "QEMU", "product": "QEMU CD-ROM", "ver": "2.5+"},
+    "ide-hd": {"ver": "2.5+"},
+    "ide-cd": {"ver": "2.5+"},
+}
+"""What a disk tells of itself unless it is told otherwise."""
+
+
+def settled_values(tree: DeviceTree, device: Device) -> dict[str, Value]:
+    """All properties of a device of ``tree``, by name."""
+    name = device.model.name
+    values = {prop.name: _default(prop) for prop in device.model.properties or () if not prop.kind.startswith("child<")}
+    values |= {key: value for key, value in _WORDS.get(name, {}).items() if key in values}
+    values |= device.values
+    values |= {key: value for key, value in _place(device).items() if key in values}
+    for size in ("logical_block_size", "physical_block_size"):
+        if size in values:
+            values[size] = values[size] or _SECTOR
+    if name in _DISCARD and "discard_granularity" not in device.values:
+        values["discard_granularity"] = _DISCARD[name]
+    if values.get("cyls") == values.get("heads") == values.get("secs") == 0:
+        values |= _geometry(device)
+    if name.startswith("ide-") and not values["serial"]:
+        values["serial"] = f"QM{tree.ide_number(device) + 1:05}"
+    if not values.get("device_id", True) and device.disk is not None:
+        values["device_id"] = values["serial"] or device.disk.backend.name
+    return values
+
+
+def _default(prop: Property) -> Value:
+    if prop.default is not None:
+        return prop.default
+    if prop.kind in INTEGERS:
+        return -1 if prop.name == "bootindex" else 0
+    return False if prop.kind == "bool" else ""
+
+
+def _place(device: Device) -> dict[str, Value]:
+    """The place that a device has on its bus, in the terms of its properties."""
+    match device.bus and device.bus.kind, device.address:
+        case "SCSI", (channel, target, lun):
+            return {"channel": channel, "scsi-id": target, "lun": lun}
+        case "PCI", (slot, function):
+            return {"addr": slot * 8 + function}
+        case _, (unit,):
+            return {"unit": unit}
+        case _:
+            return {}
+
+
+def _geometry(device: Device) -> dict[str, Value]:
+    try:
+        sectors = 0 if device.disk is None else device.disk.length // _SECTOR
+    except QBlockError:  # there is no medium
+        sectors = 0
+    cylinders = min(max(sectors // (_HEADS * _SECTORS), _CYLINDERS[0]), _CYLINDERS[-1])
+    return {"cyls": cylinders, "heads": _HEADS, "secs": _SECTORS}
