@@ -84,12 +84,12 @@ class DeviceNotFound(CommandError):
 
 
 class DeviceNotActive(CommandError):
-    """No block job of that id (class DeviceNotActive, as block-job-* commands answer)."""
+    """No block job of that id (class DeviceNotActive, as block-job-* commands answer), or no such device in use."""
 
     qmp_class = "DeviceNotActive"
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"There is no block job '{name}'")
+    def __init__(self, name: str, detail: str = "There is no block job") -> None:
+        super().__init__(f"{detail} '{name}'")
         self.name = name
 
 

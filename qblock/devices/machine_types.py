@@ -14,6 +14,7 @@ import attrs
 from qblock.errors import CommandError
 
 _VERSIONS: Final = ("7.2", "7.1", "7.0", "6.2", "6.1", "6.0", "5.2", "5.1", "5.0", "4.2", "4.1", "4.0", "3.1", "3.0", "2.12")
+DEFAULT_MEMORY: Final = 128 << 20
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 
@@ -72,7 +73,8 @@ def machine_type(name: str) -> MachineType:
 
 @attrs.frozen
 class Identity:
-    """What a machine was told about itself: its type, and a number that no other machine has."""
+    """What a machine was told about itself: its type, a number that no other has, and the bytes of memory that a guest would have."""
 
     type: MachineType = MACHINE_TYPES["none"]
     uuid: str = NO_UUID
+    memory: int = DEFAULT_MEMORY

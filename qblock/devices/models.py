@@ -224,6 +224,13 @@ MODELS: Final[Mapping[str, DeviceModel]] = {
 ALIASES: Final[Mapping[str, str]] = {model.alias: model.name for model in MODELS.values() if model.alias}
 
 
+_SLEEP: Final = (Property("disable_s3", "uint8", 0), Property("disable_s4", "uint8", 0))
+BOARD_MODELS: Final[Mapping[str, DeviceModel]] = {
+    name: DeviceModel(name, CONTROLLERS, "PCI", properties=(*sets.PCI, *_SLEEP)) for name in ("ICH9-LPC", "PIIX4_PM")
+}
+"""Parts of boards that are told by ``-global`` how the guest may sleep, which none does here."""
+
+
 def find_model(name: str) -> DeviceModel | None:
     """The model of that name or alias."""
     return MODELS.get(ALIASES.get(name, name))

@@ -11,12 +11,15 @@ from typing import Final
 
 import attrs
 
+from qblock.devices.board import BOARDS
 from qblock.devices.machine_types import MACHINE_TYPES
-from qblock.devices.models import MODELS
+from qblock.devices.models import BOARD_MODELS, MODELS
 from qblock.devices.properties import Property
 from qblock.monitor.dialects import Dialect
 from qblock.objects import OBJECT_PROPERTIES, object_kinds
 
+CPU_TYPE: Final = "max-x86_64-cpu"
+"""The only processor that can be asked for; it is never made."""
 _OF_BUS: Final = {
     "HDA": "hda-codec-device",
     "IDE": "ide-device",
@@ -72,15 +75,23 @@ def _types(dialect: Dialect) -> Iterator[ObjectType]:
     yield ObjectType("object", "", is_abstract=True)
     if not is_machine:
         return
-    for model in MODELS.values():
+    for model in (*MODELS.values(), *BOARD_MODELS.values()):
         parent = _OF_BUS.get(model.bus or "", "device")
         yield ObjectType(model.name, parent, (*DEVICE_PROPERTIES, *(model.properties or ())))
     for machine in MACHINE_TYPES.values():
         yield ObjectType(f"{machine.name}-machine", "machine", MACHINE_PROPERTIES)
+    for name in (CPU_TYPE, *_board_parts()):
+        yield ObjectType(name, "device", DEVICE_PROPERTIES)
     yield from (ObjectType(f"{name}-accel", "accel") for name in ("qtest", "tcg"))
     for name, parent in _ABSTRACT.items():
         if parent:
             yield ObjectType(name, parent, _OF_ALL.get(name) or _OF_ALL.get(parent, ()), is_abstract=True)
+
+
+def _board_parts() -> list[str]:
+    """What boards have of their own, and cannot be plugged in."""
+    steps = {step for board in BOARDS.values() for step in board.unattached if not step.startswith("*")}
+    return sorted(steps - {*MODELS, *BOARD_MODELS})
 
 
 def descends(types: Mapping[str, ObjectType], name: str, ancestor: str) -> bool:

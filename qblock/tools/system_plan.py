@@ -12,7 +12,7 @@ from typing import Final
 import attrs
 
 from qblock.devices.board import BOARDS, BoardType, Fittings
-from qblock.devices.machine_types import NO_UUID, Identity, machine_type
+from qblock.devices.machine_types import Identity, MachineType, machine_type
 from qblock.errors import CommandError, InvalidParameter
 from qblock.options import split_keyval
 from qblock.tools.system_help import ACCELERATORS
@@ -70,7 +70,7 @@ class Plan:
         defaults = _defaults(given, board)
         return cls(
             given,
-            Identity(kind, _uuid(given)),
+            _identity(given, kind),
             board,
             _fittings(given, defaults, board),
             [kind for kind in ("cdrom", "floppy", "sdcard") if kind in defaults],
@@ -103,29 +103,25 @@ def _machine(given: Sequence[Given]) -> dict[str, str]:
                 if not known and not key.startswith(("cxl-fmw.", "sgx-epc.", "boot.")):
                     raise CommandError(f"{option}: a machine has no property '{key}'")
                 properties[key] = str(value)
-        elif option.name == "m":
-            _check_memory(option)
     return properties
 
 
-def _uuid(given: Sequence[Given]) -> str:
-    """What ``-uuid`` says; the last one wins."""
-    found = NO_UUID
+def _identity(given: Sequence[Given], kind: MachineType) -> Identity:
+    """What ``-uuid`` and ``-m`` say; the last one wins."""
+    found = Identity(kind)
     for option in given:
         if option.name == "uuid":
             try:
-                found = str(uuid.UUID(option.value))
+                found = attrs.evolve(found, uuid=str(uuid.UUID(option.value)))
             except ValueError:
                 raise CommandError(f"{option}: this is no UUID") from None
+        elif option.name == "m":
+            size = split_keyval(option.value, implied_key="size").get("size", found.memory >> 20)
+            try:
+                found = attrs.evolve(found, memory=parse_size(str(size), default_unit="M"))
+            except ValueError as error:
+                raise CommandError(f"{option}: {error}") from None
     return found
-
-
-def _check_memory(option: Given) -> None:
-    size = split_keyval(option.value, implied_key="size").get("size", "128")
-    try:
-        parse_size(str(size), default_unit="M")
-    except ValueError as error:
-        raise CommandError(f"{option}: {error}") from None
 
 
 def _accelerators(given: Sequence[Given], properties: Mapping[str, str]) -> list[str]:

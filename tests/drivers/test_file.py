@@ -495,6 +495,22 @@ def test_direct_access_is_aligned_whatever_is_asked(tmp_path: Path) -> None:
     assert path.read_bytes() == model
 
 
+@pytest.mark.parametrize("preallocation", ["off", "falloc", "full"])
+def test_a_new_file_grows_to_any_size_past_the_page_cache(tmp_path: Path, preallocation: str) -> None:
+    """Management software that uses cache=none creates its images so: the size of an image need not be aligned."""
+    if not o_direct_works(tmp_path):
+        pytest.skip("this file system has no O_DIRECT")
+    path = tmp_path / "disk"
+    path.touch()
+
+    async def main() -> None:
+        async with opened(path, cache_direct=True) as (_, node):
+            await node.driver.truncate(196616, preallocation=preallocation)
+
+    asyncio.run(main())
+    assert path.read_bytes() == bytes(196616)
+
+
 def test_direct_access_to_a_file_of_odd_size(tmp_path: Path) -> None:
     """The tail is read with zeroes; a writer that may not resize is refused, since whole blocks would grow the file."""
     if not o_direct_works(tmp_path):

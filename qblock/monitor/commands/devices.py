@@ -7,7 +7,7 @@ from typing import Final, Literal, cast
 
 import attrs
 
-from qblock.devices.models import MODELS
+from qblock.devices.models import BOARD_MODELS, MODELS
 from qblock.devices.plugging import plug, read_request, unplug
 from qblock.driver import Json
 from qblock.errors import CommandError, DeviceNotFound, InvalidParameter
@@ -58,7 +58,7 @@ async def device_del(ctx: CommandContext, args: DeviceIdArguments) -> None:
 @command("device-list-properties", since="1.2", returns=list[ObjectPropertyInfo], dialects=SYSTEM_ONLY)
 async def device_list_properties(ctx: CommandContext, args: TypeNameArguments) -> list[ObjectPropertyInfo]:
     """List the properties of a device model."""
-    model = MODELS.get(args.typename)
+    model = MODELS.get(args.typename) or BOARD_MODELS.get(args.typename)
     if model is None:
         if args.typename in object_types(ctx.dialect):
             raise CommandError(f"'{args.typename}' is no device model")

@@ -17,6 +17,7 @@ from qblock.errors import CommandError
 from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.commandline import GROUPS, ParameterType
 from qblock.monitor.dialects import SYSTEM_ONLY
+from qblock.monitor.qom_types import CPU_TYPE
 from qblock.options import option, required
 
 
@@ -172,11 +173,27 @@ async def query_command_line_options(ctx: CommandContext, args: CommandLineOptio
 # ----------------------------------------------------------------------------------------- what there is none of
 
 
-@command("query-cpu-definitions", since="1.2", returns=list[Any], dialects=SYSTEM_ONLY)
-async def query_cpu_definitions(ctx: CommandContext, args: NoArguments) -> list[Json]:
-    """List the models of processors: there are none."""
+@attrs.frozen
+class CpuDefinitionInfo:
+    """Entry of query-cpu-definitions."""
+
+    name: str = required(doc="what -cpu calls it")
+    typename: str = required(doc="its type of objects")
+    unavailable_features: list[str] = required(doc="what it lacks on this host: nothing, as it has nothing")
+    static: bool = required(doc="always false")
+    migration_safe: bool = required(doc="always false")
+    deprecated: bool = required(doc="always false")
+
+
+@command("query-cpu-definitions", since="1.2", returns=list[CpuDefinitionInfo], dialects=SYSTEM_ONLY)
+async def query_cpu_definitions(ctx: CommandContext, args: NoArguments) -> list[CpuDefinitionInfo]:
+    """List the models of processors that can be asked for: ``max``, which is all that there is, and that is none."""
     del ctx, args
-    return []
+    return [
+        CpuDefinitionInfo(
+            name="max", typename=CPU_TYPE, unavailable_features=[], static=False, migration_safe=False, deprecated=False
+        )
+    ]
 
 
 @command("query-cpus-fast", since="2.12", returns=list[Any], dialects=SYSTEM_ONLY)
