@@ -73,7 +73,7 @@ def machine_type(name: str) -> MachineType:
 
 @attrs.frozen
 class Identity:
-    """What a machine was told about itself: its type, a number that no other has, and the bytes of memory that a guest would have."""
+    """What a machine was told about itself: its type, a number that no other has, and the bytes of memory of its guest."""
 
     type: MachineType = MACHINE_TYPES["none"]
     uuid: str = NO_UUID
