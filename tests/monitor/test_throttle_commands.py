@@ -84,7 +84,7 @@ def test_the_tree_of_objects_shows_types_and_never_secrets() -> None:
         await refused(client, "qom-get", path="s", property="data")
         await refused(client, "qom-set", path="s", property="format", value="base64")
         await refused(client, "qom-set", path="s", property="type", value="x")
-        assert (await refused(client, "qom-get", path="/machine", property="type")).error_class == "DeviceNotFound"
+        assert (await refused(client, "qom-get", path="/machine/nosuch", property="type")).error_class == "DeviceNotFound"
 
     with_client(body)
 

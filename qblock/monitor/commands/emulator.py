@@ -215,3 +215,17 @@ async def query_vnc(ctx: CommandContext, args: NoArguments) -> DisplayServerInfo
     """Tell whether the display can be seen from elsewhere: there is none."""
     del ctx, args
     return DisplayServerInfo(enabled=False)
+
+
+@command("query-tpm-models", since="1.5", returns=list[str], dialects=SYSTEM_ONLY)
+async def query_tpm_models(ctx: CommandContext, args: NoArguments) -> list[str]:
+    """List the models of trusted platform modules: there are none."""
+    del ctx, args
+    return []
+
+
+@command("query-tpm-types", since="1.5", returns=list[str], dialects=SYSTEM_ONLY)
+async def query_tpm_types(ctx: CommandContext, args: NoArguments) -> list[str]:
+    """List what a trusted platform module could be backed by: there is none."""
+    del ctx, args
+    return []
