@@ -42,11 +42,87 @@ _BUILTINS: Final[Mapping[Any, tuple[str, str]]] = {
 
 @attrs.frozen
 class SchemaInfo:
-    """Entry of query-qmp-schema; which members there are depends on ``meta-type``."""
+    """Entry of query-qmp-schema; ``meta-type`` brings the members of one of `_ENTRIES`."""
 
     name: str = required(doc="name of the command, event or type")
     meta_type: Literal["builtin", "enum", "array", "object", "alternate", "command", "event"] = required(doc="its kind")
     features: list[str] | None = option(None, doc="feature flags")
+
+
+@attrs.frozen
+class _Builtin:
+    json_type: Literal["string", "number", "int", "boolean", "null", "object", "array", "value"] = required(doc="in JSON")
+
+
+@attrs.frozen
+class _EnumValue:
+    name: str = required(doc="the value")
+    features: list[str] | None = option(None, doc="feature flags")
+
+
+@attrs.frozen
+class _Enum:
+    members: list[_EnumValue] = required(doc="its values")
+    values: list[str] = required(doc="the same by name")
+
+
+@attrs.frozen
+class _Array:
+    element_type: str = required(doc="type of its elements")
+
+
+@attrs.frozen
+class _ObjectMember:
+    name: str = required(doc="name of the member")
+    type: str = required(doc="type of its value")
+    default: Any = option(None, doc="there is one, null where it is not told, if the member is optional")
+    features: list[str] | None = option(None, doc="feature flags")
+
+
+@attrs.frozen
+class _Variant:
+    case: str = required(doc="value of the tag")
+    type: str = required(doc="object whose members come in then")
+
+
+@attrs.frozen
+class _Object:
+    members: list[_ObjectMember] = required(doc="what it always has")
+    tag: str | None = option(None, doc="member that tells the variants apart")
+    variants: list[_Variant] | None = option(None, doc="what a value of the tag brings")
+
+
+@attrs.frozen
+class _Alternative:
+    type: str = required(doc="what the value may be")
+
+
+@attrs.frozen
+class _Alternate:
+    members: list[_Alternative] = required(doc="what its values may be")
+
+
+@attrs.frozen
+class _Command:
+    arg_type: str = required(doc="object of its arguments")
+    ret_type: str = required(doc="type of its reply")
+    allow_oob: bool | None = option(None, doc="may overtake others")
+
+
+@attrs.frozen
+class _Event:
+    arg_type: str = required(doc="object of its data")
+
+
+_ENTRIES: Final[Mapping[str, type[Any]]] = {
+    "builtin": _Builtin,
+    "enum": _Enum,
+    "array": _Array,
+    "object": _Object,
+    "alternate": _Alternate,
+    "command": _Command,
+    "event": _Event,
+}
 
 
 def introspect(commands: CommandTable, registry: DriverRegistry) -> list[Json]:
@@ -147,6 +223,9 @@ class _Schema:
             return self._names[cls]
         entry = self._new(cls, "object")
         entry["members"] = [self._member(field, cls) for field in options.fields(cls)]
+        if cls is SchemaInfo:
+            entry["tag"] = "meta-type"
+            entry["variants"] = [{"case": kind, "type": self._object(part)} for kind, part in _ENTRIES.items()]
         return str(entry["name"])
 
     def _member(self, field: Field, owner: type[Any]) -> dict[str, Json]:
