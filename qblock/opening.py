@@ -375,8 +375,8 @@ class Opener:
         """The name of the format that the content of ``storage`` looks most like; ``raw`` when nothing else fits."""
         backend = BlockBackend(self.graph, perm=Perm.CONSISTENT_READ, shared=Perm.ALL, description="format probing")
         backend.disable_queuing = True  # a command may probe what is drained for its sake
-        backend.insert(storage)
         try:
+            backend.insert(storage)
             head = await backend.read(0, min(PROBE_SIZE, storage.length))
         finally:
             backend.close()
@@ -474,7 +474,7 @@ class Opener:
         await self.close_node(root, opened=opened)
         while pending:
             node = pending.pop()
-            if node.parents or node.monitor_owned or node.closed:
+            if node.parents or node.monitor_owned or node.holders or node.closed:
                 continue
             pending += [edge.node for edge in node.children.values()]
             await self.close_node(node)

@@ -251,6 +251,22 @@ def test_the_format_is_probed_and_raw_is_what_fits_nothing_else(tmp_path: Path) 
     with_system(work)
 
 
+def test_what_may_not_be_read_is_not_probed_and_nothing_stays_of_it(tmp_path: Path) -> None:
+    """Somebody who shares no reading has the file: the image is refused, and the reader for the probe is gone again."""
+
+    async def work(system: BlockSystem) -> None:
+        path = await make_qcow2(system, tmp_path / "a.qcow2")
+        node = await system.opener.open_blockdev({"driver": "file", "node-name": "f", "filename": path})
+        user = BlockBackend(system.graph, perm=Perm.WRITE, shared=Perm.ALL & ~Perm.CONSISTENT_READ)
+        user.insert(node)
+        with pytest.raises(ImageLocked):
+            await system.opener.open_image(path, read_only=True)
+        assert system.graph.backends == [user]
+        assert list(system.graph.nodes.values()) == [node]
+
+    with_system(work)
+
+
 def test_a_guest_cannot_turn_a_probed_raw_disk_into_an_image_by_pieces(tmp_path: Path) -> None:
     """At the next start it would be opened as qcow2, with any file of the host behind it. Reopening does not forget."""
     (tmp_path / "disk.img").write_bytes(bytes(SIZE))
