@@ -17,7 +17,7 @@ Differs from QEMU in that there is no global list of nodes: one graph belongs to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from random import Random
@@ -170,8 +170,25 @@ class Graph:
         return ""
 
     def orphans(self) -> list[BlockDriverState]:
-        """Nodes that nothing uses and that the monitor does not own: `opening.close_orphans` closes them."""
-        return [node for node in self.nodes.values() if not node.parents and not node.monitor_owned]
+        """Nodes that nothing uses or holds and that the monitor does not own: `opening.close_orphans` closes them."""
+        return [node for node in self.nodes.values() if not node.parents and not node.monitor_owned and not node.holders]
+
+    @contextmanager
+    def holding(self, nodes: Sequence[BlockDriverState]) -> Iterator[None]:
+        """Keep nodes open while the block lasts, whoever lets go of them; raises `NodeNotFound` for one that is closing.
+
+        Those that have no user any more at the end are orphans then.
+        """
+        for node in nodes:
+            if node.closed:
+                raise NodeNotFound(node.node_name)
+        for node in nodes:
+            node.holders += 1
+        try:
+            yield
+        finally:
+            for node in nodes:
+                node.holders -= 1
 
     # ------------------------------------------------------------------------------------- chain walks (see chain.py)
 

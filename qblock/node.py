@@ -68,7 +68,8 @@ class BlockDriverState:
     (copy-on-read, read-modify-write) is under way: writes that start then enter ``tracked``; those that are under way already
     are counted in ``untracked_writes``, and the serialising request waits for them (serialising.py). While there are
     ``read_watchers``, reads enter ``tracked_reads``. ``to_check``: the node was
-    opened to be checked and repaired, so that damage which a repair mends does not forbid writing.
+    opened to be checked and repaired, so that damage which a repair mends does not forbid writing. ``holders`` counts those who
+    keep it from being closed without being its users (`Graph.holding`).
     """
 
     node_name: str
@@ -86,6 +87,7 @@ class BlockDriverState:
     to_check: bool = False
     implicit: bool = False
     monitor_owned: bool = False
+    holders: int = 0
     probed: bool = False
 
     children: dict[str, BdrvChild] = attrs.field(factory=dict, repr=False)

@@ -194,6 +194,15 @@ def _own_flags(node: BlockDriverState) -> set[str]:
 
 async def _perform(opener: Opener, steps: list[_Step]) -> None:
     nodes = [step.node for step in steps]
+    try:
+        with opener.graph.holding(nodes):
+            await _perform_drained(opener, steps, nodes)
+    finally:
+        if set(nodes).intersection(opener.graph.orphans()):  # a user has gone meanwhile
+            await opener.close_orphans()
+
+
+async def _perform_drained(opener: Opener, steps: list[_Step], nodes: list[BlockDriverState]) -> None:
     await drained_begin(nodes)
     try:
         await _prepare(steps)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
 
 from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.hub import MonitorHub
-from qblock.testing.images import make_image
+from qblock.testing.images import make_chain, make_image
 from qblock.testing.machines import LocalMachine
 from qblock.testing.schedules import Seeded
 from qblock.units import KiB
@@ -76,3 +77,37 @@ def test_a_hint_that_no_file_system_could_take_is_refused(tmp_path: Path, hint: 
         [job] = machine.qmp.execute("query-jobs")
         assert "extent-size-hint" in job["error"]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("delay_ms", range(8))
+def test_a_node_that_is_reopened_stays_open_until_it_has_been(tmp_path: Path, delay_ms: int) -> None:
+    """Its last user may leave meanwhile; then it goes afterwards. A node that is being closed already is not there any more."""
+
+    async def life(machine: LocalMachine, first: QmpClient, device: str) -> None:
+        base = machine.machine.system.graph.lookup("virtio0").children["backing"].node
+        storage = base.children["file"].node.node_name
+        options = [
+            {"driver": "qcow2", "node-name": "other", "file": "other-file", "read-only": True},  # which is flushed first
+            {"driver": "qcow2", "node-name": base.node_name, "file": storage, "read-only": True},
+        ]
+        async with await QmpClient.in_process(machine.machine.hub) as second:
+            leaving = asyncio.ensure_future(first.execute("device_del", id=device))
+            await asyncio.sleep(delay_ms / 1000)
+            with contextlib.suppress(QmpError):
+                await second.execute("blockdev-reopen", options=options)
+            await leaving
+
+    complaints: list[str] = []
+    make_chain(tmp_path, SIZE, [("base", {0: b"x" * 512}), ("top", {})])
+    other = {"driver": "file", "node-name": "other-file", "filename": str(make_image(tmp_path / "other", SIZE))}
+    with LocalMachine() as machine:
+        machine.machine.hub.report = complaints.append
+        machine.machine.system.registry.register(SlowFileDriver)
+        machine.add_drive(tmp_path / "top", device="virtio0")
+        machine.qmp.execute("blockdev-add", driver="qcow2", node_name="other", file=other)
+        assert not machine.qmp.hmp('qemu-io other "write 0 4k"')
+        [device] = machine.machine.system.devices.devices
+        machine.run(life(machine, machine.qmp.client, device.path))
+        machine.advance("1s")
+        assert list(machine.machine.system.graph.nodes) == ["other", "other-file"]
+    assert not complaints
