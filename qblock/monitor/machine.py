@@ -201,7 +201,7 @@ class Machine:
     # ----------------------------------------------------------------------------------------------------------- guest
 
     def guest(self, device: str) -> Guest:
-        """The guest on a disk; raises `DeviceNotFound`."""
+        """The guest on a disk; raises `DeviceNotFound`, and `CommandError` for a drive that the guest has no device for."""
         disk = self._disk(device)
         guest = self._guests.get(device)
         if guest is None or guest.disk is not disk:
@@ -209,11 +209,12 @@ class Machine:
         return guest
 
     def _disk(self, name: str) -> GuestDisk:
-        """The disk of that drive or device; a drive without a device is its own disk. Raises `DeviceNotFound`."""
+        """The disk of that drive or device. Raises `DeviceNotFound`, and `CommandError` for a drive that no device has."""
         for disk in self.system.devices:
             if name and name in (disk.backend.name, disk.name, disk.id):
                 return disk
-        return self.system.graph.find_backend(name)
+        drive = self.system.graph.find_backend(name)
+        raise CommandError(f"The guest does not see the drive '{drive.name}': no device has it; see device_add")
 
     def start_guest(self, device: str, *, writes_per_second: int) -> None:
         """Let the guest on a disk work at this pace; raises `CommandError` if it does already."""

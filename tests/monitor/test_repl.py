@@ -173,6 +173,8 @@ def test_a_guest_that_misses_a_write_does_not_keep_the_others_from_being_stopped
         make_image(tmp_path / name, "4M", {})
     with bench_in(tmp_path, pytest.raises(GuestMismatch)) as bench:
         bench.run(f"drive_add 0 file={tmp_path}/second.qcow2,format=qcow2,id=second,if=none")
+        assert "no device has it" in "".join(bench.run("guest start second 100"))
+        bench.run("device_add virtio-blk-pci,drive=second")
         bench.run("guest start virtio0 200", "guest start second 100", "step 1s")
         bench.run(f"drive_reopen virtio0 {tmp_path}/stale.qcow2", "step 2s", "stop")
         held = bench.run("guest")
