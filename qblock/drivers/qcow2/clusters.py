@@ -335,9 +335,10 @@ class ClusterMap:
         host = (entry & OFFSET_MASK) + start if allocated else None
         looked = 1
         while got < length and looked < _STATUS_SLICES:
-            more, clusters, entry = await self._run_at(offset + got, geometry.clusters(length - got))
+            more, _, entry = await self._run_at(offset + got, 1)
             if more is not kind or (host is not None and entry & OFFSET_MASK != host + got):
                 break
+            _, clusters, entry = await self._run_at(offset + got, geometry.clusters(length - got))
             got += clusters * geometry.cluster_size
             looked += 1
             if kind is Kind.DATA and clusters == 1 << geometry.slice_bits:

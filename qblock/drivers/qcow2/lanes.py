@@ -8,7 +8,6 @@ entries of zero.
 
 from __future__ import annotations
 
-import functools
 import sys
 from array import array
 from itertools import accumulate
@@ -16,7 +15,7 @@ from typing import Final
 
 import attrs
 
-from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, U64, gallop
+from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, U64, as_lanes, repeated, run_length
 
 _TOP: Final = 1 << 63
 _LANE: Final = 8
@@ -41,28 +40,22 @@ class PlainEntries:
         return [(self.clusters[at], length) for at, length in zip(accumulate(lengths, initial=0), lengths, strict=False)]
 
 
-@functools.lru_cache(maxsize=64)
-def _repeated(word: int, count: int) -> int:
-    """A number of ``count`` lanes that are all alike."""
-    return int.from_bytes(word.to_bytes(_LANE, "little") * count, "little")
-
-
 def plain_pieces(entries: array[int], start: int, limit: int, cluster_bits: int) -> list[tuple[int, int]]:
     """Plain data in a row from ``start`` on, at most ``limit`` entries: (file offset, clusters) of each piece that lies together.
 
     A piece is as long as it can be, and may lie anywhere.
     """
-    odd = _odd(cluster_bits)
 
-    def fits(at: int, count: int) -> bool:
-        lanes = _lanes(entries[start + at : start + at + count])
-        return not lanes & _repeated(odd, count) and _all_have(OFFSET_MASK, lanes, count)
+    def others(at: int, count: int) -> int:
+        lanes, top = as_lanes(entries[start + at : start + at + count]), repeated(_TOP, count)
+        places = (lanes & repeated(OFFSET_MASK, count)) + repeated(_TOP - 1, count) & top
+        return lanes & repeated(_odd(cluster_bits), count) | places ^ top
 
-    if not limit or not fits(0, 1):
+    if not limit or others(0, 1):
         return []
-    count = gallop(limit, fits)
+    count = run_length(limit, others)
     row = entries[start : start + count]
-    lengths = _lengths(_breaks(_lanes(row) & _repeated(OFFSET_MASK, count), 1 << cluster_bits, count))
+    lengths = _lengths(_breaks(as_lanes(row) & repeated(OFFSET_MASK, count), 1 << cluster_bits, count))
     return [(row[at] & OFFSET_MASK, length) for at, length in zip(accumulate(lengths, initial=0), lengths, strict=False)]
 
 
@@ -71,17 +64,17 @@ def plain_entries(entries: array[int], cluster_bits: int, *, clusters: int) -> P
 
     Data must lie in a file of so many ``clusters``.
     """
-    lanes = _lanes(entries)
-    if lanes & _repeated(_odd(cluster_bits), len(entries)):
+    lanes = as_lanes(entries)
+    if lanes & repeated(_odd(cluster_bits), len(entries)):
         return None
     if not _all_have(OFFSET_MASK, lanes, len(entries)):
         entries = array(U64, filter(None, entries))
-        lanes = _lanes(entries)
+        lanes = as_lanes(entries)
         if not entries or not _all_have(OFFSET_MASK, lanes, len(entries)):
             return None
-    count, top = len(entries), _repeated(_TOP, len(entries))
-    found = (lanes & _repeated(OFFSET_MASK, count)) >> cluster_bits
-    if found + _repeated(_TOP - clusters, count) & top:
+    count, top = len(entries), repeated(_TOP, len(entries))
+    found = (lanes & repeated(OFFSET_MASK, count)) >> cluster_bits
+    if found + repeated(_TOP - clusters, count) & top:
         return None
     return PlainEntries(entries, _array(found, count), lanes & top == top, _breaks(found, 1, count))
 
@@ -93,29 +86,20 @@ def _odd(cluster_bits: int) -> int:
 
 def _all_have(mask: int, lanes: int, count: int) -> bool:
     """Whether each of ``count`` lanes has some of the bits of ``mask``, which leaves the top bit free."""
-    top = _repeated(_TOP, count)
-    return (lanes & _repeated(mask, count)) + _repeated(_TOP - 1, count) & top == top
+    top = repeated(_TOP, count)
+    return (lanes & repeated(mask, count)) + repeated(_TOP - 1, count) & top == top
 
 
 def _breaks(lanes: int, step: int, count: int) -> bytes:
     """A byte for each of ``count`` lanes: 0 where it is ``step`` more than the one before it, otherwise 0x80."""
-    following = (lanes << 64) + _repeated(step, count) & (1 << 64 * count) - 1
-    breaks = (lanes ^ following) + _repeated(_TOP - 1, count) & _repeated(_TOP, count)
+    following = (lanes << 64) + repeated(step, count) & (1 << 64 * count) - 1
+    breaks = (lanes ^ following) + repeated(_TOP - 1, count) & repeated(_TOP, count)
     return b"\x80" + breaks.to_bytes(_LANE * count, "little")[2 * _LANE - 1 :: _LANE]
 
 
 def _lengths(breaks: bytes) -> list[int]:
     """The lengths of the runs that begin where there are breaks."""
     return [len(rest) + 1 for rest in breaks.split(b"\x80")[1:]]
-
-
-def _lanes(words: array[int]) -> int:
-    # Lane 0 holds the first word on a machine of either byte order.
-    if sys.byteorder == "little":
-        return int.from_bytes(memoryview(words).cast("B"), "little")
-    swapped = words[:]
-    swapped.byteswap()
-    return int.from_bytes(memoryview(swapped).cast("B"), "little")
 
 
 def _array(lanes: int, count: int) -> array[int]:

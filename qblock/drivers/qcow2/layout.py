@@ -217,8 +217,12 @@ def compressed_clusters(entry: int, cluster_bits: int) -> range:
 
 def constant_run(entries: array[int], start: int, limit: int) -> int:
     """How many entries from ``start`` (at most ``limit``) equal the first one."""
-    pattern = array(entries.typecode, [entries[start]])
-    return gallop(limit, lambda at, count: entries[start + at : start + at + count] == pattern * count)
+    first, size = entries[start], entries.itemsize
+
+    def others(at: int, count: int) -> int:
+        return as_lanes(entries[start + at : start + at + count]) ^ first * repeated(1, count, size)
+
+    return run_length(limit, others, size)
 
 
 def ramp_run(entries: array[int], start: int, limit: int, step: int) -> int:
@@ -227,48 +231,56 @@ def ramp_run(entries: array[int], start: int, limit: int, step: int) -> int:
     if limit > 1 and entries[start + 1] != first + step:
         return 1
 
-    def fits(at: int, count: int) -> bool:
-        part = entries[start + at : start + at + count]
-        return _as_number(part) == (first + at * step) * _ramp(0, count) + _ramp(step, count)
+    def others(at: int, count: int) -> int:
+        ramp = (first + at * step) * repeated(1, count) + _ramp(step, count)
+        return as_lanes(entries[start + at : start + at + count]) ^ ramp
 
     if first >= 1 << 63 and first - (1 << 63) >= 1 << 62:
         return 1
     limit = min(limit, _MOST // step)
-    if entries[start + limit - 1] == first + (limit - 1) * step and fits(0, limit):
+    if entries[start + limit - 1] == first + (limit - 1) * step and not others(0, limit):
         return limit
-    return gallop(limit, fits)
+    return run_length(limit, others)
 
 
 _MOST: Final = 1 << 61
 """No run is longer than this in units of its entries, so that none leaves its 64 bits."""
+_WORD: Final = 8
+_FIRST_WINDOW: Final = 32
 
 
-def _as_number(words: array[int]) -> int:
-    """An array as one number with a lane of 64 bits for each word: comparing and adding it costs no loop."""
-    return int.from_bytes(memoryview(words).cast("B"), sys.byteorder)
+def as_lanes(words: array[int]) -> int:
+    """An array as one number with a lane for each word, the first one lowest: comparing and adding it costs no loop."""
+    if not _SWAP:
+        words = words[:]
+        words.byteswap()
+    return int.from_bytes(memoryview(words).cast("B"), "little")
+
+
+@functools.lru_cache(maxsize=64)
+def repeated(word: int, count: int, size: int = _WORD) -> int:
+    """A number of ``count`` lanes of ``size`` bytes that are all alike."""
+    return int.from_bytes(word.to_bytes(size, "little") * count, "little")
 
 
 @functools.lru_cache(maxsize=64)
 def _ramp(step: int, count: int) -> int:
-    """As `_as_number`: lanes that begin with 0 and grow by ``step``; for a step of 0 all are 1."""
-    return _as_number(array(U64, range(0, count * step, step)) if step else array(U64, [1]) * count)
+    """Lanes that begin with 0 and grow by ``step``."""
+    return as_lanes(array(U64, range(0, count * step, step)))
 
 
-def gallop(limit: int, fits: Callable[[int, int], bool]) -> int:
-    """How long a run is, at most ``limit``, of which the first member is known; ``fits(at, count)``: do these belong to it?"""
-    done, step = 1, min(limit - 1, 32)
-    if not step:
-        return done
+def run_length(limit: int, others: Callable[[int, int], int], size: int = _WORD) -> int:
+    """How long a run is, at most ``limit`` members, of which the first one is known.
+
+    ``others(at, count)``: lanes of ``size`` bytes for so many members from there, those that belong to the run 0.
+    """
+    done, window = 1, _FIRST_WINDOW
     while done < limit:
-        step = min(step, limit - done)
-        if fits(done, step):
-            done += step
-            step *= 4
-        elif step == 1:
-            break
-        else:
-            limit = done + step
-            step >>= 1
+        window = min(window, limit - done)
+        if rest := others(done, window):
+            return done + ((rest & -rest).bit_length() - 1) // (8 * size)
+        done += window
+        window *= 4
     return done
 
 
