@@ -19,7 +19,7 @@ from qblock import requests
 from qblock.clock import Clock, RateLimit
 from qblock.errors import BlockIOError
 from qblock.node import BdrvChild, BlockDriverState
-from qblock.status import FIRST_QUESTION, chain_status, next_question
+from qblock.status import FIRST_QUESTION, Further, chain_status, next_question
 from qblock.units import GiB, MiB
 
 CHUNK: Final = 2 * MiB
@@ -53,16 +53,21 @@ def cut(offset: int, length: int, step: int) -> list[tuple[int, int]]:
 
 async def pieces_above(top: BlockDriverState, base: BlockDriverState, *, end: int) -> AsyncIterator[Piece]:
     """Everything from 0 to ``end``: work is what a layer from ``top`` down to but not including ``base`` holds."""
-    at, question = 0, FIRST_QUESTION
+    at, question, further = 0, FIRST_QUESTION, Further(gaps=True)
     while at < end:
-        extent = await chain_status(top, at, min(end - at, question), base=base)
-        question = next_question(question, extent.length)
+        start = at
+        extent = await chain_status(top, at, min(end - at, question), base=base, further=further)
         if not extent.present:
             yield Piece(at, extent.length, work=False)
+            at += extent.length
         else:
-            for offset, length in cut(at, extent.length, MAX_ZEROES if extent.zero else CHUNK):
-                yield Piece(offset, length, zero=extent.zero)
-        at += extent.length
+            for run_at, run_length in [(at, extent.length), *((run[0], run[1]) for run in further.runs)]:
+                if at < run_at:
+                    yield Piece(at, run_at - at, work=False)
+                for offset, length in cut(run_at, run_length, MAX_ZEROES if extent.zero else CHUNK):
+                    yield Piece(offset, length, zero=extent.zero)
+                at = run_at + run_length
+        question = next_question(question, at - start)
 
 
 async def copy_piece(

@@ -473,9 +473,10 @@ class SupportsBitmaps(Protocol):
 class SupportsFragments(Protocol):
     """The driver can tell of many extents in one answer, where data lie here and there."""
 
-    async def fragments(self, offset: int, length: int, *, after: int) -> list[Fragment]:
-        """The runs of plain data from ``offset`` on, without gaps, each in another place than where the one before it ends.
+    async def fragments(self, offset: int, length: int, *, after: int, gaps: bool = False) -> list[Fragment]:
+        """The runs of plain data from ``offset`` on, each in another place than where the one before it ends.
 
+        Without gaps, or with such in which nothing is allocated.
         They end before what is no plain data, or ``length`` bytes away; a driver may stop anywhere, and need not begin. The data
         before ``offset`` end at ``after``: when those there only go on, there are no fragments.
         """

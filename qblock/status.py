@@ -60,11 +60,13 @@ class Further:
     """What one walk along a chain learns about data that lie in many places: see `chain_status`.
 
     ``runs`` are those behind the last answer. What the storage has where is asked once and remembered, so nobody may write
-    to the chain during the walk.
+    to the chain during the walk. With ``gaps`` runs need not follow each other: in between no layer down to the base holds
+    anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, gaps: bool = False) -> None:
         self.runs: list[Fragment] = []
+        self.gaps = gaps
         self._known: dict[BlockDriverState, _Known] = {}
 
     @property
@@ -72,8 +74,13 @@ class Further:
         """Bytes of all runs together."""
         return self.runs[-1][0] + self.runs[-1][1] - self.runs[0][0] if self.runs else 0
 
-    async def behind(self, held: ChainExtent, offset: int, length: int, *, want_zero: bool) -> list[Fragment]:
-        """The runs behind the one at ``offset`` for which ``held`` is the answer, too, as far as ``length`` bytes from there."""
+    async def behind(
+        self, held: ChainExtent, offset: int, length: int, *, want_zero: bool, is_last: bool
+    ) -> list[Fragment]:
+        """The runs behind the one at ``offset`` for which ``held`` is the answer, too, as far as ``length`` bytes from there.
+
+        ``is_last``: the base lies right below the layer.
+        """
         layer = held.node
         if held.length >= length or layer is None or not held.data or held.offset is None:
             return []
@@ -82,7 +89,8 @@ class Further:
         enter(layer)
         try:
             start, rest = offset + held.length, min(length, layer.length - offset) - held.length
-            found = await layer.driver.fragments(start, rest, after=held.offset + held.length)
+            after = held.offset + held.length
+            found = await layer.driver.fragments(start, rest, after=after, gaps=self.gaps and is_last)
         finally:
             leave(layer)
         storage = layer.data_storage
@@ -164,8 +172,9 @@ async def chain_status(
 ) -> ChainExtent:
     """The first layer from ``node`` down to but not including ``base`` that holds the run starting at ``offset``.
 
-    With a ``base`` a run that no layer above it holds is neither present nor zero. ``further`` takes the runs that follow without
-    a gap and for which the answer is the same but for length and place, as far as the layer knows them without effort.
+    With a ``base`` a run that no layer above it holds is neither present nor zero. ``further`` takes the runs that follow, by its
+    own rule about gaps, and for which the answer is the same but for length and place, as far as the layer knows them without
+    effort.
     """
     if further is not None:
         further.runs = []
@@ -183,7 +192,8 @@ async def chain_status(
         if not isinstance(extent, Unallocated):
             held = _held(extent, layer, depth, stored=stored)
             if further is not None:
-                further.runs = await further.behind(held, offset, length, want_zero=want_zero)
+                is_last = stop is not None and chain_next(layer) is stop
+                further.runs = await further.behind(held, offset, length, want_zero=want_zero, is_last=is_last)
             return held
         length = extent.length
         below = chain_next(layer)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from qblock import requests
@@ -351,7 +350,7 @@ class ClusterMap:
             raise self.file.bad_entry(f"the L2 entry for guest offset {offset:#x} is damaged", offset)
         return kind, min(got, length), host
 
-    async def fragments(self, offset: int, length: int, after: int) -> list[Fragment]:
+    async def fragments(self, offset: int, length: int, *, after: int, gaps: bool) -> list[Fragment]:
         """See `SupportsFragments`: whole clusters, to the end of a slice at most."""
         size, index = self.geometry.cluster_size, self.index(offset)
         table = await self.slice_at(offset)
@@ -361,10 +360,8 @@ class ClusterMap:
             # Nothing lies in the file as it is; or nothing may lie elsewhere than at its guest offset.
             return []
         limit = min(length // size, len(table.entries) - index)
-        pieces = plain_pieces(table.entries, index, limit, self.geometry.cluster_bits)
-        lengths = [clusters * size for _, clusters in pieces]
-        starts = accumulate(lengths, initial=offset)
-        return [(start, length, place) for start, length, (place, _) in zip(starts, lengths, pieces, strict=False)]
+        pieces = plain_pieces(table.entries, index, limit, self.geometry.cluster_bits, gaps=gaps)
+        return [(offset + first * size, count * size, place) for first, count, place in pieces]
 
     async def _run_at(self, guest: int, limit: int) -> Run:
         geometry = self.geometry

@@ -400,9 +400,9 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
             case _:
                 assert_never(kind)
 
-    async def fragments(self, offset: int, length: int, *, after: int) -> list[Fragment]:
+    async def fragments(self, offset: int, length: int, *, after: int, gaps: bool = False) -> list[Fragment]:
         """See `SupportsFragments`."""
-        return await self._map.fragments(offset, min(length, self._size - offset), after)
+        return await self._map.fragments(offset, min(length, self._size - offset), after=after, gaps=gaps)
 
     async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
         """See `Driver`: plain data are copied in the file, zeroes are written as such, the rest is the backing node's."""

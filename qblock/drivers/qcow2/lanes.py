@@ -40,23 +40,34 @@ class PlainEntries:
         return [(self.clusters[at], length) for at, length in zip(accumulate(lengths, initial=0), lengths, strict=False)]
 
 
-def plain_pieces(entries: array[int], start: int, limit: int, cluster_bits: int) -> list[tuple[int, int]]:
-    """Plain data in a row from ``start`` on, at most ``limit`` entries: (file offset, clusters) of each piece that lies together.
+def plain_pieces(
+    entries: array[int], start: int, limit: int, cluster_bits: int, *, gaps: bool = False
+) -> list[tuple[int, int, int]]:
+    """Plain data from ``start`` on, at most ``limit`` entries: (first, clusters, file offset) of each piece that lies together.
 
-    A piece is as long as it can be, and may lie anywhere.
+    ``first`` counts from ``start``. Pieces are as long as they can be, and may lie anywhere. They end before what is no plain
+    data; with ``gaps`` there may be entries between them that have no place.
     """
 
     def others(at: int, count: int) -> int:
-        lanes, top = as_lanes(entries[start + at : start + at + count]), repeated(_TOP, count)
-        places = (lanes & repeated(OFFSET_MASK, count)) + repeated(_TOP - 1, count) & top
-        return lanes & repeated(_odd(cluster_bits), count) | places ^ top
+        lanes = as_lanes(entries[start + at : start + at + count])
+        odd = lanes & repeated(_odd(cluster_bits), count)
+        return odd if gaps else odd | _without(OFFSET_MASK, lanes, count)
 
     if not limit or others(0, 1):
         return []
     count = run_length(limit, others)
     row = entries[start : start + count]
-    lengths = _lengths(_breaks(as_lanes(row) & repeated(OFFSET_MASK, count), 1 << cluster_bits, count))
-    return [(row[at] & OFFSET_MASK, length) for at, length in zip(accumulate(lengths, initial=0), lengths, strict=False)]
+    places = as_lanes(row) & repeated(OFFSET_MASK, count)
+    marks = _breaks(places, 1 << cluster_bits, count)
+    if gaps:
+        # What is behind an entry without a place begins anew, unless it has none either.
+        empty = _without(OFFSET_MASK, places, count)
+        before = empty << 64 & repeated(_TOP, count)
+        marks = (marks | before) ^ (empty & before)
+    lengths = _lengths(_top_bytes(marks, count))
+    pieces = zip(accumulate(lengths, initial=0), lengths, strict=False)
+    return [(first, length, place) for first, length in pieces if (place := row[first] & OFFSET_MASK)]
 
 
 def plain_entries(entries: array[int], cluster_bits: int, *, clusters: int) -> PlainEntries | None:
@@ -67,16 +78,16 @@ def plain_entries(entries: array[int], cluster_bits: int, *, clusters: int) -> P
     lanes = as_lanes(entries)
     if lanes & repeated(_odd(cluster_bits), len(entries)):
         return None
-    if not _all_have(OFFSET_MASK, lanes, len(entries)):
+    if _without(OFFSET_MASK, lanes, len(entries)):
         entries = array(U64, filter(None, entries))
         lanes = as_lanes(entries)
-        if not entries or not _all_have(OFFSET_MASK, lanes, len(entries)):
+        if not entries or _without(OFFSET_MASK, lanes, len(entries)):
             return None
     count, top = len(entries), repeated(_TOP, len(entries))
     found = (lanes & repeated(OFFSET_MASK, count)) >> cluster_bits
     if found + repeated(_TOP - clusters, count) & top:
         return None
-    return PlainEntries(entries, _array(found, count), lanes & top == top, _breaks(found, 1, count))
+    return PlainEntries(entries, _array(found, count), lanes & top == top, _top_bytes(_breaks(found, 1, count), count))
 
 
 def _odd(cluster_bits: int) -> int:
@@ -84,17 +95,21 @@ def _odd(cluster_bits: int) -> int:
     return ~(COPIED | OFFSET_MASK >> cluster_bits << cluster_bits) & (1 << 64) - 1
 
 
-def _all_have(mask: int, lanes: int, count: int) -> bool:
-    """Whether each of ``count`` lanes has some of the bits of ``mask``, which leaves the top bit free."""
+def _without(mask: int, lanes: int, count: int) -> int:
+    """The top bits of those of ``count`` lanes that have none of the bits of ``mask``, which leaves the top bit free."""
     top = repeated(_TOP, count)
-    return (lanes & repeated(mask, count)) + repeated(_TOP - 1, count) & top == top
+    return (lanes & repeated(mask, count)) + repeated(_TOP - 1, count) & top ^ top
 
 
-def _breaks(lanes: int, step: int, count: int) -> bytes:
-    """A byte for each of ``count`` lanes: 0 where it is ``step`` more than the one before it, otherwise 0x80."""
+def _breaks(lanes: int, step: int, count: int) -> int:
+    """The top bits of those of ``count`` lanes that are not ``step`` more than the one before, and of the first one."""
     following = (lanes << 64) + repeated(step, count) & (1 << 64 * count) - 1
-    breaks = (lanes ^ following) + repeated(_TOP - 1, count) & repeated(_TOP, count)
-    return b"\x80" + breaks.to_bytes(_LANE * count, "little")[2 * _LANE - 1 :: _LANE]
+    return (lanes ^ following) + repeated(_TOP - 1, count) & repeated(_TOP, count) | _TOP
+
+
+def _top_bytes(lanes: int, count: int) -> bytes:
+    """The highest byte of each lane."""
+    return lanes.to_bytes(_LANE * count, "little")[_LANE - 1 :: _LANE]
 
 
 def _lengths(breaks: bytes) -> list[int]:

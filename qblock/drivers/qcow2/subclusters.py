@@ -269,7 +269,7 @@ class ExtendedMap(ClusterMap):
             raise self.file.bad_entry(f"the L2 entry for guest offset {offset:#x} is damaged", offset)
         return kind, got, host
 
-    async def fragments(self, offset: int, length: int, after: int) -> list[Fragment]:
+    async def fragments(self, offset: int, length: int, *, after: int, gaps: bool) -> list[Fragment]:
         """See `ClusterMap`: none, since clusters have parts."""
         return []
 

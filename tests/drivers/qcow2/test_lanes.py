@@ -26,6 +26,7 @@ ORDINARY = st.one_of(
     st.builds(lambda at: at << BITS | COPIED, st.integers(1, CLUSTERS - 1)),
     st.builds(lambda at: at << BITS, st.integers(1, CLUSTERS - 1)),
 )
+NEARBY = st.builds(lambda at: at << BITS, st.integers(1, 4))
 ODD = st.one_of(
     st.just(COPIED),
     st.just(ZERO),
@@ -57,7 +58,7 @@ def test_a_table_of_plain_data_is_understood_as_by_a_loop(words: list[int], odd:
     assert len(plain.runs()) == plain.breaks.count(b"\x80")
 
 
-@given(st.lists(st.one_of(ORDINARY, st.builds(lambda at: at << BITS, st.integers(1, 4)), ODD), max_size=40), st.integers(0, 5))
+@given(st.lists(st.one_of(ORDINARY, NEARBY, ODD), max_size=40), st.integers(0, 5))
 def test_plain_data_in_a_row_is_told_in_pieces(words: list[int], start: int) -> None:
     """From any entry on, up to the first that is no plain data; each piece ends where the next one lies elsewhere."""
     row: list[int] = []
@@ -65,10 +66,29 @@ def test_plain_data_in_a_row_is_told_in_pieces(words: list[int], start: int) -> 
         if classify(word, V3) is not Kind.DATA:
             break
         row.append(word & OFFSET_MASK)
-    pieces = plain_pieces(array("Q", words), start, max(len(words) - start, 0), BITS)
-    assert [place + (i << BITS) for place, count in pieces for i in range(count)] == row
-    assert all(place + (count << BITS) != after for (place, count), (after, _) in itertools.pairwise(pieces))
-    assert plain_pieces(array("Q", words), start, 1, BITS) == [(place, 1) for place in row[:1]]
+    limit = max(len(words) - start, 0)
+    pieces = plain_pieces(array("Q", words), start, limit, BITS)
+    assert [place + (i << BITS) for _, count, place in pieces for i in range(count)] == row
+    assert [first for first, _, _ in pieces] == [0, *itertools.accumulate(count for _, count, _ in pieces)][: len(pieces)]
+    assert all(place + (count << BITS) != after for (_, count, place), (_, _, after) in itertools.pairwise(pieces))
+    assert plain_pieces(array("Q", words), start, min(limit, 1), BITS) == [(0, 1, place) for place in row[:1]]
+
+
+@given(st.lists(st.one_of(st.just(0), st.just(COPIED), ORDINARY, NEARBY, ODD), max_size=40))
+def test_pieces_may_have_gaps_between_them(words: list[int]) -> None:
+    """Entries without a place are passed by, up to the first that is neither data nor unallocated."""
+    row: list[int] = []
+    for word in words:
+        if classify(word, V3) not in (Kind.DATA, Kind.UNALLOCATED):
+            break
+        row.append(word & OFFSET_MASK)
+    pieces = plain_pieces(array("Q", words), 0, len(words), BITS, gaps=True)
+    told = [0] * len(row)
+    for first, count, place in pieces:
+        told[first : first + count] = range(place, place + (count << BITS), 1 << BITS)
+    assert told == row
+    joined = [a for a, b in itertools.pairwise(pieces) if a[0] + a[1] == b[0] and a[2] + (a[1] << BITS) == b[2]]
+    assert not joined
 
 
 @pytest.mark.qemu
