@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -363,3 +365,13 @@ def test_glossary_names_things_that_exist(theirs: str, ours: str) -> None:
         if part in fields or part in getattr(found, "__annotations__", {}):
             return
         found = getattr(found, part)
+
+
+BENCHMARKS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_benchmarks_can_be_started(path: Path) -> None:
+    """They are run by hand, and rarely: nothing else tells that one has been forgotten."""
+    asked = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=False)
+    assert asked.returncode == 0 and "usage:" in asked.stdout, asked.stderr
