@@ -97,17 +97,6 @@ class RangeSet:
         index = self._ends.bisect_left(offset + length) - 1
         return length > 0 and index >= 0 and bool(self._ends.peekitem(index)[1] > offset)
 
-    def first_gap(self, offset: int, end: int) -> ByteRange | None:
-        """The first run of bytes in [``offset``, ``end``) that is not in the set, or None when all are in."""
-        index = self._ends.bisect_right(offset) - 1
-        if index >= 0:
-            offset = max(offset, self._ends.peekitem(index)[1])
-        if offset >= end:
-            return None
-        if index + 1 < len(self._ends):
-            end = min(end, self._ends.peekitem(index + 1)[0])
-        return ByteRange(offset, end - offset)
-
     def __iter__(self) -> Iterator[ByteRange]:
         return (ByteRange(start, end - start) for start, end in self._ends.items())
 

@@ -36,7 +36,6 @@ NOWHERE: Final = Interface(buses=0)
 ANYWHERE: Final = Interface()
 UNPOLICED: Final = frozenset({"floppy", "pflash", "mtd", "sd", "xen"})
 """Interfaces that rerror and werror are not for."""
-CDROM_INDEX: Final = 2
 
 
 @attrs.frozen

@@ -78,7 +78,6 @@ class DiskTraits:
     follows_size: bool = True
     io_status: bool = True
     error_actions: bool = True
-    needs_serial: bool = False
 
 
 @attrs.frozen
@@ -108,9 +107,7 @@ class DeviceModel:
 _DISK: Final = DiskTraits()
 _CD: Final = DiskTraits(optional=True, removable=True, tray=True, writes=False, follows_size=False)
 _FLOPPY: Final = DiskTraits(optional=True, removable=True, follows_size=False, io_status=False, error_actions=False)
-_NVME: Final = DiskTraits(
-    follows_size=False, io_status=False, error_actions=False, needs_writable=True, needs_serial=True
-)  # fmt: skip
+_NVME: Final = DiskTraits(follows_size=False, io_status=False, error_actions=False, needs_writable=True)
 BACKEND: Final = "virtio-backend"
 """The part of a virtio device that has its disk, or its buses."""
 _FIXED_VIRTIO: Final = frozenset({"disable-legacy", "disable-modern"})
@@ -148,10 +145,7 @@ _DISKS: Final = (
         "nvme", STORAGE, "PCI", "Non-Volatile Memory Express", "", sets.NVME,
         (BusSpec("nvme-bus", named_as_device=True),), disk=_NVME,
     ),
-    DeviceModel(
-        "nvme-ns", STORAGE, "nvme-bus", "Virtual NVMe namespace", "", sets.NVME_NS,
-        disk=attrs.evolve(_NVME, needs_serial=False),
-    ),
+    DeviceModel("nvme-ns", STORAGE, "nvme-bus", "Virtual NVMe namespace", "", sets.NVME_NS, disk=_NVME),
     DeviceModel(
         "usb-storage", STORAGE, "usb-bus", "", "", sets.USB_STORAGE, (BusSpec("SCSI", units=1),), "{bus}/legacy[0]", _DISK,
     ),

@@ -55,19 +55,12 @@ def test_a_range_set_keeps_no_two_ranges_that_meet(operations: list[tuple[bool, 
 
 @given(OPERATIONS, st.integers(0, 50), st.integers(0, 12))
 def test_questions_agree_with_the_model(operations: list[tuple[bool, int, int]], offset: int, length: int) -> None:
-    """contains, overlaps and first_gap answer what a byte-by-byte look would."""
+    """contains and overlaps answer what a byte-by-byte look would."""
     ranges, model = filled(operations)
     asked = range(offset, offset + length)
     assert ranges.overlaps(offset, length) == any(byte in model for byte in asked)
     if length:
         assert ranges.contains(offset, length) == all(byte in model for byte in asked)
-    gap = ranges.first_gap(offset, offset + length)
-    free = [byte for byte in asked if byte not in model]
-    assert (gap is None) == (not free)
-    if gap is not None:
-        assert gap.offset == free[0]
-        assert all(byte not in model for byte in range(gap.offset, gap.end))
-        assert gap.end == offset + length or gap.end in model
 
 
 def test_a_set_is_shown_as_its_ranges() -> None:
