@@ -20,7 +20,8 @@ from qblock.units import MiB, align_down
 from qblock.zeroes import all_zero
 
 IDENTICAL, DIFFERENT, OPEN_FAILED, STATUS_FAILED, READ_FAILED = range(5)
-CHUNK: Final = 2 * MiB
+CHUNK: Final = MiB
+"""Bytes of each image that are compared at a time: both buffers stay in the processor's cache."""
 MAX_QUESTION: Final = 1 << 40
 SECTOR: Final = 512
 NOTHING: Final = ChainExtent(0, 0, present=False, zero=False, data=False)
