@@ -71,6 +71,20 @@ class ImageArguments:
     snapshot: str | None = None
     """The internal snapshot to show in place of the disk, see `snapshots.find_described`; the size stays the disk's."""
 
+    @classmethod
+    def of(cls, arguments: Arguments, name: str, fmt: str = "f", **wanted: Any) -> ImageArguments:
+        """The image ``name`` as a command line has it: with the format of the option ``fmt``, ``--image-opts`` and ``-U``.
+
+        ``wanted`` are the other fields.
+        """
+        return cls(
+            name,
+            fmt=arguments.get(fmt),
+            image_opts="image-opts" in arguments,
+            force_share="U" in arguments,
+            **wanted,
+        )
+
 
 class OnlyHelp(Exception):
     """The command line asks for help that has been printed; nothing else is to be done."""

@@ -77,10 +77,9 @@ async def _amend(session: ImageSession, arguments: Arguments, texts: list[str], 
     cache = arguments.get("t", "writeback")
     helps = wants_help(texts)
     disk = await session.open(
-        ImageArguments(
+        ImageArguments.of(
+            arguments,
             arguments.words[0],
-            fmt=arguments.get("f"),
-            image_opts="image-opts" in arguments,
             writable=not helps,
             extra=cache_options(cache),
             data_file=not helps,

@@ -64,12 +64,10 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     cache = arguments.get("t", "writeback")
     if cache not in CACHE_MODES:
         raise CommandError(f"Invalid cache mode: '{cache}' (choose from {', '.join(CACHE_MODES)})")
-    wanted = ImageArguments(
+    wanted = ImageArguments.of(
+        arguments,
         arguments.words[0],
-        fmt=arguments.get("f"),
-        image_opts="image-opts" in arguments,
         writable="w" in arguments,
-        force_share="U" in arguments,
         aio=aio_mode(arguments, "n"),
         extra=cache_options(cache),
         writethrough=is_writethrough(cache),

@@ -63,11 +63,7 @@ async def _work(
     session: ImageSession, arguments: Arguments, operations: list[tuple[str, str]], granularity: int | None
 ) -> None:
     image, name = arguments.words
-    disk = await session.open(
-        ImageArguments(
-            image, fmt=arguments.get("f"), image_opts="image-opts" in arguments, writable=True, backing=False
-        )
-    )
+    disk = await session.open(ImageArguments.of(arguments, image, writable=True, backing=False))
     source = disk
     if (filename := arguments.get("b")) is not None:
         source = await session.open(ImageArguments(filename, fmt=arguments.get("F"), backing=False))

@@ -52,12 +52,10 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     watch = with_secrets(arguments, watch)
     fix = FIXES[repair] if repair else CheckFix.NONE
     explain = "explain" in arguments
-    wanted = ImageArguments(
+    wanted = ImageArguments.of(
+        arguments,
         arguments.words[0],
-        fmt=arguments.get("f"),
-        image_opts="image-opts" in arguments,
         writable=fix is not CheckFix.NONE,
-        force_share="U" in arguments,
         to_check=True,
         extra=cache_options(arguments.get("T")),
     )

@@ -34,10 +34,9 @@ def run(args: list[str], watch: Watch | None = None) -> int:
 
 async def _commit(session: ImageSession, arguments: Arguments, order: CommitOrder, progress: Progress) -> None:
     overlay = await session.open(
-        ImageArguments(
+        ImageArguments.of(
+            arguments,
             arguments.words[0],
-            fmt=arguments.get("f"),
-            image_opts="image-opts" in arguments,
             writable=True,
             extra=cache_options(arguments.get("t")) | {"discard": "unmap"},
         )

@@ -77,15 +77,8 @@ async def _compare(session: ImageSession, arguments: Arguments, progress: Progre
 async def _open(session: ImageSession, arguments: Arguments, name: str, fmt: str) -> BlockBackend:
     try:
         arguments.check_image_opts(fmt)
-        return await session.open(
-            ImageArguments(
-                name,
-                fmt=arguments.get(fmt),
-                image_opts="image-opts" in arguments,
-                force_share="U" in arguments,
-                extra=cache_options(arguments.get("T"), "source cache option"),
-            )
-        )
+        extra = cache_options(arguments.get("T"), "source cache option")
+        return await session.open(ImageArguments.of(arguments, name, fmt, extra=extra))
     except QBlockError as error:
         raise _Stop(OPEN_FAILED, str(error)) from error
 

@@ -158,11 +158,9 @@ async def _convert(session: ImageSession, request: _Request, progress: Progress)
     arguments = request.arguments
     sources = [
         await session.open(
-            ImageArguments(
+            ImageArguments.of(
+                arguments,
                 name,
-                fmt=arguments.get("f"),
-                image_opts="image-opts" in arguments,
-                force_share="U" in arguments,
                 extra=cache_options(arguments.get("T"), "source cache option"),
                 snapshot=arguments.get("l"),
                 steady="U" not in arguments,

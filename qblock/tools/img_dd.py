@@ -70,12 +70,7 @@ def _checked(arguments: Arguments) -> _Request:
         raise CommandError(f"Invalid bs: it must be from 1 to {MAX_BLOCK}")
     fmt = arguments.get("O") or "raw"
     options_of(fmt)
-    source = ImageArguments(
-        operands["if"],
-        fmt=arguments.get("f"),
-        image_opts="image-opts" in arguments,
-        force_share="U" in arguments,
-    )
+    source = ImageArguments.of(arguments, operands["if"])
     return _Request(
         source,
         operands["of"],

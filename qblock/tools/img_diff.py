@@ -107,15 +107,8 @@ async def _diff(session: ImageSession, arguments: Arguments) -> int:
 async def _open(session: ImageSession, arguments: Arguments, name: str, fmt: str) -> BlockBackend:
     try:
         arguments.check_image_opts(fmt)
-        return await session.open(
-            ImageArguments(
-                name,
-                fmt=arguments.get(fmt),
-                image_opts="image-opts" in arguments,
-                force_share="U" in arguments,
-                extra=cache_options(arguments.get("T"), "source cache option"),
-            )
-        )
+        extra = cache_options(arguments.get("T"), "source cache option")
+        return await session.open(ImageArguments.of(arguments, name, fmt, extra=extra))
     except QBlockError as error:
         raise _Failed(OPEN_FAILED, str(error)) from error
 

@@ -35,14 +35,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     arguments.check_image_opts()
     if "chain" in arguments:
         return _run_chain(arguments, watch, as_json=fmt == "json")
-    wanted = ImageArguments(
-        arguments.words[0],
-        fmt=arguments.get("f"),
-        image_opts="image-opts" in arguments,
-        force_share="U" in arguments,
-        backing="backing-chain" in arguments,
-        data_file=False,
-    )
+    wanted = ImageArguments.of(arguments, arguments.words[0], backing="backing-chain" in arguments, data_file=False)
     infos, mentions = run_session(lambda session: _collect(session, wanted), watch)
     if fmt == "json":
         print(json_text(infos if wanted.backing else infos[0]))

@@ -60,12 +60,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Expecting one image file name")
     arguments.check_image_opts()
     watch = with_secrets(arguments, watch)
-    wanted = ImageArguments(
-        arguments.words[0],
-        fmt=arguments.get("f"),
-        image_opts="image-opts" in arguments,
-        force_share="U" in arguments,
-    )
+    wanted = ImageArguments.of(arguments, arguments.words[0])
     if "graph" in arguments and "output" in arguments:
         raise CommandError("--graph is a form of its own: it cannot be used with --output")
     show = _print_graph if "graph" in arguments else _print_json if output == "json" else _print_lines

@@ -75,13 +75,7 @@ def _checked(arguments: Arguments) -> _Request:
     values = creation_values(fmt, parse_options(fmt, checked_option_lists(arguments.all("o"))))
     source = None
     if arguments.words:
-        source = ImageArguments(
-            arguments.words[0],
-            fmt=arguments.get("f"),
-            image_opts="image-opts" in arguments,
-            force_share="U" in arguments,
-            snapshot=arguments.get("l"),
-        )
+        source = ImageArguments.of(arguments, arguments.words[0], snapshot=arguments.get("l"))
     return _Request(driver, values, size, source)
 
 

@@ -41,14 +41,6 @@ def run(args: list[str], watch: Watch | None = None) -> int:
 async def _resize(session: ImageSession, arguments: Arguments, size: str, preallocation: Preallocation) -> None:
     # A size that is none is refused before anything is opened.
     wanted_length("+" + size.lstrip("+-"), 1)
-    disk = await session.open(
-        ImageArguments(
-            arguments.words[0],
-            fmt=arguments.get("f"),
-            image_opts="image-opts" in arguments,
-            writable=True,
-            resizable=True,
-        )
-    )
+    disk = await session.open(ImageArguments.of(arguments, arguments.words[0], writable=True, resizable=True))
     length = wanted_length(size, disk.length)
     await resize_disk(disk, length, shrink="shrink" in arguments, preallocation=preallocation)

@@ -28,12 +28,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Expecting one image file name")
     watch = with_secrets(arguments, watch)
     action, name = actions[0] if actions else (None, "")
-    wanted = ImageArguments(
-        arguments.words[0],
-        image_opts="image-opts" in arguments,
-        writable=action != "l",
-        force_share="U" in arguments,
-    )
+    wanted = ImageArguments.of(arguments, arguments.words[0], writable=action != "l")
     run_session(lambda session: _perform(session, wanted, action, name), watch)
     return 0
 
