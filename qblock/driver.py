@@ -459,6 +459,10 @@ class SupportsBreakpoints(Protocol):
 class SupportsBitmaps(Protocol):
     """The format stores persistent dirty bitmaps: those of its node, when it is closed or made read-only."""
 
+    @property
+    def can_store_bitmaps(self) -> bool:
+        """Whether the image can do so as it is: older ones may not."""
+
     def check_new_bitmap(self, bitmap: DirtyBitmap) -> None:
         """Raise `CommandError` when ``bitmap``, which is not on the node yet, could not be stored."""
 

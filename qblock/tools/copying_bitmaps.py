@@ -27,8 +27,8 @@ def check_options(arguments: Arguments, sources: int) -> None:
 def check_source(source: BlockDriverState, *, skip_broken: bool) -> None:
     """Raise `CommandError` when the bitmaps of this image cannot be copied."""
     source = skip_filters(source)
-    if not isinstance(source.driver, SupportsBitmaps):
-        raise CommandError(f"images of the format '{source.driver.name}' have no bitmaps that could be copied")
+    if not _can_have_bitmaps(source):
+        raise CommandError(f"the source ('{source.driver.name}') cannot have bitmaps that could be copied: leave out --bitmaps")
     broken = [bitmap.name for bitmap in _stored(source) if bitmap.inconsistent]
     if broken and not skip_broken:
         raise CommandError(
@@ -40,8 +40,8 @@ def check_source(source: BlockDriverState, *, skip_broken: bool) -> None:
 def check_target(source: BlockDriverState, target: BlockDriverState) -> None:
     """Raise `CommandError` when ``target`` could not be given the bitmaps of ``source``."""
     source, target = skip_filters(source), skip_filters(target)
-    if not isinstance(target.driver, SupportsBitmaps):
-        raise CommandError(f"images of the format '{target.driver.name}' can have no bitmaps: leave out --bitmaps")
+    if not _can_have_bitmaps(target):
+        raise CommandError(f"the output ('{target.driver.name}') cannot have bitmaps: leave out --bitmaps")
     for bitmap in _stored(source):
         if not bitmap.inconsistent:
             _copy_of(bitmap, target)
@@ -59,6 +59,10 @@ async def copy_bitmaps(source: BlockDriverState, target: BlockDriverState, env: 
         target.dirty_bitmaps.append(copy)
     assert isinstance(target.driver, SupportsBitmaps), "checked before"
     await target.driver.store_bitmaps()
+
+
+def _can_have_bitmaps(node: BlockDriverState) -> bool:
+    return isinstance(node.driver, SupportsBitmaps) and node.driver.can_store_bitmaps
 
 
 def _copy_of(bitmap: DirtyBitmap, target: BlockDriverState) -> DirtyBitmap:

@@ -57,6 +57,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         arguments.words[0],
         writable=fix is not CheckFix.NONE,
         to_check=True,
+        resizable=True,
         extra=cache_options(arguments.get("T")),
     )
     try:

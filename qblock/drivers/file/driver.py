@@ -9,8 +9,9 @@ kernel by way of shared rings (ring.py).
 
 Differs from QEMU: with ``cache.direct`` small requests are run by the kernel for ``aio=threads``, too; ``aio=native`` insists on
 it, and fails where there is no such queue. ``aio-max-batch`` holds for ``aio=io_uring`` as well, where QEMU ignores it.
-``pr-manager`` is refused. ``auto-read-only`` decides when the file is opened, not again with every user. Block devices are
-taken, too. ``drop-cache`` acts at the end of an incoming migration, which qblock does not have: both values do the same.
+``pr-manager`` is refused. ``auto-read-only`` decides when the file is opened, not again with every user. Devices are taken, too,
+of which character devices like ``/dev/null`` are empty. ``drop-cache`` acts at the end of an incoming migration, which qblock
+does not have: both values do the same.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from qblock.options import DriverOptions, option, required
 from qblock.permissions import Perm
 from qblock.threads import ThreadQueue
 from qblock.units import KiB, MiB
-from qblock.zeroes import fill_zero
+from qblock.zeroes import fill_zero, zero_view
 
 if TYPE_CHECKING:
     from qblock.node import BdrvChild
@@ -100,7 +101,7 @@ def _io_error(error: OSError, detail: str) -> BlockIOError:
 
 
 def _open_storage(filename: str, flags: int, fdsets: FdSets | None = None) -> int:
-    """Open a regular file or block device; never blocks on a FIFO and never creates. Raises `BlockIOError`."""
+    """Open a regular file or a device; never blocks on a FIFO and never creates. Raises `BlockIOError`."""
     try:
         if fdsets is not None and filename.startswith(FDSETS):
             fd = fdsets.open(filename, flags)
@@ -111,18 +112,18 @@ def _open_storage(filename: str, flags: int, fdsets: FdSets | None = None) -> in
     except ValueError as error:
         raise BlockIOError(errno.EINVAL, f"Could not open {filename!r} ({error})") from None
     mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode) or stat.S_ISCHR(mode):
         os.set_blocking(fd, True)
         return fd
     os.close(fd)
     if stat.S_ISDIR(mode):
         raise BlockIOError(errno.EISDIR, f"Could not open '{filename}'")
-    raise BlockIOError(errno.EINVAL, f"Could not open '{filename}': it is neither a regular file nor a block device")
+    raise BlockIOError(errno.EINVAL, f"Could not open '{filename}': it is neither a regular file nor a device")
 
 
 def _size_of(fd: int) -> int:
     status = os.fstat(fd)
-    return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
+    return status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(fd, 0, os.SEEK_END)
 
 
 class FileDriver(Driver):
@@ -170,7 +171,7 @@ class FileDriver(Driver):
             self._fd = self._open_descriptor(read_only=True)
             node.read_only = True
         try:
-            self._is_device = stat.S_ISBLK(os.fstat(self._fd).st_mode)
+            self._is_device = not stat.S_ISREG(os.fstat(self._fd).st_mode)
             self._length = _size_of(self._fd)
             self.prefers_copy_range = space.shares_blocks(self._fd)
             if space.is_in_memory(self._fd):
@@ -540,6 +541,8 @@ def _create_file(options: FileCreateOptions) -> list[str]:
         try:
             if locks.supported():
                 locks.take(Perm.WRITE | Perm.RESIZE, Perm.ALL & ~Perm.RESIZE)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return _clear_device(fd, options)
             os.ftruncate(fd, 0)
             warnings = _apply_hints(fd, options)
             space.resize(fd, 0, options.size, options.preallocation)
@@ -555,6 +558,17 @@ def _create_file(options: FileCreateOptions) -> list[str]:
     finally:
         os.close(fd)
     return warnings
+
+
+def _clear_device(fd: int, options: FileCreateOptions) -> list[str]:
+    """What making a file comes to on a device: its size stays, and what told its format is overwritten."""
+    length = _size_of(fd)
+    if options.size > length or options.preallocation != "off":
+        raise BlockIOError(
+            errno.ENOTSUP, f"'{options.filename}' is a device of {length} bytes, which cannot grow or be preallocated"
+        )
+    space.write_fully(fd, 0, zero_view(min(length, 512)))
+    return []
 
 
 def _make_or_open(filename: str) -> tuple[int, bool]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from qblock import requests
-from qblock.driver import Json
+from qblock.driver import Json, SupportsBitmaps
 from qblock.drivers.qcow2.snapshotted import SnapshottedDriver
 
 if TYPE_CHECKING:
@@ -40,8 +40,22 @@ class AmendedDriver(SnapshottedDriver):
             await self.truncate(wanted.size)
             requests.refresh_length(self.node)
         if down:
+            await self._lose_bitmaps()
             await amending.expand_zeroes(await self._writing(0, 0), progress)
             await self._rewrite(amending.downgraded)
+
+    async def _lose_bitmaps(self) -> None:
+        """Take the persistent bitmaps away, which version 2 does not have."""
+        assert isinstance(self, SupportsBitmaps), "the whole driver is"
+        bitmaps = self.node.dirty_bitmaps
+        lost = [bitmap for bitmap in bitmaps if bitmap.persistent]
+        for bitmap in lost:
+            assert bitmap.name is not None
+            await self.forget_bitmap(bitmap.name)
+            bitmaps.remove(bitmap)
+        if lost:
+            names = ", ".join(f"'{bitmap.name}'" for bitmap in lost)
+            self.env.warn(f"Bitmaps that compat 0.10 cannot store have been removed from '{self.filename()}': {names}")
 
     async def _change_width(self, wanted: Amendments, progress: Callable[[int, int], None]) -> None:
         from qblock.drivers.qcow2.amending import WidthChange  # noqa: PLC0415 - see above

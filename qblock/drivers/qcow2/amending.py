@@ -4,8 +4,8 @@ Models image-formats.md section 1.14. First everything is checked, then it is do
 an image that is whole, so that a run which ends early has done some of the steps. The version goes up first and down last.
 
 Another refcount width is a new refcount structure: it is written behind everything in the file, and one write of the first sector
-switches width and place together. Differs from QEMU: an image is not downgraded whose persistent bitmaps or compression would
-be lost by that, and none whose snapshots hold zero clusters.
+switches width and place together. Differs from QEMU: an image is not downgraded whose snapshots hold zero clusters, and bitmaps
+that are lost by a downgrade leave no leaks behind.
 """
 
 from __future__ import annotations
@@ -124,8 +124,6 @@ def _check_downgrade(header: Header) -> None:
     if others := header.incompatible & ~(head.DIRTY.mask | head.CORRUPT.mask):
         names = ", ".join(head.feature_names(header, 0, others))
         raise CommandError(f"compat 0.10 does not have what the image needs: {names}")
-    if header.extension(head.EXT_BITMAPS) is not None:
-        raise CommandError("compat 0.10 does not have persistent bitmaps; remove them first")
 
 
 # --------------------------------------------------------------------------------------------------------------- headers

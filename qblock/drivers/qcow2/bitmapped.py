@@ -37,6 +37,11 @@ class BitmappedDriver(Driver):
 
     # ---------------------------------------------------------------------------------------------- offered to others
 
+    @property
+    def can_store_bitmaps(self) -> bool:
+        """See `SupportsBitmaps`."""
+        return self._file.header.version > 2
+
     def check_new_bitmap(self, bitmap: DirtyBitmap) -> None:
         """See `SupportsBitmaps`."""
         self._bitmap_store().check_new(bitmap, self._file.header.version)
@@ -54,7 +59,7 @@ class BitmappedDriver(Driver):
         """See `SupportsBitmaps`."""
         if self.node.read_only or self._writeback is None or self.node.poisoned is not None:
             return
-        if self._file.header.version < 3:
+        if not self.can_store_bitmaps:
             return  # they were lost when the version was lowered
         if not any(bitmap.persistent for bitmap in self.node.dirty_bitmaps) and self._store is None:
             return
