@@ -14,10 +14,11 @@ from typing import Final, Literal
 import attrs
 
 from qblock.clock import Clock
+from qblock.devices.timed_stats import Kind, TimedStats
 from qblock.errors import CommandError
 
 Operation = Literal["read", "write", "zero", "discard", "flush"]
-HistogramKind = Literal["rd", "wr", "flush"]
+HistogramKind = Kind
 
 _PREFIXES: Final = {"read": "rd", "write": "wr", "zero": "wr", "discard": "unmap", "flush": "flush"}
 _TIMED: Final[Mapping[str, HistogramKind]] = {"read": "rd", "write": "wr", "zero": "wr", "flush": "flush"}
@@ -45,15 +46,21 @@ class LatencyHistogram:
 class DeviceAccounting:
     """Counts a device's requests.
 
-    ``account_failed``: failed ones add to the times; ``account_invalid``: refused ones end idling.
+    ``account_failed``: failed ones add to the times; ``account_invalid``: refused ones end idling. ``intervals`` are lengths in
+    seconds over which times are told apart.
     """
 
     clock: Clock
     account_failed: bool = True
     account_invalid: bool = True
+    intervals: Sequence[int] = ()
+    timed: list[TimedStats] = attrs.field(init=False)
     counters: dict[str, int] = attrs.field(factory=dict, init=False)
     histograms: dict[HistogramKind, LatencyHistogram] = attrs.field(factory=dict, init=False)
     last_access_ns: int | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.timed = [TimedStats(seconds, self.clock.now_ns()) for seconds in self.intervals]
 
     def start(self) -> int:
         """A request begins; the result is for `done` and `failed`."""
@@ -84,6 +91,11 @@ class DeviceAccounting:
         idle = {} if self.last_access_ns is None else {"idle_time_ns": self.clock.now_ns() - self.last_access_ns}
         return {**self.counters, **idle}
 
+    def timed_stats(self) -> list[dict[str, int | float]]:
+        """What each of the intervals shows now."""
+        now = self.clock.now_ns()
+        return [timed.shown(now) for timed in self.timed]
+
     def set_histogram(self, kind: HistogramKind, boundaries: Sequence[int]) -> None:
         """Begin a new histogram; raises `CommandError`."""
         self.histograms[kind] = LatencyHistogram(tuple(boundaries))
@@ -92,8 +104,12 @@ class DeviceAccounting:
         now = self.last_access_ns = self.clock.now_ns()
         self._add(f"{_PREFIXES[operation]}_total_time_ns", now - started)
         kind = _TIMED.get(operation)
-        if kind is not None and kind in self.histograms:
+        if kind is None:
+            return
+        if kind in self.histograms:
             self.histograms[kind].count(now - started)
+        for timed in self.timed:
+            timed.count(kind, now - started, now)
 
     def _add(self, name: str, count: int) -> None:
         self.counters[name] = self.counters.get(name, 0) + count

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
-from qblock.backend import BlockBackend
+from qblock.backend import BlockBackend, StatsOptions
 from qblock.devices.board import UNPOLICED, Place
 from qblock.devices.models import MODELS
 from qblock.devices.plugging import Request, plug
@@ -72,6 +72,9 @@ class DriveOptions:
     snapshot: bool = option(False, doc="write into a temporary image, which is thrown away at the end")
     werror: Literal["report", "ignore", "stop", "enospc"] | None = option(None, doc="what a device does on a write error")
     rerror: Literal["report", "ignore", "stop"] | None = option(None, doc="what a device does on a read error")
+    stats_account_failed: bool = option(True, doc="failed requests count for the times in query-blockstats")
+    stats_account_invalid: bool = option(True, doc="refused requests end the idle time in query-blockstats")
+    stats_intervals: list[int] = option((), doc="seconds over which query-blockstats tells times apart")
     rest: Mapping[str, Any] = option({}, doc="options of the image's nodes")
     limits: ThrottleLimits = option(NO_LIMITS, doc="limits of its rate", name="throttling")
     group: str | None = option(None, doc="throttle group to join, by default one of the drive's name")
@@ -87,6 +90,8 @@ class DriveOptions:
         return self.readonly or self.read_only or self.is_cdrom or self.snapshot
 
 
+MAX_INTERVAL: Final = (1 << 32) - 1
+"""The longest of ``stats-intervals`` in seconds."""
 _OWN: Final = frozenset(field.name.replace("_", "-") for field in attrs.fields(DriveOptions)) - {
     "interface",
     "rest",
@@ -117,6 +122,9 @@ def parse_drive(options: str | Mapping[str, Json], *, default_interface: str = "
     drive: DriveOptions = visit(DriveOptions, own, strings=True)
     if drive.file == "":
         drive = attrs.evolve(drive, file=None)
+    for seconds in drive.stats_intervals:
+        if not 0 < seconds <= MAX_INTERVAL:
+            raise InvalidParameter("stats-intervals", f"must be from 1 to {MAX_INTERVAL} seconds, not {seconds}")
     if drive.detect_zeroes == "unmap" and drive.discard not in ("on", "unmap"):
         raise InvalidParameter("detect-zeroes", "can be 'unmap' only together with discard=unmap")
     return attrs.evolve(drive, rest=rest, limits=limits, group=group)
@@ -181,6 +189,8 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions, *, connect: boo
         backend.writethrough = CACHE_MODES[drive.cache][2] if drive.writeback is None else not drive.writeback
         backend.on_write_error = drive.werror or "enospc"
         backend.on_read_error = drive.rerror or "report"
+        intervals = tuple(drive.stats_intervals)
+        backend.stats = StatsOptions(drive.stats_account_failed, drive.stats_account_invalid, intervals)
         if drive.limits.are_set:
             throttle = system.env.throttle_groups.join(drive.group or name)
             throttle.group.set_limits(drive.limits)

@@ -282,13 +282,11 @@ def _connect_disk(system: BlockSystem, device: Device, traits: DiskTraits) -> No
         backend.description = None if backend.name else f"block device '{device.disk_name}'"
         _apply(backend, values, traits, model=name)
         disk = GuestDevice(
-            device.id, name, device.disk_name, traits, backend, DeviceAccounting(system.clock), system.run, system.emit,
+            device.id, name, device.disk_name, traits, backend, _accounting(system, backend, values), system.run, system.emit,
             removable=traits.removable or values.get("removable") is True,
             has_tray=traits.tray or values.get("removable") is True,
             share_rw=values.get("share-rw") is True,
         )  # fmt: skip
-        disk.accounting.account_failed = values.get("account-failed") != "off"
-        disk.accounting.account_invalid = values.get("account-invalid") != "off"
         _take(system, disk, values.get("drive"))
     except BaseException:
         backend.writethrough, backend.on_read_error, backend.on_write_error, backend.description = settings
@@ -298,6 +296,17 @@ def _connect_disk(system: BlockSystem, device: Device, traits: DiskTraits) -> No
             backend.set_permissions(*before)
         raise
     backend.device = device.disk = disk
+
+
+def _accounting(system: BlockSystem, backend: BlockBackend, values: Mapping[str, Value]) -> DeviceAccounting:
+    """What is counted: as the device says, or else its drive."""
+    failed, invalid = (
+        own == "on" if (own := values.get(name, "auto")) != "auto" else of_drive
+        for name, of_drive in (
+            ("account-failed", backend.stats.account_failed), ("account-invalid", backend.stats.account_invalid),
+        )
+    )  # fmt: skip
+    return DeviceAccounting(system.clock, failed, invalid, backend.stats.intervals)
 
 
 def _backend_for(system: BlockSystem, device: Device, traits: DiskTraits) -> tuple[BlockBackend, bool]:

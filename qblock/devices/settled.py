@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from qblock.devices.properties import INTEGERS, Property, Value
+from qblock.devices.property_sets import PCI, VIRTIO_PCI
 from qblock.errors import QBlockError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ _SECTOR: Final = 512
 _HEADS: Final = 16
 _SECTORS: Final = 63
 _CYLINDERS: Final = range(2, 16383 + 1)
+_BIOS_CYLINDERS: Final = 1024
+"""As many a BIOS can address without a translation."""
 _DISCARD: Final = {"scsi-hd": 4096, "scsi-cd": 4096, "ide-hd": 512, "ide-cd": 512}
 _WORDS: Final[Mapping[str, Mapping[str, Value]]] = {
     "scsi-hd": {"vendor": "QEMU", "product": "QEMU HARDDISK", "ver": "2.5+"},
@@ -27,6 +30,16 @@ _WORDS: Final[Mapping[str, Mapping[str, Value]]] = {
     "ide-cd": {"ver": "2.5+"},
 }
 """What a disk tells of itself unless it is told otherwise."""
+
+_VIRTIO: Final = frozenset(
+    {
+        "any_layout", "event_idx", "indirect_desc", "iommu_platform", "iothread", "notify_on_empty", "packed", "queue_reset",
+        "use-disabled-flag", "use-started", "x-disable-legacy-check",
+    }
+)  # fmt: skip
+"""Properties of a virtio device that belong to the part behind its PCI card."""
+CARD: Final = frozenset({"class", *(prop.name for prop in (*PCI, *VIRTIO_PCI))}) - _VIRTIO
+"""Properties of that card."""
 
 
 def settled_values(tree: DeviceTree, device: Device) -> dict[str, Value]:
@@ -43,6 +56,8 @@ def settled_values(tree: DeviceTree, device: Device) -> dict[str, Value]:
         values["discard_granularity"] = _DISCARD[name]
     if values.get("cyls") == values.get("heads") == values.get("secs") == 0:
         values |= _geometry(device)
+    if values.get("bios-chs-trans") == "auto":
+        values["bios-chs-trans"] = "none" if int(values["cyls"]) <= _BIOS_CYLINDERS else "lba"
     if name.startswith("ide-") and not values["serial"]:
         values["serial"] = f"QM{tree.ide_number(device) + 1:05}"
     if not values.get("device_id", True) and device.disk is not None:

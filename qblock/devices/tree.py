@@ -74,6 +74,11 @@ class Device:
         return f"{self.path}/{self.model.inner.format(bus=self.buses[0].name if self.buses else '')}"
 
     @property
+    def inner_kind(self) -> str:
+        """The type of that part of a virtio device."""
+        return f"{self.model.name.partition('-pci')[0]}-device"
+
+    @property
     def disk_name(self) -> str:
         """What query-block shows as ``qdev``."""
         return self.inner_path or self.id or self.path

@@ -25,6 +25,7 @@ _DRIVE: Final[Parameters] = {
     **_all("string", "if file format driver node-name id media cache aio discard detect-zeroes werror rerror"),
     **_all("number", "bus unit index"),
     **_all("boolean", "snapshot read-only auto-read-only force-share copy-on-read cache.writeback cache.direct cache.no-flush"),
+    **_all("boolean", "stats-account-failed stats-account-invalid"),
     **{f"throttling.{field.wire}": "number" for field in fields(ThrottleLimits)},
     "throttling.group": "string",
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from qblock.devices.plugging import plug, read_request
 from qblock.monitor.hmp_command import HmpCall, hmp_command
+from qblock.monitor.qtree import qtree_lines
 from qblock.options import parse_keyval
 
 _MODES = ("retain", "read-only", "read-write")
@@ -63,6 +64,13 @@ async def object_add(call: HmpCall) -> None:
 async def object_del(call: HmpCall) -> None:
     """object-del."""
     await call.qmp("object-del", id=call.text("id"))
+
+
+@hmp_command("info qtree", "", "", "show the devices with their properties, bus by bus")
+async def info_qtree(call: HmpCall) -> None:
+    """Lines of `qtree`."""
+    for line in qtree_lines(call.context.system.devices):
+        call.say(line)
 
 
 @hmp_command("system_reset", "", "", "reset the machine")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from qblock.devices.settled import settled_values
+from qblock.devices.settled import CARD, settled_values
 from qblock.devices.tree import ANONYMOUS, PERIPHERAL, UNATTACHED, Bus, Device
 from qblock.errors import CommandError, DeviceNotFound
 from qblock.monitor.dialects import Dialect
@@ -161,11 +161,20 @@ def _device(hub: MonitorHub, device: Device) -> QomNode:
         own = {bus.name: _bus(bus) for bus in device.buses if bus.path.rpartition("/")[0] == device.path}
         if inner is None or not inner.startswith(f"{device.path}/{device.model.inner}"):
             return own
-        name = f"{device.model.name.partition('-pci')[0]}-device"
-        below = {bus.name: _bus(bus) for bus in device.buses}
-        return {device.model.inner: QomNode(name, inner, values, children=lambda: below), **own}
+        return {device.model.inner: _inner(device, inner, values), **own}
 
     return QomNode(device.model.name, device.path, values, children=parts)
+
+
+def _inner(device: Device, path: str, values: Mapping[str, Value]) -> QomNode:
+    """The part of a virtio device behind its card."""
+    own = {
+        **{name: value for name, value in values.items() if name not in CARD},
+        "parent_bus": Value("link<bus>", lambda: f"{device.path}/virtio-bus"),
+        "hotpluggable": Value("bool", lambda: False),
+    }
+    below = {bus.name: _bus(bus) for bus in device.buses}
+    return QomNode(device.inner_kind, path, own, children=lambda: below)
 
 
 def _placement(device: Device) -> dict[str, Value]:

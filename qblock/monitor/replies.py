@@ -292,6 +292,24 @@ class LatencyHistogramInfo:
 
 
 @attrs.frozen
+class TimedStatsInfo:
+    """How long requests took over the last ``interval_length`` seconds; times are nanoseconds."""
+
+    interval_length: int = snake("interval_length", "seconds that are looked at")
+    min_rd_latency_ns: int = snake("min_rd_latency_ns", "shortest read")
+    max_rd_latency_ns: int = snake("max_rd_latency_ns", "longest read")
+    avg_rd_latency_ns: int = snake("avg_rd_latency_ns", "mean of the reads")
+    min_wr_latency_ns: int = snake("min_wr_latency_ns", "shortest write")
+    max_wr_latency_ns: int = snake("max_wr_latency_ns", "longest write")
+    avg_wr_latency_ns: int = snake("avg_wr_latency_ns", "mean of the writes")
+    min_flush_latency_ns: int = snake("min_flush_latency_ns", "shortest flush")
+    max_flush_latency_ns: int = snake("max_flush_latency_ns", "longest flush")
+    avg_flush_latency_ns: int = snake("avg_flush_latency_ns", "mean of the flushes")
+    avg_rd_queue_depth: float = snake("avg_rd_queue_depth", "how many reads were under way on average")
+    avg_wr_queue_depth: float = snake("avg_wr_queue_depth", "how many writes were under way on average")
+
+
+@attrs.frozen
 class BlockDeviceStats:
     """Counters of a device; those of a plain node are 0 except for ``wr_highest_offset``."""
 
@@ -326,7 +344,7 @@ class BlockDeviceStats:
     flush_latency_histogram: LatencyHistogramInfo | None = snake_optional(
         "flush_latency_histogram", "how long flushes took"
     )
-    timed_stats: list[Any] = snake("timed_stats", "always empty: no intervals are measured")
+    timed_stats: list[TimedStatsInfo] = snake("timed_stats", "times over each of the drive's stats-intervals")
 
 
 @attrs.frozen

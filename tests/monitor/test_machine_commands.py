@@ -8,6 +8,7 @@ import pytest
 
 from qblock.devices.board import BOARDS, Board
 from qblock.devices.plugging import plug, read_request
+from qblock.errors import QBlockError
 from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.hub import MonitorHub
 from qblock.runstate import RunState
@@ -88,3 +89,42 @@ def test_the_guest_lets_pci_devices_go_as_soon_as_it_runs() -> None:
         assert "n" in system.graph.nodes
 
     assert with_cd(body) == ["RESUME", "DEVICE_DELETED", "DEVICE_DELETED", "DEVICE_DELETED"]
+
+
+def test_times_are_told_apart_by_the_intervals_of_the_drive() -> None:
+    """`stats-intervals`: what the guest has waited lately, beside the totals; what the device does not say, its drive says."""
+
+    async def main() -> None:
+        async with BlockSystem.create() as system:
+            system.board.build(system)
+            hub = MonitorHub(system)
+            await system.drive_add(
+                "if=none,id=d,driver=null-co,latency-ns=5000000,stats-intervals.0=2,stats-intervals.1=60,stats-account-failed=off"
+            )
+            async with await QmpClient.in_process(hub) as client:
+                (idle,) = await client.execute("query-blockstats")
+                assert [timed["interval_length"] for timed in idle["stats"]["timed_stats"]] == [2, 60]
+                await client.execute("device_add", driver="virtio-blk-pci", id="v", drive="d", **{"account-invalid": "off"})
+                disk = system.devices.find_disk("/machine/peripheral/v/virtio-backend")
+                await disk.read_into(0, memoryview(bytearray(512)))
+                for seconds, lately in ((1, 5_000_000), (4, 0)):
+                    await system.clock.sleep_ns(seconds * 10**9)
+                    (shown,) = await client.execute("query-blockstats")
+                    recent, longer = shown["stats"]["timed_stats"]
+                    assert (recent["avg_rd_latency_ns"], longer["max_rd_latency_ns"]) == (lately, 5_000_000)
+                    assert longer["avg_wr_latency_ns"] == 0
+                assert not shown["stats"]["account_failed"] and not shown["stats"]["account_invalid"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("wrong", ["stats-intervals.0=0", "stats-intervals.0=x", "stats-intervals.1=5", "stats-intervals=5"])
+def test_an_interval_that_is_none_is_refused(wrong: str) -> None:
+    """A length in seconds, at least one, numbered from 0."""
+
+    async def main() -> None:
+        async with BlockSystem.create() as system:
+            with pytest.raises(QBlockError, match="stats-intervals"):
+                await system.drive_add(f"if=none,id=d,driver=null-co,{wrong}")
+
+    run(main)
