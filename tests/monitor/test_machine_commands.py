@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from qblock.clock import LoopClock
 from qblock.devices.board import BOARDS, Board
 from qblock.devices.plugging import plug, read_request
 from qblock.errors import QBlockError
@@ -95,7 +96,7 @@ def test_times_are_told_apart_by_the_intervals_of_the_drive() -> None:
     """`stats-intervals`: what the guest has waited lately, beside the totals; what the device does not say, its drive says."""
 
     async def main() -> None:
-        async with BlockSystem.create() as system:
+        async with BlockSystem.create(clock=LoopClock()) as system:
             system.board.build(system)
             hub = MonitorHub(system)
             await system.drive_add(
