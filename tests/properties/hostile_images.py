@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -295,7 +296,7 @@ def arrange(command: Sequence[str], kind: str, image: Path) -> tuple[Callable[[l
 
 def try_commands(kind: str, image: Path, random: Random) -> str:
     """Run some commands on an image; what went wrong, or nothing. An image without errors must have none afterwards."""
-    clean = is_sound(kind, image)
+    clean = state_of(kind, image) == "sound"
     for command in [*random.sample(READING, 4), *random.sample(CHANGING, 5)]:
         run, words = arrange(command, kind, image)
         before = image.stat().st_mtime_ns, image.stat().st_size
@@ -311,7 +312,7 @@ def try_commands(kind: str, image: Path, random: Random) -> str:
             return f"{words}: the image was changed by reading"
         # Without its last key nobody can look at it any more.
         clean = clean and "encrypt.state=inactive,encrypt.keyslot=0" not in command
-        sound = is_sound(kind, image)
+        sound = state_of(kind, image) == "sound"
         if clean and not sound:
             return f"{words}: the image was sound, and is not any more"
         if command[:3] == ("check", "-r", "all") and code == 0 and not sound:
@@ -321,34 +322,35 @@ def try_commands(kind: str, image: Path, random: Random) -> str:
     return ""
 
 
-def is_sound(kind: str, image: Path) -> bool:
-    """Does a check find nothing but leaks?"""
+def state_of(kind: str, image: Path) -> str:
+    """Is it refused, or ``damaged``, or ``sound``: does a check find nothing but leaks?"""
     run, words = arrange(("check",), kind, image)
-    return quietly(run, *words) in (0, 3)
+    return {0: "sound", 2: "damaged", 3: "sound"}.get(quietly(run, *words), "refused")
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
-def try_image(kind: str, image: Path, random: Random) -> str:
-    """As `try_commands`, in a process of its own with limits."""
+def try_image(kind: str, image: Path, random: Random) -> tuple[str, str]:
+    """As `try_commands`, in a process of its own with limits; before it the image was in the state which comes first."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
-        verdict = "it ended without a word"
+        state = verdict = "it ended without a word"
         try:
             limit_resources(writing)
+            state = state_of(kind, image)
             verdict = try_commands(kind, image, random)
         except BaseException:
             verdict = traceback.format_exc()
         finally:
-            os.write(writing, verdict.encode("utf-8", "replace")[-30000:])
+            os.write(writing, f"{state}\n".encode() + verdict.encode("utf-8", "replace")[-30000:])
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        verdict = pipe.read().decode()
+        state, _, verdict = pipe.read().decode().partition("\n")
     _, status = os.waitpid(child, 0)
-    return verdict if not status else f"{verdict}\nended with status {status}"
+    return state, verdict if not status else f"{verdict}\nended with status {status}"
 
 
 def limit_resources(trace_to: int) -> None:
@@ -362,8 +364,8 @@ def limit_resources(trace_to: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS, spent + SECONDS + 5))
 
 
-def try_seed(seed: int, corpus: Path, work: Path) -> str:
-    """Make the mutation with this number, and try it; what went wrong, or nothing."""
+def try_seed(seed: int, corpus: Path, work: Path) -> tuple[str, str]:
+    """Make the mutation with this number, and try it; its state at first, and what went wrong, or nothing."""
     random = Random(seed)
     kind = random.choice(list(KINDS))
     image = work / "image"
@@ -371,13 +373,13 @@ def try_seed(seed: int, corpus: Path, work: Path) -> str:
         shutil.copy(corpus / name, work / name)
     image.write_bytes(mutated((corpus / kind).read_bytes(), random))
     keep = image.read_bytes()
-    verdict = try_image(kind, image, random)
+    state, verdict = try_image(kind, image, random)
     for leftover in work.iterdir():
         leftover.unlink()
     if verdict:
         Path(tempfile.gettempdir(), f"hostile-{seed}").write_bytes(keep)
-        return f"mutation {seed} of {kind}: {verdict}"
-    return ""
+        return state, f"mutation {seed} of {kind}: {verdict}"
+    return state, ""
 
 
 @contextlib.contextmanager
@@ -403,14 +405,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
     wanted = parser.parse_args()
-    failures = 0
+    failures, states = 0, Counter[str]()
     with desk() as (corpus, work):
         for seed in range(wanted.seed, wanted.seed + wanted.count):
-            if verdict := try_seed(seed, corpus, work):
+            state, verdict = try_seed(seed, corpus, work)
+            states[state] += 1
+            if verdict:
                 failures += 1
                 sys.stdout.write(f"{verdict}\n")
                 sys.stdout.flush()
-    sys.stdout.write(f"{wanted.count} images from {wanted.seed} on, {failures} failures\n")
+    shown = ", ".join(f"{count} {state}" for state, count in states.most_common())
+    sys.stdout.write(f"{wanted.count} images from {wanted.seed} on ({shown}), {failures} failures\n")
     return bool(failures)
 
 

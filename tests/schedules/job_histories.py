@@ -67,7 +67,10 @@ class View:
 
 
 class Guest:
-    """Writers that never stop until told, each on blocks of its own; a failed write is tried again."""
+    """Writers that never stop until told, each on blocks of its own; a failed write is tried again.
+
+    Only where the image takes no writes any more, since its metadata could not be written, they end with it.
+    """
 
     def __init__(self, disk: BlockBackend, random: Random) -> None:
         self.disk = disk
@@ -90,7 +93,8 @@ class Guest:
             data = random.randbytes(BLOCK) if kind < 0.8 else bytes(BLOCK)
             before, bitmaps = self.disk.node, self.disk.node.dirty_bitmaps.copy()
             self.under_way.add(index)
-            await self._write(index, data, zero=kind >= 0.9)
+            if not await self._write(index, data, zero=kind >= 0.9):
+                return
             self.model[index * BLOCK : (index + 1) * BLOCK] = data
             self.under_way.discard(index)
             if before is self.disk.node:
@@ -99,7 +103,7 @@ class Guest:
                         self.told[bitmap.name].add(index)
             await asyncio.sleep(random.choice((0, 0.0005, 0.003)))
 
-    async def _write(self, index: int, data: bytes, *, zero: bool) -> None:
+    async def _write(self, index: int, data: bytes, *, zero: bool) -> bool:
         while True:
             try:
                 if zero:
@@ -107,9 +111,11 @@ class Guest:
                 else:
                     await self.disk.write_from(index * BLOCK, memoryview(data))
             except QBlockError:
+                if self.disk.node.poisoned is not None:
+                    return False
                 await asyncio.sleep(0.001)
             else:
-                return
+                return True
 
 
 class Note(Action):
@@ -363,7 +369,8 @@ class History:
         driver = driver_of(self.graph.find_node(name))
         first = self.random.randrange(1, 12)
         operation = self.random.choice(("read", "write", "flush"))
-        if driver.node is not self.chain[0].storage or operation != "flush":
+        active = self.chain[0].storage
+        if operation != "flush" or active is None or driver.node is not active.node:
             driver.faults = Faults(operation, first, first + self.random.randrange(4), self.random.choice((5, 28)))
 
     async def _step(self) -> None:
@@ -420,7 +427,7 @@ class History:
 
     async def _look(self) -> None:
         graph = self.graph
-        assert await self.disk.read(0, SIZE) == bytes(self.guest.model), "the guest's disk is not what it wrote"
+        assert self.guest.capture().agrees(await self.disk.read(0, SIZE)), "the guest's disk is not what it wrote"
         assert_consistent(graph)
         assert [backend.name for backend in graph.backends] == ["d"]
         wanted = {f"{name}{end}" for name in (*LAYERS, *SPARES, *OVERLAYS) for end in ("", "-file")}
