@@ -128,6 +128,8 @@ class History:
         self.bitmaps = False
         self.large = False
         """Some image has clusters that may lie on holes of its file: large ones, those mapped early, zeroes of version 2."""
+        self.shared_subclusters = False
+        """Clusters with subclusters were shared with a snapshot: a write copies theirs that are zero as data, if 7.2 does it."""
         self.counter = 0
         for name in ("ours", "real"):
             (folder / name).mkdir()
@@ -276,6 +278,7 @@ class History:
         if kind != "-c" and not known:
             return
         name = f"s{self.random.randrange(5)}" if kind == "-c" else self.random.choice(known)
+        self.shared_subclusters |= self.shape.extended and kind == "-c"
         self.equal_codes_or_narrow("snapshot", kind, name, self.top)
 
     def equal_codes_or_narrow(self, *words: str) -> None:
@@ -283,6 +286,9 @@ class History:
         found, expected = self.both("img", *words, lenient=True)
         if expected[0] and self.shape.narrow:
             # It keeps clusters of what it could not do.
+            if not self.can_be_repaired():
+                self.copy_all("ours", "real")
+                return
             with self.at("real"):
                 self.real.img("check", "-q", "-r", "leaks", self.top)
         if found[0] == expected[0]:
@@ -404,11 +410,15 @@ class History:
         self.large |= self.shape.version < 3
 
     def repair(self) -> None:
-        """There is nothing to be repaired. (7.2 loses the snapshots of an image with bitmaps by that, so it is not asked to.)"""
+        """There is nothing to be repaired. (7.2 loses the snapshots of an image with bitmaps by that.)"""
+        if self.can_be_repaired():
+            self.both("img", "check", "-q", "-r", self.random.choice(("leaks", "all")), self.top)
+
+    def can_be_repaired(self) -> bool:
+        """By 7.2, without harm."""
         with self.at("real"):
             info = json.loads(self.real.img("info", "--output=json", self.top)[1])
-        if not ("snapshots" in info and "bitmaps" in info["format-specific"]["data"]):
-            self.both("img", "check", "-q", "-r", self.random.choice(("leaks", "all")), self.top)
+        return not ("snapshots" in info and "bitmaps" in info["format-specific"]["data"])
 
     # ------------------------------------------------------------------------------------------------------- verdicts
 
@@ -471,6 +481,8 @@ class History:
         for extent in extents:
             zero, data = extent["zero"] and not extent["data"], extent["data"]
             if self.chain[0] == "raw0" and extent["depth"] == len(self.chain) - 1:
+                zero = data = False
+            if self.shared_subclusters and extent["present"]:
                 zero = data = False
             kind = (extent["depth"] if extent["present"] else 0, extent["present"], zero, data)
             start = extent["start"]
