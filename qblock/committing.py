@@ -21,12 +21,12 @@ from qblock.blockers import OpType
 from qblock.chain import chain_next, find_backing_image, skip_filters
 from qblock.copying_down import Buffers, Piece, copy_piece, pieces_above, spread
 from qblock.drain import drained
-from qblock.driver import SupportsEmptying
+from qblock.driver import Progress, SupportsEmptying, no_progress
 from qblock.errors import CommandError, QBlockError
 from qblock.jobs.commit_top import CommitTop
 from qblock.node import BdrvChild, BlockDriverState
 from qblock.nodespec import NodeFlags
-from qblock.offline import WRITING, Progress, no_progress, run_offline, using
+from qblock.offline import WRITING, run_offline, using
 from qblock.opening import Opener
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 Json: TypeAlias = Any
 """A JSON value: dict with str keys, list, str, int, float, bool or None."""
 
+Progress: TypeAlias = Callable[[int, int], None]
+"""Hears how far an operation is: bytes done, and bytes in all. It must be quick, and may raise to end the operation."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """The `Progress` of those who do not ask."""
+
 
 @attrs.frozen
 class Limits:
@@ -319,7 +326,7 @@ class CheckResult:
 class SupportsCheck(Protocol):
     """The format can verify its own metadata."""
 
-    async def check(self, fix: CheckFix, *, explain: bool = False) -> CheckResult:
+    async def check(self, fix: CheckFix, *, explain: bool = False, progress: Progress = no_progress) -> CheckResult:
         """``explain``: the details are to say who is concerned, whatever that costs."""
 
 
@@ -341,7 +348,11 @@ class SupportsMeasure(Protocol):
 
     @classmethod
     def measure(
-        cls, options: Mapping[str, Json], length: int, source: BlockDriverState | None
+        cls,
+        options: Mapping[str, Json],
+        length: int,
+        source: BlockDriverState | None,
+        progress: Progress = no_progress,
     ) -> Awaitable[Measurement]:
         """Of an image with these creation options and a disk of ``length`` bytes, with the content of ``source`` if any."""
 
@@ -367,7 +378,7 @@ class SupportsBacking(Protocol):
 class SupportsAmend(Protocol):
     """What is otherwise chosen when an image is made can be changed later."""
 
-    async def amend(self, options: Mapping[str, Json], progress: Callable[[int, int], None]) -> None:
+    async def amend(self, options: Mapping[str, Json], progress: Progress) -> None:
         """Do what ``options`` say, by their names on command lines; durable on return. The image must be open for writing.
 
         ``progress`` gets what is done of what there is to do. Raises `CommandError` with nothing changed, and `BlockIOError`

@@ -13,12 +13,12 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import attrs
 
-from qblock.driver import CheckFix, CheckResult, Measurement, SupportsMeasure
+from qblock.driver import CheckFix, CheckResult, Measurement, Progress, SupportsMeasure, no_progress
 from qblock.errors import CommandError, QBlockError
 from qblock.image import ImageInfo, MapExtent, describe, open_image
 from qblock.inspecting import Layer, inspect_chain
 from qblock.node import BlockDriverState
-from qblock.offline import Progress, no_progress, run_offline
+from qblock.offline import run_offline
 from qblock.opening import Opener
 from qblock.registry import DriverRegistry
 from qblock.tools.console import Told
@@ -101,26 +101,40 @@ def layers(path: Path, *, fmt: str | None = None) -> list[Layer]:
     return _run(work)
 
 
-def check(path: Path, *, fmt: str | None = None, repair: Repair | None = None, explain: bool = False) -> CheckResult:
+def check(
+    path: Path,
+    *,
+    fmt: str | None = None,
+    repair: Repair | None = None,
+    explain: bool = False,
+    progress: Progress = no_progress,
+) -> CheckResult:
     """Verify the metadata of an image, and repair them if asked to; the result is that of the repaired image.
 
-    With ``explain`` the ``details`` of the result tell which parts of the disk are concerned. Raises `CommandError` for a format
-    without a check.
+    With ``explain`` the ``details`` of the result tell which parts of the disk are concerned. ``progress`` hears of the
+    disks of the image and of its snapshots: of each twice, since each is looked at and then counted. Raises `CommandError` for a
+    format without a check.
     """
     fix = _FIXES[repair]
 
     async def work(session: ImageSession) -> CheckResult:
         name = os.fspath(path)
         wanted = ImageArguments(name, fmt=fmt, writable=fix is not CheckFix.NONE, to_check=True, backing=False)
-        return (await check_image(session, wanted, fix, explain=explain))[1]
+        return (await check_image(session, wanted, fix, explain=explain, progress=progress))[1]
 
     return _run(work)
 
 
-def map(path: Path, *, fmt: str | None = None, backing: bool = False) -> list[MapExtent]:
+def map(
+    path: Path, *, fmt: str | None = None, backing: bool = False, progress: Progress = no_progress
+) -> list[MapExtent]:
     """What is stored where, over the whole disk; see `Image.map` for parts of it."""
     with open_image(path, fmt=fmt, backing=backing) as image:
-        return list(image.map())
+        extents = []
+        for extent in image.map():
+            extents.append(extent)
+            progress(extent.start + extent.length, image.length)
+        return extents
 
 
 def compare(
@@ -205,6 +219,7 @@ def measure(
     fmt: str = "qcow2",
     source_fmt: str | None = None,
     backing: bool = False,
+    progress: Progress = no_progress,
     **options: Any,
 ) -> Measurement:
     """How many bytes a new image takes for the disk of ``source``, or for an empty one of ``size`` bytes.
@@ -222,7 +237,7 @@ def measure(
         if source is not None:
             node = (await session.open(ImageArguments(os.fspath(source), fmt=source_fmt))).node
         length = node.length if node is not None else align_up(parse_size(size) if isinstance(size, str) else size or 0, 512)
-        measured: Measurement = await driver.measure(creation_values(fmt, options), length, node)
+        measured: Measurement = await driver.measure(creation_values(fmt, options), length, node, progress)
         return measured
 
     return _run(work, backing=backing)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from random import Random
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 from qblock.backend import BlockBackend
 from qblock.clock import RealClock
@@ -27,14 +27,7 @@ from qblock.registry import DriverRegistry
 
 T = TypeVar("T")
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Hears how far an operation is: bytes done, and bytes in all. It must be quick, and may raise to end the operation."""
-
 WRITING: Final = Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
-
-
-def no_progress(done: int, total: int) -> None:
-    """The `Progress` of those who do not ask."""
 
 
 def run_offline(body: Callable[[Opener], Awaitable[T]], *, backing: bool) -> T:

@@ -22,12 +22,12 @@ import attrs
 from qblock import requests
 from qblock.chain import cow_node, find_backing_image, skip_filters
 from qblock.copying_down import CHUNK, MAX_ZEROES, Buffers, Piece, cut, spread
-from qblock.driver import BackingLink, SupportsBacking
+from qblock.driver import BackingLink, Progress, SupportsBacking, no_progress
 from qblock.errors import CommandError, QBlockError
 from qblock.extents import Unallocated
 from qblock.filenames import combine_filename
 from qblock.node import BdrvChild, BlockDriverState
-from qblock.offline import WRITING, Progress, no_progress, run_offline, using
+from qblock.offline import WRITING, run_offline, using
 from qblock.opening import Opener
 from qblock.permissions import Perm
 from qblock.status import FIRST_QUESTION, ChainExtent, block_status, chain_status, next_question

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from attrs import frozen
 
 from qblock import requests
-from qblock.driver import Driver, Json, Limits, Measurement, NodeInfo
+from qblock.driver import Driver, Json, Limits, Measurement, NodeInfo, Progress, no_progress
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Data, Extent
 from qblock.options import ChildRef, DriverOptions, child, option
@@ -203,6 +203,12 @@ class RawDriver(Driver):
         return 1
 
     @classmethod
-    async def measure(cls, options: Mapping[str, Json], length: int, source: BlockDriverState | None) -> Measurement:
+    async def measure(
+        cls,
+        options: Mapping[str, Json],
+        length: int,
+        source: BlockDriverState | None,
+        progress: Progress = no_progress,
+    ) -> Measurement:
         """See `SupportsMeasure`: nothing is kept beside the disk, and holes are not reckoned with."""
         return Measurement(align_up(length, _SECTOR), align_up(length, _SECTOR))

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import attrs
 
-from qblock.driver import CheckFix, CheckResult, SupportsCheck
+from qblock.driver import CheckFix, CheckResult, Progress, SupportsCheck, no_progress
 from qblock.errors import CommandError
 from qblock.findings import Finding
 from qblock.imageinfo import in_order
@@ -83,7 +83,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
 
 
 async def check_image(
-    session: ImageSession, wanted: ImageArguments, fix: CheckFix, *, explain: bool
+    session: ImageSession, wanted: ImageArguments, fix: CheckFix, *, explain: bool, progress: Progress = no_progress
 ) -> tuple[str, CheckResult]:
     """The format of an image and what its check has found, after the repair if there was one. Raises `QBlockError`."""
     backend = await session.open(wanted)
@@ -91,7 +91,7 @@ async def check_image(
     driver = node.driver
     if not isinstance(driver, SupportsCheck):
         raise _NoCheck(f"images of the format '{driver.name}' cannot be checked")
-    result = await driver.check(fix, explain=explain)
+    result = await driver.check(fix, explain=explain, progress=progress)
     if result.refused:
         return driver.name, result
     if result.corruptions_fixed or result.leaks_fixed:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +81,28 @@ def test_a_copy_is_told_of_measured_and_found_equal() -> None:
     assert qblock.measure("copy").required >= 4 * KiB
     joined = qblock.convert(["base", "copy"], "joined", fmt="raw")
     assert joined.length == 16 * MiB
+
+
+@pytest.mark.usefixtures("chain")
+def test_all_that_walks_through_an_image_tells_how_far_it_is() -> None:
+    """What is done never goes down, and is everything at the end; a check of snapshots, too, and one that repairs."""
+    with qblock.open("top", writable=True, backing=True) as image:
+        image.create_snapshot("before")
+        image.write(3 * MiB, bytes(64 * KiB))
+
+    def hear(operation: Callable[..., object], *words: Any, **options: Any) -> list[tuple[int, int]]:
+        heard: list[tuple[int, int]] = []
+        operation(*words, progress=lambda *done: heard.append(done), **options)
+        assert heard == sorted(heard)
+        assert {total for _, total in heard} == {heard[-1][0]}
+        return heard
+
+    assert hear(qblock.map, "top", backing=True)[-1] == (8 * MiB, 8 * MiB)
+    assert hear(qblock.measure, "top", backing=True)[-1] == (8 * MiB, 8 * MiB)
+    assert len(hear(qblock.check, "top")) > 2
+    with open("top", "r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) + 65536)
+    assert hear(qblock.check, "top", repair="all", explain=True)
 
 
 @pytest.mark.usefixtures("chain")

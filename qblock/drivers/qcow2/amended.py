@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from qblock import requests
-from qblock.driver import Json, SupportsBitmaps
+from qblock.driver import Json, Progress, SupportsBitmaps
 from qblock.drivers.qcow2.snapshotted import SnapshottedDriver
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class AmendedDriver(SnapshottedDriver):
     """The base of the qcow2 driver, which provides the open image and reads its tables again."""
 
-    async def amend(self, options: Mapping[str, Json], progress: Callable[[int, int], None]) -> None:
+    async def amend(self, options: Mapping[str, Json], progress: Progress) -> None:
         """See `SupportsAmend`."""
         from qblock.drivers.qcow2 import amending  # noqa: PLC0415 - images are rarely amended
 
@@ -57,7 +57,7 @@ class AmendedDriver(SnapshottedDriver):
             names = ", ".join(f"'{bitmap.name}'" for bitmap in lost)
             self.env.warn(f"Bitmaps that compat 0.10 cannot store have been removed from '{self.filename()}': {names}")
 
-    async def _change_width(self, wanted: Amendments, progress: Callable[[int, int], None]) -> None:
+    async def _change_width(self, wanted: Amendments, progress: Progress) -> None:
         from qblock.drivers.qcow2.amending import WidthChange  # noqa: PLC0415 - see above
 
         assert wanted.refcount_order is not None

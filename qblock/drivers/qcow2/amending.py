@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from qblock.driver import Json
+from qblock.driver import Json, Progress
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Payload
 from qblock.drivers.qcow2.header import Extension, Header
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from qblock.drivers.qcow2.allocation import Allocator
     from qblock.drivers.qcow2.snapshots import SnapshotTable
     from qblock.drivers.qcow2.storage import ImageFile
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Gets what is done of what there is to do; the unit is nobody's business."""
 
 VERSIONS: Final[Mapping[str, int]] = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _ZERO_PIECE: Final = 1 << 20

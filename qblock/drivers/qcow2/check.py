@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 from pyroaring import BitMap64
 
-from qblock.driver import CheckFix, CheckResult
+from qblock.driver import CheckFix, CheckResult, Progress, no_progress
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.damage import Damage, Report
 from qblock.drivers.qcow2.lanes import plain_entries
@@ -59,13 +59,20 @@ _FARTHEST: Final = (1 << 63) - 1
 
 
 async def check_image(
-    file: ImageFile, l1: array[int], snapshots: SnapshotTable, fix: CheckFix, *, explain: bool = False
+    file: ImageFile,
+    l1: array[int],
+    snapshots: SnapshotTable,
+    fix: CheckFix,
+    *,
+    explain: bool = False,
+    progress: Progress = no_progress,
 ) -> CheckResult:
     """Check, and repair what ``fix`` allows. ``l1`` is the active L1 table. Raises `BlockIOError` from the file.
 
     ``explain``: find out for wrong refcounts which parts of the disk they concern; costs reading all tables once more.
+    ``progress`` hears twice of each byte of the disks: when its references have been counted, and when their counts are compared.
     """
-    checker = _Checker(file, l1, snapshots, fix)
+    checker = _Checker(file, l1, snapshots, fix, progress)
     await checker.run()
     if explain:
         from qblock.drivers.qcow2.owners import name_users  # noqa: PLC0415 - rarely wanted
@@ -77,7 +84,9 @@ async def check_image(
 class _Checker:
     """One check of one image."""
 
-    def __init__(self, file: ImageFile, l1: array[int], snapshots: SnapshotTable, fix: CheckFix) -> None:
+    def __init__(
+        self, file: ImageFile, l1: array[int], snapshots: SnapshotTable, fix: CheckFix, progress: Progress
+    ) -> None:
         self.file = file
         self.geometry = Geometry.of(file.header)
         self.l1 = l1
@@ -92,7 +101,13 @@ class _Checker:
         self.fix_leaks = CheckFix.LEAKS in fix
         self.fix_errors = CheckFix.ERRORS in fix
         self.report = Report()
-        self.counter = ReferenceCounter(file, l1, snapshots, self.report, mend=self.fix_errors)
+        self._progress = progress
+        self._entries = len(l1) + sum(one.l1_bytes // 8 for one in snapshots.usable(file))
+        """Entries of all L1 tables."""
+        self._followed = 0
+        self.counter = ReferenceCounter(
+            file, l1, snapshots, self.report, mend=self.fix_errors, heard=self._hear_of_entries
+        )
         self.table: array[int] = zeroes_u64(0)
         self._codec = RefcountCodec(self.geometry.refcount_order)
         self._rebuild = False
@@ -115,6 +130,15 @@ class _Checker:
             bool(header.l1_size) and header.l1_offset + header.l1_size * 8 - self.file.length() >= header.cluster_size
         )
 
+    def _hear_of_entries(self, count: int) -> None:
+        self._followed += count
+        self._tell(self._followed)
+
+    def _tell(self, entries: int) -> None:
+        """Tell the caller how far this is: ``entries`` of L1 tables have been followed, or compared after that."""
+        shift = self.geometry.l1_shift
+        self._progress(entries << shift, 2 * self._entries << shift)
+
     async def run(self) -> None:
         """All steps, in order."""
         self.table = await read_refcount_table(self.file)
@@ -133,6 +157,7 @@ class _Checker:
             await self._write_new_structure()
         await self._check_copied()
         await self._finish_repair()
+        self._tell(2 * self._entries)
 
     def result(self) -> CheckResult:
         """What was found."""
@@ -226,9 +251,11 @@ class _Checker:
     async def _compare(self) -> None:
         """Compare stored counts with the references, block by block; correct in place what can be."""
         bits, end, in_place, done = self.geometry.block_bits, self._end(), not self._rebuild, 0
-        for block in self._blocks():
+        blocks = self._blocks()
+        for place, block in enumerate(blocks):
             if block < done:
                 continue
+            self._tell(self._entries + self._entries * place // len(blocks))
             first, last = block << bits, (block + 1) << bits
             if block in self._unreadable:
                 self.report.check_errors += max(0, min(last, end) - first) * (not self.fix_errors)

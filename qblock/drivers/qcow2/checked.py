@@ -11,7 +11,7 @@ import errno
 
 import attrs
 
-from qblock.driver import CheckFix, CheckResult
+from qblock.driver import CheckFix, CheckResult, Progress, no_progress
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.options import CacheSizes, cache_sizes
@@ -61,12 +61,14 @@ class CheckedDriver(SnapshottedDriver):
         header = await self._read_header()
         await self._build(header, cache_sizes(self.options, header))
 
-    async def _checked(self, fix: CheckFix, *, explain: bool = False) -> CheckResult:
+    async def _checked(
+        self, fix: CheckFix, *, explain: bool = False, progress: Progress = no_progress
+    ) -> CheckResult:
         from qblock.drivers.qcow2.check import check_image  # noqa: PLC0415 - 10 ms, and images are rarely checked
 
-        return await check_image(self._file, self._map.l1, self._snapshots, fix, explain=explain)
+        return await check_image(self._file, self._map.l1, self._snapshots, fix, explain=explain, progress=progress)
 
-    async def check(self, fix: CheckFix, *, explain: bool = False) -> CheckResult:
+    async def check(self, fix: CheckFix, *, explain: bool = False, progress: Progress = no_progress) -> CheckResult:
         """See `SupportsCheck`. What is cached is written back first; no request may be in flight when something is fixed."""
         if fix and self.node.read_only:
             raise BlockIOError(errno.EPERM, f"Node '{self.node.node_name}' is read-only: nothing can be repaired")
@@ -78,7 +80,7 @@ class CheckedDriver(SnapshottedDriver):
             if not self._snapshots.mendable or CheckFix.ERRORS not in fix:
                 return CheckResult(check_errors=1, findings=(f"ERROR the snapshot table cannot be read: {broken}",))
             await self._drop_surplus_snapshots()
-        result = await self._checked(fix, explain=explain)
+        result = await self._checked(fix, explain=explain, progress=progress)
         mends_snapshots = (
             not result.refused and CheckFix.ERRORS in fix and (broken is not None or self._snapshots.defects)
         )

@@ -11,25 +11,22 @@ does; everything else goes to `clusters.py` and `allocation.py`.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, assert_never
 
 import attrs
 
 from qblock import requests
-from qblock.driver import BackingLink, Json, Limits, Measurement
+from qblock.driver import BackingLink, Limits
 from qblock.drivers.qcow2 import header as head
 from qblock.drivers.qcow2.allocation import Allocator, Payload
-from qblock.drivers.qcow2.bitmapped import BitmappedDriver
 from qblock.drivers.qcow2.checked import CheckedDriver
 from qblock.drivers.qcow2.clusters import ClusterMap
 from qblock.drivers.qcow2.create import create_image
 from qblock.drivers.qcow2.datafile import fit, name_in_header
+from qblock.drivers.qcow2.described import DescribedDriver
 from qblock.drivers.qcow2.emptying import make_empty
-from qblock.drivers.qcow2.encrypted import EncryptedDriver
 from qblock.drivers.qcow2.header import Header
 from qblock.drivers.qcow2.layout import COPIED, OFFSET_MASK, Geometry, Kind, decode_u64
-from qblock.drivers.qcow2.measuring import measure_image, stored_bitmaps
 from qblock.drivers.qcow2.options import (
     CacheSizes,
     Qcow2CreateOptions,
@@ -68,7 +65,7 @@ if TYPE_CHECKING:
 _SECTOR: Final = 512
 
 
-class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver):
+class Qcow2Driver(CheckedDriver, VmStateDriver, DescribedDriver):
     """One open image."""
 
     name: ClassVar[str] = "qcow2"
@@ -469,51 +466,6 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, BitmappedDriver, EncryptedDriver
     async def make_empty(self) -> None:
         """See `SupportsEmptying`."""
         await make_empty(await self._writing(0, 0), has_snapshots=bool(self._snapshots.snapshots))
-
-    # ------------------------------------------------------------------------------------------------------ questions
-
-    def specific_info(self) -> Mapping[str, Json]:
-        """``ImageInfoSpecificQCow2``."""
-        header = self._file.header
-        data: dict[str, Json] = {"compat": "0.10" if header.version == 2 else "1.1"}
-        data["compression-type"] = head.COMPRESSION_NAMES[header.compression_type]
-        if header.version >= 3:
-            data["lazy-refcounts"] = header.has(head.LAZY_REFCOUNTS)
-        if self._store is not None and self._store.entries:
-            data["bitmaps"] = self._store.info()
-        data["refcount-bits"] = self._map.geometry.refcount_bits
-        data |= self._encryption_info()
-        if header.has(head.DATA_FILE):
-            if header.data_file is not None:
-                data["data-file"] = header.data_file
-            data["data-file-raw"] = header.raw_data_file
-        if header.version >= 3:
-            data["corrupt"] = header.has(head.CORRUPT)
-            data["extended-l2"] = header.has(head.EXTENDED_L2)
-        return {"type": "qcow2", "data": data}
-
-    def allocated_size(self) -> int | None:
-        """See `Driver`: of the image file and, when it is open, the data file."""
-        sizes = [edge.node.driver.allocated_size() for edge in (self._edge, self._file.data_edge) if edge is not None]
-        known = [size for size in sizes if size is not None]
-        return sum(known) if len(known) == len(sizes) else None
-
-    def cached_bytes(self) -> int:
-        """Bytes that cached L2 slices and refcounts take at present, in their stored form."""
-        refcounts = self._map.refcounts
-        return self._map.cache.stored_bytes() + (refcounts.cache.stored_bytes() if refcounts is not None else 0)
-
-    @classmethod
-    def probe(cls, head_bytes: bytes, filename: str) -> int:
-        """See `Driver`."""
-        return head.probe(head_bytes)
-
-    @classmethod
-    async def measure(cls, options: Mapping[str, Json], length: int, source: BlockDriverState | None) -> Measurement:
-        """See `SupportsMeasure`."""
-        driver = source.driver if source is not None else None
-        bitmaps = await stored_bitmaps(driver._file) if isinstance(driver, cls) else None
-        return await measure_image(options, length, source, bitmaps)
 
     async def _reload(self) -> None:
         """What is known of the tables is void: read them again."""

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from qblock.driver import Measurement
+from qblock.driver import Measurement, Progress
 from qblock.drivers.qcow2.header import BITMAPS, EXT_BITMAPS, MAX_L1_BYTES
 from qblock.drivers.qcow2.options import EncryptionCreate
 from qblock.errors import CorruptImage, InvalidParameter
@@ -48,7 +48,11 @@ class _Layout(NamedTuple):
 
 
 async def measure_image(
-    options: Mapping[str, Any], length: int, source: BlockDriverState | None, bitmaps: Iterable[StoredBitmap] | None
+    options: Mapping[str, Any],
+    length: int,
+    source: BlockDriverState | None,
+    bitmaps: Iterable[StoredBitmap] | None,
+    progress: Progress,
 ) -> Measurement:
     """Sizes in bytes of an image with these creation options (by their wire names) and a disk of ``length`` bytes.
 
@@ -63,7 +67,7 @@ async def measure_image(
     if preallocated or (source is not None and options.get("backing-file") is not None):
         needed = length
     else:
-        needed = 0 if source is None else await _stored_clusters(source, cluster) * cluster
+        needed = 0 if source is None else await _stored_clusters(source, cluster, progress) * cluster
     has_bitmaps = bitmaps is not None and options.get("version") != "v2"
     return Measurement(
         required=total - length + needed,
@@ -142,7 +146,7 @@ def _metadata(layout: _Layout, length: int) -> int:
         blocks, clusters = more, more_clusters
 
 
-async def _stored_clusters(source: BlockDriverState, cluster: int) -> int:
+async def _stored_clusters(source: BlockDriverState, cluster: int, progress: Progress) -> int:
     """How many clusters of the new image hold something that the source stores and does not know to be zero."""
     count = at = counted = 0
     question, further = FIRST_QUESTION, Further()
@@ -155,6 +159,7 @@ async def _stored_clusters(source: BlockDriverState, cluster: int) -> int:
             count += max(end - first, 0)
             counted = max(counted, end)
         at += length
+        progress(min(at, source.length), source.length)
     return count
 
 

@@ -11,7 +11,7 @@ Tables that lie one after the other are read together, and those of the common f
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from pyroaring import BitMap64
@@ -56,11 +56,19 @@ _MANY: Final = 1 << 16
 class ReferenceCounter:
     """Counts all references but those to the refcount structure; damage goes to ``report``.
 
-    ``mend``: entries whose repair is known are repaired in the file.
+    ``mend``: entries whose repair is known are repaired in the file. ``heard`` hears how many entries of L1 tables have been
+    followed since it was called last.
     """
 
     def __init__(
-        self, file: ImageFile, l1: array[int], snapshots: SnapshotTable, report: Report, *, mend: bool = False
+        self,
+        file: ImageFile,
+        l1: array[int],
+        snapshots: SnapshotTable,
+        report: Report,
+        *,
+        mend: bool = False,
+        heard: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.file = file
         self.geometry = Geometry.of(file.header)
@@ -68,6 +76,7 @@ class ReferenceCounter:
         self.snapshots = snapshots
         self.report = report
         self.mend = mend
+        self._heard = heard
         self.mended = False
         self.census = Census()
         self.file_length = file.length()
@@ -132,6 +141,7 @@ class ReferenceCounter:
             elif l1[index] & ~COPIED:
                 await self._add_entry(l1[index], index, active=active)
             index += count
+            self._heard(count)
 
     def _adjacent_tables(self, l1: array[int], index: int) -> int:
         """How many entries of an L1 table lead to tables in a row, none of them read before; 1: this one by itself."""
