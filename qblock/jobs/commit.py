@@ -109,6 +109,11 @@ class CommitJob(ScanningJob):
             await self.writer.truncate(top.length)
         await self.scan(top.length)
 
+    @property
+    def stored_in(self) -> BlockDriverState:
+        """See `ScanningJob`."""
+        return self.place.base
+
     async def part_at(self, offset: int, end: int) -> Piece:
         """See `ScanningJob`: work is what the layers above the base hold."""
         extent = await requests.chain_status(self.place.top, offset, end - offset, base=self.place.base)

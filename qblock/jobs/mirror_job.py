@@ -179,7 +179,10 @@ class MirrorJob(BlockJob):
         return super().is_busy() or self.flushes.busy
 
     async def _find_what_to_copy(self) -> None:
-        """Mark everything that the target lacks; the target is zeroed first where that is cheap and needed."""
+        """Mark everything that the target lacks; the target is zeroed first where that is cheap and needed.
+
+        As in QEMU no error policy is asked when the source cannot say what it holds.
+        """
         if self.plan.zero_target:
             if not self._zeroes_cheaply:
                 self.bitmap.mark(0, self.length)
@@ -189,12 +192,7 @@ class MirrorJob(BlockJob):
         while offset < self.length:
             await self.pause_point()
             step = min(question, self.length - offset)
-            try:
-                allocated, count = await requests.is_allocated_above(self.source, self.plan.base, offset, step)
-            except IO_FAILURES as error:
-                if self._source_failed(error) is ErrorAction.REPORT:
-                    raise
-                allocated, count = True, min(step, self.plan.granularity)
+            allocated, count = await requests.is_allocated_above(self.source, self.plan.base, offset, step)
             if allocated:
                 self.bitmap.mark(offset, count)
             offset += count

@@ -2,7 +2,8 @@
 
 Models the loops of QEMU's two jobs (semantics.md sections 4.1 and 4.2): steps of 512 KiB, skipping costs nothing, ``offset`` is
 where the first part begins that is not done. Differs from QEMU in that up to 16 steps are under way at the same time; and a
-failed part that is to be tried again without a pause is tried after 100 ms instead of at once.
+failed part that is to be tried again without a pause is tried after 100 ms instead of at once. What was stored is made durable
+before the job is done, and a flush that fails is treated like a write that does (QEMU does not flush, or looks away).
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from qblock import requests
 from qblock.copying_down import Piece
 from qblock.jobs.copying import IO_FAILURES, SLICE_NS, BufferPool, InFlight, Operation, io_error
 from qblock.jobs.job import BlockJob
-from qblock.jobs.state import ErrorAction, OnError
+from qblock.jobs.state import ErrorAction, IoStatus, OnError
 from qblock.units import KiB
 
 if TYPE_CHECKING:
     from qblock.jobs.runner import JobRunner
+    from qblock.node import BlockDriverState
 
 STEP: Final = 512 * KiB
 _PARALLEL: Final = 16
@@ -46,6 +49,11 @@ class ScanningJob(BlockJob):
 
     # --------------------------------------------------------------------------------------------- written by subclasses
 
+    @property
+    @abc.abstractmethod
+    def stored_in(self) -> BlockDriverState:
+        """The node that the parts are stored in."""
+
     @abc.abstractmethod
     async def part_at(self, offset: int, end: int) -> Piece:
         """The part of the disk at ``offset``, and what is to be done about it; a part with work that is not known to become
@@ -71,8 +79,24 @@ class ScanningJob(BlockJob):
         finally:
             await self.in_flight.all_background_ended()
             buffers.close()
+        await self._make_durable()
         if self._ignored is not None:
             raise self._ignored
+
+    async def _make_durable(self) -> None:
+        """Flush while the error policy can still be asked; `prepare` then finds little to do that may fail."""
+        while self._ignored is None:
+            await self.pause_point()
+            try:
+                await requests.flush(self.stored_in)
+            except IO_FAILURES as error:
+                match self._failed(error, is_read=False):
+                    case ErrorAction.REPORT:
+                        raise
+                    case ErrorAction.IGNORE if not self.ignored_is_skipped:
+                        await self.sleep_ns(SLICE_NS)
+            else:
+                return
 
     async def before_pause(self) -> None:
         """See `Job`: let the copies under way end."""
@@ -147,6 +171,12 @@ class ScanningJob(BlockJob):
             self.in_flight.end(operation)
 
     def _part_failed(self, part: Piece, error: Exception, *, is_read: bool) -> None:
+        """Do what the policy says; only the first failure of parts that were under way together is told, as QEMU has one."""
+        if self._failure is not None:
+            return
+        if self.io_status is not IoStatus.OK:
+            self._again.append(part)
+            return
         match self._failed(error, is_read=is_read):
             case ErrorAction.REPORT:
                 self._failure = self._failure or error

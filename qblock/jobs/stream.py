@@ -109,6 +109,11 @@ class StreamJob(ScanningJob):
         graph = self.runner.graph
         return graph.skip_filters(self.device) is not graph.skip_filters(self.lowest)
 
+    @property
+    def stored_in(self) -> BlockDriverState:
+        """See `ScanningJob`."""
+        return self.device
+
     async def part_at(self, offset: int, end: int) -> Piece:
         """See `ScanningJob`: work is what a lower layer holds."""
         extent = await requests.chain_status(self.device, offset, end - offset, base=self.base, want_zero=False)

@@ -1,6 +1,6 @@
 """Runs one QMP script on a real QEMU program and on qblock, and brings both transcripts into a comparable form.
 
-`do`, `add`, `hmp`, `io`, `together` and `wait` are the words that scripts are written in.
+`do`, `add`, `hmp`, `io`, `together`, `wait` and `outside` are the words that scripts are written in.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _connect(path: Path, process: subprocess.Popen[bytes]) -> socket.socket:
 
 
 Step = Json
-"""A command, or ``{"wait": EVENT}``: until that event (data members given must match)."""
+"""A command; or ``{"wait": EVENT}``: until that event (data members given must match); or ``{"outside": ARGV}``."""
 
 
 def wire(members: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +150,11 @@ def wait(event: str, **data: Any) -> dict[str, Any]:
     return {"wait": {"event": event, "data": data}}
 
 
+def outside(*argv: str) -> dict[str, Any]:
+    """Something that happens beside the program, in its directory: another program is run to its end."""
+    return {"outside": argv}
+
+
 def transcript(argv: Sequence[str], place: Path, script: Sequence[Step]) -> list[Json]:
     """What the program answers to the script: per step the events and the reply.
 
@@ -168,6 +173,8 @@ def transcript(argv: Sequence[str], place: Path, script: Sequence[Step]) -> list
                     seen.append(message)
                 result.append({"step": step, "events": seen})
                 seen = []
+            elif "outside" in step:
+                subprocess.run(step["outside"], cwd=place, check=True, stdout=subprocess.DEVNULL)
             else:
                 events, reply = connection.execute(step)
                 seen += events
