@@ -179,7 +179,7 @@ class ScanningJob(BlockJob):
             return
         match self._failed(error, is_read=is_read):
             case ErrorAction.REPORT:
-                self._failure = self._failure or error
+                self._failure = error
             case ErrorAction.IGNORE if self.ignored_is_skipped:
                 self._finished(part)
             case ErrorAction.IGNORE:

@@ -182,15 +182,29 @@ class Life:
 
     async def write(self) -> None:
         """Several changes at once to parts of the disk, while somebody flushes."""
+        await asyncio.gather(*self.changes(), self.flush())
+
+    def changes(self) -> list[Awaitable[None]]:
+        """Changes to parts of the disk that do not overlap."""
         sectors = self.size // SECTOR
         cuts = sorted({self.random.randrange(sectors + 1) * SECTOR for _ in range(self.random.randrange(2, 8))})
         shape = attrs.evolve(self.shape, size=self.size)
-        changes = [
+        return [
             change(self.disk, self.history, a, b, shape, self.random)
             for a, b in itertools.pairwise(cuts)
             if not (self.shape.version == "v2" and self.shape.backing)
         ]
-        await asyncio.gather(*changes, self.flush())
+
+    async def write_in_trouble(self) -> None:
+        """As `write`, on storage that soon fails at everything, for a while; a flush may be tried in vain."""
+        troubled = [storage for storage in (self.bench.storage, self.bench.data) if storage is not None]
+        storage = self.random.choice(troubled)
+        storage.fail_writes, storage.failure = self.random.randrange(12), self.random.choice((errno.EIO, errno.ENOSPC))
+        try:
+            await asyncio.gather(*map(survived, (*self.changes(), self.flush())))
+            await survived(self.flush())
+        finally:
+            storage.fail_writes = None
 
     async def flush(self) -> None:
         for _ in range(self.random.randrange(3)):
@@ -234,6 +248,8 @@ class Life:
         size = max(SECTOR, self.random.randrange(2 * self.shape.size // SECTOR) * SECTOR)
         preallocation = self.random.choice(("off", "off", "metadata", "falloc", "full")) if size > self.size else "off"
         old, longest = self.size, max(size, self.size)
+        if size == old:
+            return  # nothing happens, so nothing becomes durable
         if size < old:
             # What is being cut off shows the backing node until the size has changed.
             self.history.begin(size, self.below[size:old].ljust(old - size, b"\0"))
@@ -360,6 +376,37 @@ class Life:
         await repaired.check(other.content, CheckFix.LEAKS | CheckFix.ERRORS)
         result = await repaired.check()
         assert (result.corruptions, result.leaks, result.check_errors) == (0, 0, 0), result.findings
+
+
+async def survived(work: Awaitable[None]) -> None:
+    """Let it fail for a reason that storage may have."""
+    with contextlib.suppress(BlockIOError):
+        await work
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS // 2))
+def test_storage_that_failed_for_a_while_is_written_as_if_it_had_not(seed: int) -> None:
+    """No room, or no answer: what fails is told, nothing durable is lost, a crash leaves leaks at most, and once storage works
+    again all goes on, without reopening.
+    """
+
+    async def main() -> None:
+        life = Life(seed)
+        await life.start()
+        for _ in range(STEPS // 2):
+            await life.write_in_trouble()
+            assert life.bench.node.poisoned is None
+            await life.step()
+        await life.disk.flush()
+        life.note()
+        life.history.check(len(life.bench.storage.journal), await life.content())
+        random = Random(seed)
+        moments = range(len(life.bench.storage.journal) + 1)
+        for moment in random.sample(moments, min(len(moments), MOMENTS // 2)):
+            await life.survives(moment, None)
+            await life.survives(moment, random)
+
+    run(main, Seeded(seed))
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))

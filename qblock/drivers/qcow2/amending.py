@@ -240,11 +240,11 @@ class WidthChange:
         end = start + len(blocks) + clusters
         for i, block in enumerate(blocks):
             counts = await self._counts(block, start, end)
-            await self.file.write_fresh_table((start + i) << bits, self._codec.encode(counts))
+            await self.file.write_table((start + i) << bits, self._codec.encode(counts))
             table[block] = (start + i) << bits
             progress(len(self.table) + i * len(self.table) // len(blocks), 2 * len(self.table))
         place = (start + len(blocks)) << bits
-        await self.file.write_fresh_table(place, encode_u64(table))
+        await self.file.write_table(place, encode_u64(table))
         order = self.new.refcount_order
         await writer.writeback.rewrite_header(
             lambda header: attrs.evolve(

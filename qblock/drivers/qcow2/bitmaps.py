@@ -201,8 +201,8 @@ class BitmapStore:
             if self.directory is None or not self.unmarked:
                 return
             entries = tuple(attrs.evolve(entry, flags=entry.flags | IN_USE) for entry in self.entries)
-            await file.write_metadata(self.directory.offset, memoryview(encode_directory(entries)))
-            await file.barrier()
+            await file.write_table(self.directory.offset, memoryview(encode_directory(entries)))
+            await file.flush()
             self.entries = entries
 
     async def store(self, file: ImageFile, refcounts: Refcounts, writeback: WriteBack) -> None:
@@ -436,7 +436,7 @@ class _Writer:
             claim = await self.refcounts.allocate(len(places) - done)
             self._claimed(claim.host, claim.clusters)
             view = memoryview(raw)[done * size : (done + claim.clusters) * size]
-            await self.file.write_fresh_table(claim.host, view)
+            await self.file.write_table(claim.host, view)
             for index in range(claim.clusters):
                 table[places[done + index]] = claim.host + index * size
             done += claim.clusters
@@ -445,7 +445,7 @@ class _Writer:
         size = self.file.header.cluster_size
         claim = await self.refcounts.allocate_contiguous(-(-len(raw) // size))
         self._claimed(claim.host, claim.clusters)
-        await self.file.write_fresh_table(claim.host, memoryview(bytes(raw).ljust(claim.clusters * size, b"\0")))
+        await self.file.write_table(claim.host, memoryview(bytes(raw).ljust(claim.clusters * size, b"\0")))
         return claim.host
 
     def _claimed(self, host: int, clusters: int) -> None:

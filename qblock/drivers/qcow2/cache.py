@@ -36,9 +36,11 @@ class CachedTable:
 
 @attrs.frozen(slots=True)
 class DirtyPart:
-    """A snapshot of the dirty part of one table: ``data`` (bytes in file order) belongs at file offset ``offset``."""
+    """A snapshot of entries ``first`` to ``end`` of a table: ``data`` (bytes in file order) belongs at file offset ``offset``."""
 
     table: CachedTable
+    first: int
+    end: int
     offset: int
     data: memoryview
 
@@ -129,7 +131,7 @@ class TableCache:
             table.first_dirty = table.end_dirty = 0
             table.writing += 1
             data = self.encode_part(table, first, end)
-            parts.append(DirtyPart(table, table.host + first // per_sector * self._sector, data))
+            parts.append(DirtyPart(table, first, end, table.host + first // per_sector * self._sector, data))
         self.dirty.clear()
         parts.sort(key=_file_order)
         return parts
@@ -140,9 +142,16 @@ class TableCache:
 
     @staticmethod
     def settle(parts: list[DirtyPart]) -> None:
-        """These snapshots are in the file: the tables may be evicted again. Not called when writing failed."""
+        """These snapshots are in the file: the tables may be evicted again."""
         for part in parts:
             part.table.writing -= 1
+
+    def give_back(self, parts: list[DirtyPart]) -> None:
+        """Whether these snapshots are in the file is not known: they count as dirty again, but for tables that are void now."""
+        self.settle(parts)
+        for part in parts:
+            if self.tables.get(part.table.key) is part.table:
+                self.mark_dirty(part.table, part.first, part.end)
 
     def discard_clean(self, *, unused_only: bool = False) -> None:
         """Drop tables that need not be written, to give back memory (all, or those not used since the last call)."""

@@ -203,7 +203,7 @@ class ClusterMap:
                 self.file.event("l2_alloc_cow_read")
             content = memoryview(await self.file.read(old, size)) if old else zero_view(size)
             self.file.event("l2_alloc_write")
-            await self.file.write_fresh_table(claim.host, content)
+            await self.file.write_table(claim.host, content)
         except BlockIOError:
             await refcounts.release([Freed(claim.host >> self.geometry.cluster_bits, 1, False)])
             raise
@@ -377,7 +377,7 @@ class ClusterMap:
     # ------------------------------------------------------------------------------------------------------ writing
 
     def take_l1(self) -> list[tuple[int, memoryview]]:
-        """See `writeback.TableSnapshot`."""
+        """See `writeback.MappingTables`."""
         dirty, self.dirty_l1 = sorted(self.dirty_l1), set()
         if self.moved_l1:
             self.moved_l1 = False
@@ -388,8 +388,13 @@ class ClusterMap:
             parts.append((self.l1_host + first * 8, encode_u64(self.l1[first : first + _ENTRIES_PER_SECTOR])))
         return parts
 
+    def give_back_l1(self, sectors: set[int], *, moved: bool) -> None:
+        """See `writeback.MappingTables`."""
+        self.dirty_l1 |= sectors
+        self.moved_l1 |= moved
+
     def take_header(self) -> MappingLocation | None:
-        """See `writeback.TableSnapshot`."""
+        """See `writeback.MappingTables`."""
         if not self.changed_header:
             return None
         self.changed_header = False
@@ -397,7 +402,7 @@ class ClusterMap:
 
     @property
     def is_dirty(self) -> bool:
-        """See `writeback.TableSnapshot`."""
+        """See `writeback.MappingTables`."""
         return bool(self.cache.dirty or self.dirty_l1 or self.moved_l1 or self.changed_header)
 
 

@@ -338,7 +338,7 @@ class Refcounts:
         size = self.geometry.cluster_size
         self.file.virgin = max(self.file.virgin, host + count * size)
         for i in range(count):
-            await self.file.write_fresh_table(host + i * size, zero_view(size))
+            await self.file.write_table(host + i * size, zero_view(size))
 
     def _link_block(self, block: int, host: int) -> None:
         self.table[block] = host
@@ -447,6 +447,11 @@ class Refcounts:
             parts.append((self.table_host + first * 8, encode_u64(self.table[first : first + _ENTRIES_PER_TABLE_SECTOR])))
         self.dirty_sectors.clear()
         return parts, False
+
+    def give_back_table(self, sectors: set[int], *, moved: bool) -> None:
+        """Whether these sectors of the table are in the file is not known, nor whether the header was switched."""
+        self.dirty_sectors |= sectors
+        self.moved_table |= moved
 
     @property
     def is_dirty(self) -> bool:

@@ -47,7 +47,7 @@ async def resize(
     """Make the disk ``length`` bytes long; ``adopt`` takes over the size in memory. Durable on return.
 
     ``preallocation`` (off, metadata, falloc, full) is for the clusters that are added. Raises `BlockIOError`; the size is the
-    old one then.
+    old one then, unless only the space behind the new end could not be given back.
     """
     clusters = writer.map
     old = clusters.length
@@ -71,9 +71,13 @@ async def resize(
         await _shrink(writer, length)
     adopt(length)
     clusters.changed_header = True
-    if length > old:
+    try:
         await writer.writeback.commit(durable=True)
-    else:
+    except BlockIOError:
+        adopt(old)
+        await _cut_off(writer, old, length)
+        raise
+    if length < old:
         await give_back_end(writer.refcounts, writer.writeback)
 
 
@@ -96,11 +100,20 @@ async def _grow(writer: Allocator, length: int, preallocation: str) -> None:
         if backing is not None and backing.node.length > first:
             await _hide(writer, first, end, backing.node.length)
     except BlockIOError:
-        # The cause matters more than what giving the space back runs into.
+        await _cut_off(writer, clusters.length, length)
+        raise
+
+
+async def _cut_off(writer: Allocator, old: int, length: int) -> None:
+    """Give back what was prepared for a growth from ``old`` to ``length`` bytes that has failed. The cause of that matters more
+    than what this runs into.
+    """
+    size = writer.map.geometry.cluster_size
+    first, end = align_up(old, size), align_up(length, size)
+    if first < end:
         with contextlib.suppress(BlockIOError):
             await writer.cut(first, end)
             await give_back_end(writer.refcounts, writer.writeback)
-        raise
 
 
 async def _hide(writer: Allocator, first: int, end: int, length: int) -> None:

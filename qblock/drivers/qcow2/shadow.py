@@ -219,7 +219,7 @@ class Switch:
     async def _place(self, length: int, content: memoryview) -> int:
         """Write a new table of ``length`` bytes; its byte offset."""
         host = await self._claim(self.geometry.clusters(length))
-        await self.file.write_fresh_table(host, content)
+        await self.file.write_table(host, content)
         return host
 
     async def _copy_tables(self) -> None:
@@ -330,9 +330,9 @@ class Switch:
                 counts.extend(array(typecode, [run.new]) * run.clusters)
                 if run.old and not run.new:
                     self.freed.add_range(run.first, run.first + run.clusters)
-            await self.file.write_fresh_table(host, self.refcounts.codec.encode(counts))
+            await self.file.write_table(host, self.refcounts.codec.encode(counts))
             table[block] = host
-        await self.file.write_fresh_table(table_offset, encode_u64(table))
+        await self.file.write_table(table_offset, encode_u64(table))
 
     def _check_freed(self, blocks: dict[int, int]) -> None:
         """Nothing becomes free that the new state needs; in an image whose refcounts are right it does not."""

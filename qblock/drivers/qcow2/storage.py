@@ -1,8 +1,9 @@
 """The file under a qcow2 node as its metadata code sees it: reads, ordered writes, overlap protection, poison.
 
 Models image-formats.md section 1.7 (overlap protection) and semantics.md section 14.4 (BLOCK_IMAGE_CORRUPTED). All writes of
-metadata pass through `ImageFile`, so that the first one that fails poisons the node: what is on disk is then not known, and
-only reopening (which reads it again) makes the node writable. A write that would hit the image's own metadata is a fatal
+metadata pass through `ImageFile`. Tables that the caller can write again may fail; a single write that changes the meaning of
+the image (of a snapshot, the bitmaps, the features) poisons the node when it does: what is on disk is then not known, and only
+reopening (which reads it again) makes the node writable. A write that would hit the image's own metadata is a fatal
 corruption: the corrupt bit is set, the event sent, the node poisoned; from then on it gives nothing, as in QEMU.
 
 Differs from QEMU in where the areas are looked up: clusters of tables that are spread over the file are kept in a compressed
@@ -179,17 +180,21 @@ class ImageFile:
             self.poison(error)
             raise
 
-    async def write_fresh_table(self, offset: int, content: memoryview) -> None:
-        """Fill a newly allocated table that nothing refers to yet: failing does no harm, and poisons nothing."""
+    async def write_table(self, offset: int, content: memoryview) -> None:
+        """Write what nothing refers to yet, or what will be written again: failing does no harm, and poisons nothing."""
         await requests.write_from(self.edge, offset, content)
 
-    async def barrier(self) -> None:
-        """Everything written so far is durable before anything written later. A failure poisons the node."""
+    async def flush(self) -> None:
+        """Everything written so far is durable before anything written later. Failing poisons nothing."""
         self.event("flush_to_disk")
+        if self.data_edge is not None:
+            await requests.flush(self.data_edge.node)
+        await requests.flush(self.edge.node)
+
+    async def barrier(self) -> None:
+        """As `flush`, but a failure poisons the node."""
         try:
-            if self.data_edge is not None:
-                await requests.flush(self.data_edge.node)
-            await requests.flush(self.edge.node)
+            await self.flush()
         except BlockIOError as error:
             self.poison(error)
             raise

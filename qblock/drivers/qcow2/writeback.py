@@ -18,6 +18,10 @@ memory, counts are raised before that as well. Dropped references lower a count 
 absence. What may be left are clusters counted and not referenced: leaks. Rounds never overlap; what changes during a round
 belongs to the next one.
 
+A round that fails gives its snapshot back: all of it counts as dirty again, for the next round, which somebody begins when there
+is room on the disk again. What has reached the file meanwhile is such a subset as above. After a flush that the *system* has
+failed at, storage refuses all further ones (`drivers.file`), and so no round can do harm.
+
 Step 5 waits for one more thing: requests that looked up a mapping before it was dropped may still be reading or writing the
 cluster. `Epochs` counts them; a batch of freed clusters is released when all requests that began before it have ended.
 """
@@ -34,6 +38,7 @@ import attrs
 from qblock.drivers.qcow2.cache import SECTOR, DirtyPart, TableCache
 from qblock.drivers.qcow2.header import Header, encode_refcount_location, encode_size_and_l1, encode_switch
 from qblock.drivers.qcow2.refcounts import Freed, Refcounts
+from qblock.errors import BlockIOError
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.storage import ImageFile
@@ -86,15 +91,20 @@ class MappingLocation(NamedTuple):
     l1_offset: int
 
 
-class TableSnapshot(Protocol):
+class MappingTables(Protocol):
     """What the write-back needs of the L1 and L2 tables (`clusters.ClusterMap`)."""
 
     cache: TableCache
     epochs: Epochs
+    dirty_l1: set[int]
     moved_l1: bool
+    changed_header: bool
 
     def take_l1(self) -> list[tuple[int, memoryview]]:
         """Dirty sectors of the L1 table as (file offset, bytes); they count as clean then."""
+
+    def give_back_l1(self, sectors: set[int], *, moved: bool) -> None:
+        """Whether these sectors of the L1 table are in the file is not known."""
 
     def take_header(self) -> MappingLocation | None:
         """What the header must say of disk size and L1 table, if that changed."""
@@ -104,10 +114,28 @@ class TableSnapshot(Protocol):
         """Something is not written yet."""
 
 
+@attrs.frozen
+class _Snapshot:
+    """What is to be written by one round: the parts, and what has to be marked again when that fails."""
+
+    counts: list[DirtyPart]
+    table_parts: list[tuple[int, memoryview]]
+    table_sectors: set[int]
+    table_moved: bool
+    table_place: tuple[int, int]
+    """File offset in bytes and length in clusters of the refcount table."""
+    slices: list[DirtyPart]
+    l1_parts: list[tuple[int, memoryview]]
+    l1_sectors: set[int]
+    l1_moved: bool
+    location: MappingLocation | None
+    freed: list[Freed]
+
+
 class WriteBack:
     """Runs the rounds for one image."""
 
-    def __init__(self, file: ImageFile, refcounts: Refcounts, tables: TableSnapshot) -> None:
+    def __init__(self, file: ImageFile, refcounts: Refcounts, tables: MappingTables) -> None:
         self.file = file
         self.refcounts = refcounts
         self.tables = tables
@@ -125,7 +153,7 @@ class WriteBack:
     async def flush(self) -> None:
         """All metadata changes made so far, and all data written so far, are durable on return."""
         if self._running is None and not self.is_dirty:
-            await self.file.barrier()
+            await self.file.flush()
         else:
             await self.commit(durable=True)
 
@@ -145,64 +173,98 @@ class WriteBack:
             try:
                 await self._round(durable=durable)
                 self._finished = self._started
-            except BaseException as error:
-                # Also when cancelled: which of the snapshots reached the file is not known any more.
-                self.file.poison(error)
+            except (BlockIOError, asyncio.CancelledError):
+                self._want_durable |= durable  # those who wait for this round begin another one
+                raise
+            except BaseException as bug:
+                self.file.poison(bug)
                 raise
             finally:
                 self._running = None
                 done.set_result(None)
 
     async def _round(self, *, durable: bool) -> None:
-        file, refcounts, tables = self.file, self.refcounts, self.tables
-        # One instant: no await between these.
-        counts = refcounts.cache.take_dirty()
-        table_parts, table_moved = refcounts.take_table()
-        table_at, table_length = refcounts.table_host, len(refcounts.table) * 8
-        slices = tables.cache.take_dirty()
-        l1_moved = tables.moved_l1
-        l1_parts, location = tables.take_l1(), tables.take_header()
-        freed, refcounts.pending = refcounts.pending, []
-
-        await self._write(counts, step="refblock_update_part")
-        if table_parts:
-            await file.barrier()
-            file.event("refblock_alloc_write_table" if table_moved else "refblock_alloc_hookup")
-            for offset, data in table_parts:
-                await file.write_metadata(offset, data)
-            if table_moved:
-                await file.barrier()
-                file.event("refblock_alloc_switch_table")
-                await self._switch_refcount_table(table_at, table_length >> file.header.cluster_bits)
-        refcounts.cache.settle(counts)
-        if slices or l1_parts or location:
-            await file.barrier()
-            await self._write(slices, step="l2_update")
-            for offset, data in l1_parts:
-                file.event("l1_grow_write_table" if l1_moved else "l1_update")
-                await file.write_metadata(offset, data)
-            if location:
-                await file.barrier()
-                if l1_moved:
-                    file.event("l1_grow_activate_table")
-                await self._switch_mapping(location)
-            tables.cache.settle(slices)
-        if durable or freed or location:
-            await file.barrier()
-        if freed:
-            self.epochs.defer(freed)
+        snapshot = self._take()
+        try:
+            await self._write_counts(snapshot)
+            await self._write_mapping(snapshot)
+            if durable or snapshot.freed or snapshot.location:
+                await self.file.flush()
+        except (BlockIOError, asyncio.CancelledError):
+            self._give_back(snapshot)
+            raise
+        self.refcounts.cache.settle(snapshot.counts)
+        self.tables.cache.settle(snapshot.slices)
+        if snapshot.freed:
+            self.epochs.defer(snapshot.freed)
         await self.release_ready()
+
+    def _take(self) -> _Snapshot:
+        refcounts, tables = self.refcounts, self.tables
+        table_sectors, l1_sectors, l1_moved = refcounts.dirty_sectors.copy(), tables.dirty_l1.copy(), tables.moved_l1
+        freed, refcounts.pending = refcounts.pending, []
+        table_parts, table_moved = refcounts.take_table()
+        return _Snapshot(
+            counts=refcounts.cache.take_dirty(),
+            table_parts=table_parts,
+            table_sectors=table_sectors,
+            table_moved=table_moved,
+            table_place=(refcounts.table_host, len(refcounts.table) * 8 >> self.file.header.cluster_bits),
+            slices=tables.cache.take_dirty(),
+            l1_parts=tables.take_l1(),
+            l1_sectors=l1_sectors,
+            l1_moved=l1_moved,
+            location=tables.take_header(),
+            freed=freed,
+        )
+
+    def _give_back(self, snapshot: _Snapshot) -> None:
+        """Any part of the snapshot may be in the file, or not: all of it is to be written again."""
+        refcounts, tables = self.refcounts, self.tables
+        refcounts.cache.give_back(snapshot.counts)
+        refcounts.give_back_table(snapshot.table_sectors, moved=snapshot.table_moved)
+        refcounts.pending[:0] = snapshot.freed
+        tables.cache.give_back(snapshot.slices)
+        tables.give_back_l1(snapshot.l1_sectors, moved=snapshot.l1_moved)
+        tables.changed_header |= snapshot.location is not None
+
+    async def _write_counts(self, snapshot: _Snapshot) -> None:
+        file, moved = self.file, snapshot.table_moved
+        await self._write(snapshot.counts, step="refblock_update_part")
+        if snapshot.table_parts:
+            await file.flush()
+            file.event("refblock_alloc_write_table" if moved else "refblock_alloc_hookup")
+            for offset, data in snapshot.table_parts:
+                await file.write_table(offset, data)
+            if moved:
+                await file.flush()
+                file.event("refblock_alloc_switch_table")
+                await self._switch_refcount_table(*snapshot.table_place)
+
+    async def _write_mapping(self, snapshot: _Snapshot) -> None:
+        file, moved = self.file, snapshot.l1_moved
+        if snapshot.slices or snapshot.l1_parts or snapshot.location:
+            await file.flush()
+            await self._write(snapshot.slices, step="l2_update")
+            for offset, data in snapshot.l1_parts:
+                file.event("l1_grow_write_table" if moved else "l1_update")
+                await file.write_table(offset, data)
+            if snapshot.location:
+                await file.flush()
+                if moved:
+                    file.event("l1_grow_activate_table")
+                await self._switch_mapping(snapshot.location)
 
     async def _switch_refcount_table(self, table_offset: int, clusters: int) -> None:
         at, data = encode_refcount_location(table_offset, clusters)
-        await self.file.write_metadata(at, memoryview(data))
+        await self.file.write_table(at, memoryview(data))
         self.file.header = attrs.evolve(
             self.file.header, refcount_table_offset=table_offset, refcount_table_clusters=clusters
         )
 
     async def _switch_mapping(self, location: MappingLocation) -> None:
         at, data = encode_size_and_l1(*location, crypt_method=self.file.header.crypt_method)
-        await self.file.write_metadata(at, memoryview(data))
+        await self.file.write_table(at, memoryview(data))
         size, l1_size, l1_offset = location
         self.file.header = attrs.evolve(self.file.header, size=size, l1_size=l1_size, l1_offset=l1_offset)
 
@@ -226,7 +288,7 @@ class WriteBack:
     async def _write(self, parts: list[DirtyPart], *, step: str) -> None:
         for part in parts:
             self.file.event(step)
-            await self.file.write_metadata(part.offset, part.data)
+            await self.file.write_table(part.offset, part.data)
 
     async def release_ready(self) -> None:
         """Release clusters that nothing refers to and nobody uses."""
@@ -238,4 +300,4 @@ class WriteBack:
         """Write everything, including the counts of clusters that get released on the way. No request is in flight."""
         while self.is_dirty or self.epochs.ready:
             await self.commit(durable=True)
-        await self.file.barrier()
+        await self.file.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import struct
 from pathlib import Path
@@ -147,18 +148,48 @@ def test_a_big_l1_table_finds_room_in_small_clusters() -> None:
 # ------------------------------------------------------------------------------------------------------- failures
 
 
-def test_a_failed_metadata_write_poisons_the_node() -> None:
-    """What is on disk is not known then: reads go on from memory, writes and flushes are refused with the cause."""
+@pytest.mark.parametrize("failing", range(4))
+def test_metadata_that_cannot_be_written_is_written_later(failing: int) -> None:
+    """A storage that fails for a while, at any step of a write-back: flushes fail, all else goes on; then nothing is missing."""
 
     async def main() -> None:
         bench = await made()
         disk = await bench.open()
         await disk.write(0, b"a" * 100)
-        bench.storage.fail_writes = 0
+        bench.storage.fail_writes, bench.storage.failure = failing, errno.ENOSPC
+        with pytest.raises(BlockIOError) as full:
+            await disk.flush()
+        assert full.value.errno == errno.ENOSPC
+        assert await disk.read(0, 100) == b"a" * 100
         with pytest.raises(BlockIOError):
             await disk.flush()
-        assert bench.node.poisoned is not None
         bench.storage.fail_writes = None
+        await disk.write(MiB, b"b")
+        await disk.discard(0, CLUSTER)
+        await disk.flush()
+        assert (await bench.check(content=bytes(bench.storage.live))).corruptions == 0
+        await bench.close()
+        result = await bench.check()
+        assert (result.corruptions, result.leaks, result.allocated_clusters) == (0, 0, 1)
+
+    run(main)
+
+
+def test_a_write_that_may_have_changed_what_the_image_means_poisons_the_node() -> None:
+    """What is on disk is not known then: reads go on from memory, writes and flushes are refused with the cause."""
+
+    async def main() -> None:
+        for failing in range(100):
+            bench = await made()
+            disk = await bench.open()
+            await disk.write(0, b"a" * 100)
+            bench.storage.fail_writes = failing
+            with contextlib.suppress(BlockIOError):
+                await bench.node.driver.create_snapshot("s")
+            bench.storage.fail_writes = None
+            if bench.node.poisoned is not None:
+                break
+            await bench.close()
         assert await disk.read(0, 100) == b"a" * 100
         for attempt in (disk.write(0, b"b"), disk.write(MiB, b"b"), disk.flush(), disk.discard(0, CLUSTER)):
             with pytest.raises(ImagePoisoned):
