@@ -6,6 +6,8 @@ closed again here.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -110,7 +112,7 @@ async def create_image_file(
     """Make the image file of a command that takes a file name; ``announce`` is told what, as QEMU prints it.
 
     ``backing`` is for the header and is not looked at. Raises as `create_image`, and `CommandError` for a name with a protocol;
-    nothing is announced or made when the name or the format will not do.
+    nothing is announced or made when the name or the format will not do, and a file that was not there before is removed again.
     """
     path = _path_of(opener, filename)
     plain = fmt in ("raw", "file")  # nothing but the file
@@ -124,8 +126,15 @@ async def create_image_file(
     if plain:
         await create_image(opener, "file", {"filename": path, "size": size})
         return
+    fresh = not os.path.lexists(path)
     await create_image(opener, "file", {"filename": path, "size": 0})
-    await create_image(opener, fmt, {"file": {"driver": "file", "filename": path}, **options})
+    try:
+        await create_image(opener, fmt, {"file": {"driver": "file", "filename": path}, **options})
+    except BaseException:
+        if fresh:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
 
 
 def _path_of(opener: Opener, filename: str) -> str:

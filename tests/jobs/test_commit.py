@@ -337,7 +337,7 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("policy", [OnError.REPORT, OnError.IGNORE, OnError.STOP, OnError.ENOSPC])
-@pytest.mark.parametrize("method", ["read_into", "write_from"])
+@pytest.mark.parametrize("method", ["read_into", "write_from", "flush"])
 @pytest.mark.parametrize("active", [False, True])
 def test_errors_follow_the_policy(tmp_path: Path, policy: OnError, method: str, active: bool) -> None:
     """report ends the job; ignore tries again until it works; stop waits to be resumed; enospc stops for a full disk."""
@@ -367,6 +367,8 @@ def test_errors_follow_the_policy(tmp_path: Path, policy: OnError, method: str, 
             }
             action = "stop" if policy is OnError.ENOSPC else policy.value
             assert told == {("read" if method == "read_into" else "write", action)}
+            if policy is not OnError.IGNORE and not active:
+                assert made.story.count("BLOCK_JOB_ERROR") == 1
             assert await made.disk.read(0, SIZE) == before
             assert made.is_at_rest()
 
