@@ -11,40 +11,16 @@ from typing import Any
 
 import pytest
 
+from image_tools import TwoDirectories
 from qblock.errors import CommandError, CorruptImage, OpenDenied, QBlockError
 from qblock.opening import OpenPolicy
 from qblock.policy import Mention
 from qblock.tools.images import ImageArguments, ImageSession, run_session
-from qblock.tools.img import main as our_img
-from qblock.tools.io import main as our_io
 from qblock.units import KiB, MiB
 
 
-class Pair:
-    """Two directories in which the same commands run: ``real`` with the real programs, ``ours`` with those of qblock."""
-
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capfd = monkeypatch, capfd
-        self.real, self.ours = tmp_path / "real", tmp_path / "ours"
-        self.real.mkdir()
-        self.ours.mkdir()
-
-    def theirs(self, where: Path, *words: str) -> tuple[int, str]:
-        done = subprocess.run(words, cwd=where, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout
-
-    def own(self, where: Path, *words: str) -> tuple[int, str]:
-        self.monkeypatch.chdir(where)
-        self.capfd.readouterr()
-        code = {"qemu-img": our_img, "qemu-io": our_io}[words[0]](list(words[1:]))
-        return code, self.capfd.readouterr().out
-
-    def both(self, *words: str) -> tuple[str, str]:
-        """Run on both sides; the exit codes agree. Gives what was printed."""
-        code, text = self.theirs(self.real, *words)
-        own, ours = self.own(self.ours, *words)
-        assert own == code, (words, text, ours)
-        return text, ours
+class Pair(TwoDirectories):
+    """That, and what must agree."""
 
     def same_json(self, *words: str, without: tuple[str, ...] = ()) -> Any:
         answers = []
@@ -62,14 +38,7 @@ class Pair:
         self.same_json("qemu-img", "map", "--output=json", image)
         self.same_json("qemu-img", "info", "--output=json", image, without=("actual-size",))
         self.same_json("qemu-img", "check", "--output=json", image, without=("image-end-offset", "fragmented-clusters"))
-        contents = []
-        for where in (self.real, self.ours):
-            for run in (self.theirs, self.own):
-                code, _ = run(where, "qemu-img", "convert", "-O", "raw", image, "content.out")
-                assert code == 0
-                contents.append((where / "content.out").read_bytes())
-        assert len(set(contents)) == 1
-        return contents[0]
+        return self.content(image)
 
 
 @pytest.fixture

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from qblock.tools.img import main as our_img
-from qblock.tools.io import main as our_io
+from image_tools import TwoDirectories
 from qblock.units import KiB, MiB
 
 
-class Pair:
-    """Two directories in which the same commands run: ``real`` with the real programs, ``ours`` with those of qblock."""
-
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capfd = monkeypatch, capfd
-        self.real, self.ours = tmp_path / "real", tmp_path / "ours"
-        self.real.mkdir()
-        self.ours.mkdir()
-
-    def theirs(self, where: Path, *words: str) -> tuple[int, str]:
-        done = subprocess.run(words, cwd=where, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout
-
-    def own(self, where: Path, *words: str) -> tuple[int, str]:
-        self.monkeypatch.chdir(where)
-        self.capfd.readouterr()
-        code = {"qemu-img": our_img, "qemu-io": our_io}[words[0]](list(words[1:]))
-        return code, self.capfd.readouterr().out
-
-    def both(self, *words: str) -> tuple[str, str]:
-        """Run on both sides; the exit codes agree. Gives what was printed."""
-        code, text = self.theirs(self.real, *words)
-        own, ours = self.own(self.ours, *words)
-        assert own == code, (words, text, ours)
-        return text, ours
+class Pair(TwoDirectories):
+    """That, and what must agree."""
 
     def layout(self, where: Path, image: str) -> list[dict[str, Any]]:
         """The map of an image as both programs print it, which is the same; offsets are told only as there or not."""
@@ -51,17 +26,12 @@ class Pair:
 
     def agree(self, image: str) -> bytes:
         """Each side's image is clean, has one map and reads alike for both programs, and maps what the other does."""
-        contents = []
         for where in (self.real, self.ours):
             for run in (self.theirs, self.own):
                 code, text = run(where, "qemu-img", "check", image)
                 assert code == 0, text
-                code, _ = run(where, "qemu-img", "convert", "-O", "raw", image, "content.out")
-                assert code == 0
-                contents.append((where / "content.out").read_bytes())
-        assert len(set(contents)) == 1
         assert self.layout(self.real, image) == self.layout(self.ours, image)
-        return contents[0]
+        return self.content(image)
 
 
 def joined(areas: list[dict[str, Any]], *, exact: bool) -> list[dict[str, Any]]:

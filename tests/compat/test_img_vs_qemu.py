@@ -7,41 +7,11 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qblock.tools.img import main
-
-Run = Callable[..., tuple[int, str]]
-
-
-def qemu(*args: str) -> tuple[int, str]:
-    """Exit code and standard output of the real qemu-img."""
-    result = subprocess.run(["qemu-img", *args], capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    return result.returncode, result.stdout.decode()
-
-
-def qemu_io(image: str, *commands: str) -> None:
-    """Run commands of the real qemu-io on a qcow2 image."""
-    words = [word for command in commands for word in ("-c", command)]
-    subprocess.run(["qemu-io", "-f", "qcow2", *words, image], check=True, stdout=subprocess.DEVNULL)
-
-
-@pytest.fixture
-def ours(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs qblock-img in this process."""
-
-    def run(*args: str) -> tuple[int, str]:
-        capfd.readouterr()
-        code = main(list(args))
-        captured = capfd.readouterr()
-        if code and "-q" not in args:
-            assert captured.err or captured.out, "a failure must say why"
-        return code, captured.out
-
-    return run
+from image_tools import Run, qemu, qemu_io
 
 
 @pytest.fixture(scope="module")

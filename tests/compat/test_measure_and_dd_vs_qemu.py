@@ -5,35 +5,13 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qblock.tools.img import main
+from image_tools import Run, qemu
 
-Run = Callable[..., tuple[int, str]]
 MiB = 1 << 20
-
-
-def qemu(*args: str) -> tuple[int, str]:
-    """Exit code and standard output of the real qemu-img."""
-    result = subprocess.run(["qemu-img", *args], capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    return result.returncode, result.stdout.decode()
-
-
-@pytest.fixture
-def ours(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs qblock-img in this process."""
-
-    def run(*args: str) -> tuple[int, str]:
-        capfd.readouterr()
-        code = main(list(args))
-        captured = capfd.readouterr()
-        assert not code or captured.err, "a failure must say why"
-        return code, captured.out
-
-    return run
 
 
 def random_image(rng: random.Random, path: Path, base: Path | None) -> None:

@@ -7,40 +7,12 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qblock.tools.img import main
-
-Run = Callable[..., tuple[int, str]]
-
-
-def qemu(*args: str) -> tuple[int, str]:
-    """Exit code and standard output of the real qemu-img."""
-    result = subprocess.run(["qemu-img", *args], capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    return result.returncode, result.stdout.decode()
-
-
-def qemu_io(image: str, fmt: str, *commands: str) -> None:
-    words = [word for command in commands for word in ("-c", command)]
-    subprocess.run(["qemu-io", "-f", fmt, *words, image], check=True, stdout=subprocess.DEVNULL)
-
-
-@pytest.fixture
-def ours(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs qblock-img in this process."""
-
-    def run(*args: str) -> tuple[int, str]:
-        capfd.readouterr()
-        code = main(list(args))
-        captured = capfd.readouterr()
-        if code:
-            assert captured.err, "a failure must say why"
-        return code, captured.out
-
-    return run
+from image_tools import Run, qemu, qemu_io
 
 
 class Chain:
@@ -105,7 +77,7 @@ class Chain:
             length = min(self.rng.choice([512, 5120, 65536, 200000, 1 << 20]), size - start) & ~511
             kind = self.rng.choice(["-P 1", "-P 1", "-P 2", "-P 3", "-P 0", "-z", "-z -u"])
             commands.append(f"write -q {kind} {start} {length}")
-        qemu_io(name, self.format_of(name), *commands)
+        qemu_io(name, *commands, fmt=self.format_of(name))
 
     @property
     def top(self) -> str:
@@ -247,7 +219,7 @@ def test_command_lines_end_as_those_of_qemu(
             ("base",), ("other",), ("sub/far",), ("middle", "-b", "base", "-F", "qcow2"), ("top", "-b", "middle", "-F", "qcow2"),
         ):  # fmt: skip
             qemu("create", "-q", "-f", "qcow2", *options, name, "1M")
-            qemu_io(name, "qcow2", f"write -q -P {len(name)} {65536 * len(name)} 64k")
+            qemu_io(name, f"write -q -P {len(name)} {65536 * len(name)} 64k")
         code = run(*words, "top")
         outcomes.append((code, [links(tmp_path / folder, name) for name in ("base", "middle", "top")]))
     assert outcomes[1] == outcomes[0]
@@ -261,8 +233,8 @@ def test_progress_is_shown_to_the_end(
     monkeypatch.chdir(tmp_path)
     qemu("create", "-q", "-f", "qcow2", "base", "8M")
     qemu("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top")
-    qemu_io("base", "qcow2", "write -q -P 1 0 8M")
-    qemu_io("top", "qcow2", "write -q -P 1 0 3M")
+    qemu_io("base", "write -q -P 1 0 8M")
+    qemu_io("top", "write -q -P 1 0 3M")
     code, text = ours(*command, "top")
     assert code == 0
     if "-q" in command:
@@ -283,7 +255,7 @@ def test_images_in_use_are_left_alone(
     monkeypatch.chdir(tmp_path)
     qemu("create", "-q", "-f", "qcow2", "base", "1M")
     qemu("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top")
-    qemu_io("top", "qcow2", "write -q -P 1 0 64k")
+    qemu_io("top", "write -q -P 1 0 64k")
     with subprocess.Popen(["qemu-io", "-f", "qcow2", where], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdin is not None
         assert holder.stdout is not None
@@ -305,7 +277,7 @@ def test_a_base_that_another_reader_has_open_is_not_written(
     qemu("create", "-q", "-f", "qcow2", "base", "1M")
     for name in ("top", "sibling"):
         qemu("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", name)
-    qemu_io("top", "qcow2", "write -q -P 1 0 64k")
+    qemu_io("top", "write -q -P 1 0 64k")
     with subprocess.Popen(
         ["qemu-io", "-f", "qcow2", "sibling"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
@@ -317,7 +289,7 @@ def test_a_base_that_another_reader_has_open_is_not_written(
         assert ours("commit", "top") == (1, "")
         assert qemu("commit", "top") == (1, "")
         holder.communicate(b"quit\n")
-    qemu_io("base", "qcow2", "read -q -P 0 0 1M")
+    qemu_io("base", "read -q -P 0 0 1M")
 
 
 def test_an_emptied_overlay_is_small_and_keeps_its_snapshots(
@@ -327,15 +299,15 @@ def test_an_emptied_overlay_is_small_and_keeps_its_snapshots(
     monkeypatch.chdir(tmp_path)
     qemu("create", "-q", "-f", "qcow2", "base", "16M")
     qemu("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-b", "base", "-F", "qcow2", "top")
-    qemu_io("top", "qcow2", "write -q -P 1 0 16M")
+    qemu_io("top", "write -q -P 1 0 16M")
     assert ours("commit", "top") == (0, "Image committed.\n")
     assert os.path.getsize("top") < 65536
-    qemu_io("top", "qcow2", "write -q -P 2 1M 1M")
+    qemu_io("top", "write -q -P 2 1M 1M")
     qemu("snapshot", "-c", "one", "top")
-    qemu_io("top", "qcow2", "write -q -P 3 2M 8M")
+    qemu_io("top", "write -q -P 3 2M 8M")
     assert ours("commit", "top")[0] == 0
     assert qemu("check", "-q", "top") == (0, "")
     assert os.path.getsize("top") < 2 << 20
-    qemu_io("top", "qcow2", "read -q -P 1 0 1M", "read -q -P 2 1M 1M", "read -q -P 3 2M 8M")
+    qemu_io("top", "read -q -P 1 0 1M", "read -q -P 2 1M 1M", "read -q -P 3 2M 8M")
     assert qemu("snapshot", "-a", "one", "top")[0] == 0
-    qemu_io("top", "qcow2", "read -q -P 2 1M 1M")
+    qemu_io("top", "read -q -P 2 1M 1M")

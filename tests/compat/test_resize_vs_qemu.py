@@ -6,41 +6,12 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qblock.tools.img import main
-
-Run = Callable[..., tuple[int, str]]
-
-
-def qemu(*args: str) -> tuple[int, str]:
-    """Exit code and standard output of the real qemu-img."""
-    result = subprocess.run(["qemu-img", *args], capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    return result.returncode, result.stdout.decode()
-
-
-def qemu_io(image: str, fmt: str, *commands: str) -> None:
-    words = [word for command in commands for word in ("-c", command)]
-    subprocess.run(["qemu-io", "-f", fmt, *words, image], check=True, stdout=subprocess.DEVNULL)
-
-
-@pytest.fixture
-def ours(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs qblock-img in this process."""
-
-    def run(*args: str) -> tuple[int, str]:
-        capfd.readouterr()
-        code = main(list(args))
-        captured = capfd.readouterr()
-        if code:
-            assert captured.err, "a failure must say why"
-        return code, captured.out
-
-    return run
+from image_tools import Run, qemu, qemu_io
 
 
 def present(image: str, fmt: str) -> list[tuple[int, int, int, bool]]:
@@ -79,7 +50,7 @@ def make_pair(rng: random.Random, fmt: str, size: int) -> int:
         if version == "1.1" and rng.random() < 0.6:  # over a longer file 7.2 cannot let version 2 grow
             below = rng.choice([size // 2, size, 2 * size]) & ~511
             assert qemu("create", "-q", "-f", "qcow2", "base", str(below))[0] == 0
-            qemu_io("base", "qcow2", f"write -q -P 9 0 {below}")
+            qemu_io("base", f"write -q -P 9 0 {below}")
             options += ["-b", "base", "-F", "qcow2"]
     assert qemu("create", "-q", "-f", fmt, *options, "theirs", str(size))[0] == 0
     Path("ours").write_bytes(Path("theirs").read_bytes())
@@ -96,7 +67,7 @@ def scribble(rng: random.Random, fmt: str, size: int) -> None:
         commands.append(f"write -q {zero} {start} {length}")
     if commands:
         for image in ("theirs", "ours"):
-            qemu_io(image, fmt, *commands)
+            qemu_io(image, *commands, fmt=fmt)
 
 
 def random_words(rng: random.Random, size: int, unit: int) -> list[str]:
@@ -153,10 +124,10 @@ def test_what_was_cut_off_inside_a_cluster_does_not_come_back(
     monkeypatch.chdir(tmp_path)
     for shrink in (ours, qemu):
         assert qemu("create", "-q", "-f", "qcow2", "-o", f"compat={compat}", "a.q", "256k")[0] == 0
-        qemu_io("a.q", "qcow2", "write -q -P 5 0 256k")
+        qemu_io("a.q", "write -q -P 5 0 256k")
         assert shrink("resize", "-q", "--shrink", "a.q", "100k")[0] == 0
         assert ours("resize", "-q", "a.q", "256k")[0] == 0
-        qemu_io("a.q", "qcow2", "read -q -P 5 0 100k", "read -q -P 0 100k 156k")
+        qemu_io("a.q", "read -q -P 5 0 100k", "read -q -P 0 100k 156k")
 
 
 @pytest.mark.parametrize("cluster", ["512", "4k", "64k"])
@@ -166,7 +137,7 @@ def test_a_shrunken_image_is_as_short_as_qemus(
     """The end of the file goes back to the host, with refcount blocks that count nothing any more."""
     monkeypatch.chdir(tmp_path)
     assert qemu("create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", "theirs", "16M")[0] == 0
-    qemu_io("theirs", "qcow2", "write -q -P 1 0 16M")
+    qemu_io("theirs", "write -q -P 1 0 16M")
     Path("ours").write_bytes(Path("theirs").read_bytes())
     for size in ("9M", "1M", "512"):
         assert ours("resize", "--shrink", "ours", size) == qemu("resize", "--shrink", "theirs", size)
@@ -183,11 +154,11 @@ def test_preallocated_growth_takes_the_space(
     monkeypatch.chdir(tmp_path)
     for fmt in ("raw", "qcow2"):
         assert qemu("create", "-q", "-f", fmt, fmt, "4M")[0] == 0
-        qemu_io(fmt, fmt, "write -q -P 1 0 4M")
+        qemu_io(fmt, "write -q -P 1 0 4M", fmt=fmt)
         assert ours("resize", "-q", "--shrink", "-f", fmt, fmt, "1M")[0] == 0
         assert ours("resize", f"--preallocation={mode}", "-f", fmt, fmt, "4M") == (0, "Image resized.\n")
         assert os.stat(fmt).st_blocks * 512 >= 4 << 20
-        qemu_io(fmt, fmt, "read -q -P 1 0 1M", "read -q -P 0 1M 3M")
+        qemu_io(fmt, "read -q -P 1 0 1M", "read -q -P 0 1M 3M", fmt=fmt)
     assert qemu("check", "-q", "qcow2") == (0, "")
 
 
@@ -244,13 +215,13 @@ def test_snapshots_keep_their_content_when_the_disk_shrinks(
     """What a snapshot holds behind the new end stays; going back to it brings all of it back."""
     monkeypatch.chdir(tmp_path)
     qemu("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "a.q", "4M")
-    qemu_io("a.q", "qcow2", "write -q -P 1 0 4M")
+    qemu_io("a.q", "write -q -P 1 0 4M")
     qemu("snapshot", "-c", "one", "a.q")
-    qemu_io("a.q", "qcow2", "write -q -P 2 1M 3M")
+    qemu_io("a.q", "write -q -P 2 1M 3M")
     assert ours("resize", "--shrink", "a.q", "1536k")[0] == 0
     assert qemu("check", "-q", "a.q") == (0, "")
     assert ours("resize", "--preallocation=metadata", "a.q", "3M")[0] == 0
     assert qemu("check", "-q", "a.q") == (0, "")
-    qemu_io("a.q", "qcow2", "read -q -P 1 0 1M", "read -q -P 2 1M 512k", "read -q -P 0 1536k 1536k")
+    qemu_io("a.q", "read -q -P 1 0 1M", "read -q -P 2 1M 512k", "read -q -P 0 1536k 1536k")
     assert qemu("snapshot", "-a", "one", "a.q")[0] == 0
-    qemu_io("a.q", "qcow2", "read -q -P 1 0 4M")
+    qemu_io("a.q", "read -q -P 1 0 4M")

@@ -9,25 +9,16 @@ from typing import Any
 
 import pytest
 
-from qblock.tools.img import main
 from qblock.tools.io import main as io_main
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def img(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def img(img: Run) -> Run:
     """Runs qblock-img in an empty directory that has an image ``disk``: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(list(args))
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    assert run("create", "-q", "-f", "qcow2", "disk", "8M")[0] == 0
-    return run
+    assert img("create", "-q", "-f", "qcow2", "disk", "8M")[0] == 0
+    return img
 
 
 def bitmaps(img: Run, image: str = "disk") -> Any:

@@ -10,25 +10,10 @@ from typing import Any
 
 import pytest
 
-from qblock.tools.img import main
 from qblock.tools.io import main as io_main
 
 Run = Callable[..., tuple[int, str, str]]
 SECTOR = 512
-
-
-@pytest.fixture
-def img(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs qblock-img in an empty directory: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(list(args))
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def write(image: str, *commands: str) -> None:
