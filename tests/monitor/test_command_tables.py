@@ -32,10 +32,6 @@ COMMANDS = list(table(Dialect.SYSTEM).values())
 OF_QEMU = [command for command in COMMANDS if command.name not in EXTENSIONS]
 SUBSETS = {("qmp_capabilities", "enable"), ("blockdev-create", "options"), ("x-blockdev-amend", "options")}
 """Members whose values QEMU has more of, or spells by other types."""
-IN_PART = {
-    "migrate-set-parameters",  # there is no migration; a parameter that would steer one is unexpected
-}
-"""Commands that take some of the arguments only, and refuse the others by name, each with the reason."""
 MORE = {("drive-mirror", "copy-mode"): ["semi-sync"], ("blockdev-mirror", "copy-mode"): ["semi-sync"]}
 """Values that only we have: semi-synchronous mirroring was proposed in 2012 and never merged."""
 
@@ -71,7 +67,7 @@ def test_arguments_are_those_of_qemu(command: Command) -> None:
     """Same names, same optional ones, same types: a client's messages fit both."""
     known = QEMU["commands"][command.name]["arguments"]
     ours: dict[str, Field] = {field.wire: field for field in fields(command.arguments)}
-    assert ours.keys() <= known.keys() if command.name in IN_PART else ours.keys() == known.keys()
+    assert ours.keys() == known.keys()
     for name, field in ours.items():
         assert (not field.required) is known[name]["optional"], name
         if (command.name, name) not in SUBSETS:

@@ -7,12 +7,15 @@ by which management software tells that bitmaps can be relied on for incremental
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import attrs
 
+from qblock.driver import Json
 from qblock.errors import CommandError
 from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.dialects import SYSTEM_ONLY
-from qblock.options import dump, option, required, visit
+from qblock.options import dump, fields, option, required, visit
 
 _KNOWN = ("events",)
 
@@ -89,7 +92,11 @@ async def query_migrate_parameters(ctx: CommandContext, args: NoArguments) -> Mi
     return visit(MigrationParameters, ctx.hub.migration_parameters)
 
 
-@command("migrate-set-parameters", since="2.4", dialects=SYSTEM_ONLY)
-async def migrate_set_parameters(ctx: CommandContext, args: MigrationParameters) -> None:
+@command("migrate-set-parameters", since="2.4", open_arguments=MigrationParameters, dialects=SYSTEM_ONLY)
+async def migrate_set_parameters(ctx: CommandContext, args: Mapping[str, Json]) -> None:
     """Keep parameters for a migration."""
-    ctx.hub.migration_parameters |= dump(args)
+    known = {field.wire for field in fields(MigrationParameters)}
+    for name in args:
+        if name not in known:
+            raise CommandError(f"There is no migration parameter '{name}': without memory and processor nothing can be migrated")
+    ctx.hub.migration_parameters |= dump(visit(MigrationParameters, args))
