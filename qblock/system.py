@@ -33,6 +33,7 @@ from qblock.objects import ObjectTable
 from qblock.opening import Opener, OpenPolicy
 from qblock.registry import DriverRegistry
 from qblock.runstate import RunControl
+from qblock.streams import tell
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
@@ -64,7 +65,7 @@ class EventBus:
 
 
 def _warn_on_stderr(text: str) -> None:
-    print(f"qblock: warning: {text}", file=sys.stderr)  # noqa: T201 - the default for programs; libraries pass their own
+    tell(f"qblock: warning: {text}\n", sys.stderr)
 
 
 def _keep_silent(text: str) -> None:

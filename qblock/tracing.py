@@ -22,6 +22,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import attrs
 
+from qblock.streams import tell
+
 Sink: TypeAlias = Callable[[str, Mapping[str, object]], None]
 """Gets an event's name and its members. Must not raise."""
 
@@ -284,7 +286,7 @@ class Trace:
         if self.log is not None:
             self.log(name, members)
             return
-        sys.stderr.write(f"{self.line(name, members)}\n")
+        tell(f"{self.line(name, members)}\n", sys.stderr)
 
 
 DECLARED: Final[dict[str, TraceEvent]] = {

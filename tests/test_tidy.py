@@ -19,7 +19,7 @@ PACKAGE = ROOT / "qblock"
 
 LAYERS = (
     # Each room may import those on lines above it; rooms on one line do not import each other.
-    "errors units",
+    "errors units streams",
     "extents ranges zeroes filenames policy",
     "findings",
     "breakpoints clock options transaction formatting tracing witness runstate fdsets threads",

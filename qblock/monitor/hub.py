@@ -23,6 +23,7 @@ from qblock.monitor.throttle import EventThrottle
 from qblock.monitor.tracing import declare_events, trace_event
 from qblock.monitor.turns import Turns
 from qblock.runstate import RunState
+from qblock.streams import tell
 
 if TYPE_CHECKING:
     from qblock.driver import Json
@@ -67,11 +68,11 @@ ShutdownReason = Literal["host-qmp-quit", "host-signal", "host-qmp-system-reset"
 
 
 def _to_stderr(text: str) -> None:
-    print(text.rstrip("\n"), file=sys.stderr)  # noqa: T201 - the default for programs
+    tell(text.rstrip("\n") + "\n", sys.stderr)
 
 
 def _to_stdout(text: str) -> None:
-    print(text.rstrip("\n"), flush=True)  # noqa: T201 - the default for programs
+    tell(text.rstrip("\n") + "\n", sys.stdout)
 
 
 @attrs.define(eq=False)

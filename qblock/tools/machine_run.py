@@ -15,6 +15,7 @@ from qblock.monitor.machine import MachineOptions
 from qblock.monitor.repl import Repl
 from qblock.monitor.repl_commands import install
 from qblock.monitor.reports import Report, Reports
+from qblock.streams import tell
 from qblock.tools.command_line import CommandLine
 from qblock.tools.machine_line import answers_trace_help, loop_factory, machine_options, start_machine
 from qblock.tools.tracing import Tracer
@@ -40,12 +41,12 @@ def run_machine(line: CommandLine, *, clock: str, prompt: bool, greeting: str) -
 
 
 def _print(report: Report) -> None:
-    print(report.text, end="", flush=True, file=sys.stderr if report.is_complaint else sys.stdout)
+    tell(report.text, sys.stderr if report.is_complaint else sys.stdout)
 
 
 def _print_aside(report: Report) -> None:
     """Where standard output belongs to a QMP client."""
-    print(report.text, end="", flush=True, file=sys.stderr)
+    tell(report.text, sys.stderr)
 
 
 def _run_with_prompt(clock: str, options: MachineOptions, greeting: str) -> int:

@@ -19,6 +19,7 @@ import attrs
 
 from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.options import parse_options
+from qblock.streams import tell
 from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.background import in_background, remove_file, write_pid
 from qblock.tools.console import PROGRAM_VERSION, complain, end_program, ending_quietly
@@ -122,7 +123,7 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
     from qblock.system import BlockSystem
 
     def announce(text: str) -> None:
-        print(text, flush=True, file=sys.stderr if setup.talks_on_stdio else sys.stdout)
+        tell(f"{text}\n", sys.stderr if setup.talks_on_stdio else sys.stdout)
 
     async with AsyncExitStack() as stack:
         created = BlockSystem.create(policy=OpenPolicy.follow(), announce=announce, fatal=end_program)

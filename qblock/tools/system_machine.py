@@ -29,6 +29,7 @@ from qblock.monitor.reports import Report, Reports
 from qblock.monitor.server import MonitorServer
 from qblock.monitor.session import MonitorSession
 from qblock.options import parse_options, split_keyval
+from qblock.streams import tell
 from qblock.tools.background import Ready, remove_file, write_pid
 from qblock.tools.console import end_program
 from qblock.tools.machine_run import first_of
@@ -96,7 +97,7 @@ def _talks_on_stdio(plan: Plan) -> bool:
 
 def _print(report: Report, *, talks_on_stdio: bool) -> None:
     aside = report.is_complaint or talks_on_stdio
-    print(report.text, end="", flush=True, file=sys.stderr if aside else sys.stdout)
+    tell(report.text, sys.stderr if aside else sys.stdout)
 
 
 @attrs.define(eq=False)

@@ -273,6 +273,30 @@ def test_the_line_about_a_new_image_stays_out_of_the_way_of_a_client() -> None:
     assert all(json.loads(line) for line in done.stdout.splitlines())
 
 
+def test_that_nobody_reads_its_messages_any_more_is_nothing_to_it() -> None:
+    """Whoever collected the log has gone: commands that say something are answered all the same, as by QEMU."""
+    commands = [
+        {"execute": "qmp_capabilities"},
+        {"execute": "blockdev-snapshot-sync",
+         "arguments": {"node-name": "disk", "snapshot-node-name": "top", "snapshot-file": "top.qcow2"}},
+        {"execute": "query-jobs"},
+        {"execute": "quit"},
+    ]  # fmt: skip
+    Path("disk.raw").write_bytes(bytes(1 << 20))
+    node = "driver=raw,node-name=disk,file.driver=file,file.filename=disk.raw"
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [*PROGRAM, "--blockdev", node, "--chardev", "stdio,id=c", "--monitor", "c"],
+            input="".join(map(json.dumps, commands)), stdout=subprocess.PIPE, stderr=writing, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert ["return" in json.loads(line) for line in done.stdout.splitlines()[1:]] == [True] * 4
+    assert Path("top.qcow2").exists()
+
+
 def test_it_speaks_the_dialects_of_2012_too() -> None:
     """A node takes the place of the device; a signal leaves a mirror that is in sync as two equal images."""
     from qblock.tools.img import main as img

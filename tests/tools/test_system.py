@@ -219,6 +219,23 @@ def test_monitors_of_all_kinds_serve_the_same_machine(tmp_path: Path, connect: C
         assert process.wait(30) == 0
 
 
+def test_it_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path, connect: Connect) -> None:
+    """The program that has started it is gone, with its ends of the pipes: the line about a new image is lost, nothing else."""
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    with running(tmp_path, "-drive", "if=virtio,id=d,file=disk.raw,format=raw", "-qmp", "unix:q,server=on,wait=off") as process:
+        client = connect(tmp_path / "q")
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+        client.line()
+        client.ask("qmp_capabilities")
+        client.ask("trace-event-set-state", name="job_*", enable=True)
+        client.ask("blockdev-snapshot-sync", device="d", **{"snapshot-file": "top.qcow2"})
+        client.ask("blockdev-snapshot-sync", device="d", **{"snapshot-file": "more.qcow2"})
+        client.ask("block-stream", device="d")
+        assert client.ask("query-status")["running"]
+
+
 def test_time_moves_as_the_qtest_client_says(tmp_path: Path, connect: Connect) -> None:
     """A backup with a limit of a mebibyte a second: nothing happens until the clock is stepped."""
     nodes = [("-blockdev", f"driver=null-co,node-name={name},size=4194304,read-zeroes=on") for name in "st"]
