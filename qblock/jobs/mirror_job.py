@@ -62,7 +62,7 @@ _PATIENCE: Final = 3
 
 
 class MirrorJob(BlockJob):
-    """See the module. ``filter_node`` is above the source already; ``target`` is the job's own backend on the target."""
+    """See the module. ``filter_driver`` is above the source already; ``target`` is the job's own backend on the target."""
 
     type: ClassVar[str] = "mirror"
 

@@ -127,7 +127,7 @@ def _size_of(fd: int) -> int:
 
 
 class FileDriver(Driver):
-    """One open file. ``discards`` counts discards that worked, failed, and the bytes of the former."""
+    """One open file."""
 
     name: ClassVar[str] = "file"
     options_class: ClassVar[type[DriverOptions]] = FileOptions

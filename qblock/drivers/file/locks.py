@@ -25,9 +25,6 @@ _OFD_SETLK: Final = 37
 _FLOCK: Final = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
 _MOST_NAMED: Final = 3
 
-NO_PERMISSIONS: Final = (Perm.NONE, Perm.ALL)
-"""What holds no lock at all: nothing is taken, everything shared."""
-
 
 def _lock_bytes(perm: Perm, shared: Perm) -> frozenset[int]:
     """The bytes that an opener with these permissions keeps locked."""
