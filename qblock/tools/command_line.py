@@ -1,4 +1,4 @@
-"""Command lines with long options after one dash or two, as QEMU's own.
+"""Command lines with long options after one dash or two, as QEMU's own; and how the programs that have them end.
 
 ``-name value``, ``--name value`` and ``--name=value`` are the same; options and words may come in any order. Nothing heavy is
 imported here: ``--version`` answers before a machine is loaded.
@@ -6,12 +6,14 @@ imported here: ``--version`` answers before a machine is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import attrs
 
+from qblock.errors import QBlockError
 from qblock.tools.arguments import UsageError
+from qblock.tools.console import complain, ending_quietly
 
 
 @attrs.frozen
@@ -81,3 +83,24 @@ def _unknown(arg: str, known: frozenset[str]) -> UsageError:
     name = arg.lstrip("-").partition("=")[0]
     close = difflib.get_close_matches(name, known, n=1)
     return UsageError(f"there is no option {arg}" + (f"; did you mean --{close[0]}?" if close else ""))
+
+
+def run_program(program: str, body: Callable[[], int], *, misused: int = 2, help_option: str = "--help") -> int:
+    """Run a program's body: `ending_quietly`, and with a message for what goes wrong on purpose.
+
+    Returns the body's exit code, ``misused`` after `UsageError`, and 1 when something else has failed.
+    """
+
+    def run() -> int:
+        try:
+            return body()
+        except UsageError as error:
+            complain(program, f"{error}\nTry '{program} {help_option}' for more information")
+            return misused
+        except BrokenPipeError:  # whoever reads us has had enough
+            raise
+        except (QBlockError, OSError) as error:
+            complain(program, str(error))
+            return 1
+
+    return ending_quietly(run)

@@ -28,8 +28,7 @@ from qblock.monitor.drawing import GraphDrawing
 from qblock.monitor.machine import Machine, MachineOptions, qmp_socket
 from qblock.testing.images import make_chain
 from qblock.tools.arguments import UsageError
-from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
-from qblock.tools.console import complain, ending_quietly
+from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line, run_program
 from qblock.tools.demo_proofs import collect_proofs
 from qblock.tools.demo_show import JsonPresenter, Presenter, Proof, TextPresenter
 from qblock.tools.machine_line import answers_trace_help, loop_factory, start_machine
@@ -70,38 +69,30 @@ Exit code: 0 all proofs hold, 1 one does not."""
 
 def main(argv: Sequence[str]) -> int:
     """The sub-command; returns the exit code."""
-    return ending_quietly(lambda: _run(argv))
+    return run_program(PROGRAM, lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:
-    try:
-        valued, flags = frozenset({"size", "clock", "seed", "dir", "trace"}), HELP_FLAGS | {"hmp", "json", "keep"}
-        line = parse_command_line(argv, valued=valued, flags=flags)
-        if line.has("h") or line.has("help"):
-            print(HELP)
-            return 0
-        if answers_trace_help(line):
-            return 0
-        if line.words:
-            raise UsageError(f"the demo takes options only, not '{line.words[0]}'")
-        clock = line.choice("clock", ("real", "virtual"))
-        with closing(Tracer.of(PROGRAM, line.values.get("trace", ()))) as tracer, _directory(line) as directory:
-            seed, hmp = line.number("seed") or 1, line.has("hmp")
-            demo = Demo(directory, _presenter(line), _size(line), seed, hmp=hmp, tracer=tracer)
+    valued, flags = frozenset({"size", "clock", "seed", "dir", "trace"}), HELP_FLAGS | {"hmp", "json", "keep"}
+    line = parse_command_line(argv, valued=valued, flags=flags)
+    if line.has("h") or line.has("help"):
+        print(HELP)
+        return 0
+    if answers_trace_help(line):
+        return 0
+    if line.words:
+        raise UsageError(f"the demo takes options only, not '{line.words[0]}'")
+    clock = line.choice("clock", ("real", "virtual"))
+    with closing(Tracer.of(PROGRAM, line.values.get("trace", ()))) as tracer, _directory(line) as directory:
+        seed, hmp = line.number("seed") or 1, line.has("hmp")
+        demo = Demo(directory, _presenter(line), _size(line), seed, hmp=hmp, tracer=tracer)
+        try:
             proofs = demo.run(clock)
-        return 0 if all(proof.holds for proof in proofs) else 1
-    except UsageError as error:
-        complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
-        return 2
-    except KeyboardInterrupt:
-        if sys.stdout.isatty():
-            print("\ninterrupted")  # the bar's line is not ended yet
-        raise
-    except BrokenPipeError:  # whoever reads us has had enough
-        raise
-    except (QBlockError, OSError, TimeoutError) as error:
-        complain(PROGRAM, str(error))
-        return 1
+        except KeyboardInterrupt:
+            if sys.stdout.isatty():
+                print("\ninterrupted")  # the bar's line is not ended yet
+            raise
+    return 0 if all(proof.holds for proof in proofs) else 1
 
 
 def _size(line: CommandLine) -> int:

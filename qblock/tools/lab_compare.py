@@ -23,8 +23,8 @@ from qblock.lab.compare.strategies import STRATEGIES, Strategy
 from qblock.lab.compare.table import WIDTH, Painter, render
 from qblock.lab.ending import ending_at_once, scratch_directory
 from qblock.tools.arguments import UsageError
-from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
-from qblock.tools.console import complain, ending_quietly
+from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line, run_program
+from qblock.tools.console import complain
 from qblock.units import MiB, align_up, parse_size
 
 PROGRAM: Final = "qblock lab compare"
@@ -55,7 +55,7 @@ wrong."""
 
 def main(argv: Sequence[str]) -> int:
     """The sub-command; returns the exit code."""
-    return ending_quietly(lambda: _run(argv))
+    return run_program(PROGRAM, lambda: _run(argv))
 
 
 def help_text() -> str:
@@ -65,30 +65,21 @@ def help_text() -> str:
 
 
 def _run(argv: Sequence[str]) -> int:
-    try:
-        line = parse_command_line(argv, valued=_VALUED, flags=HELP_FLAGS)
-        if line.has("h") or line.has("help"):
-            print(help_text())
-            return 0
-        if line.words:
-            raise UsageError(f"the comparison takes options only, not '{line.words[0]}'")
-        if line.has("crash"):
-            return _make_crash_files(line)
-        as_json_text, picture = line.choice("output", ("human", "json")) == "json", _picture(line)
-        with ending_at_once():
-            report, complaints = _report(line)
-        code = _tell(report, as_json_text=as_json_text, picture=picture)
-        for text in complaints:
-            complain(PROGRAM, text)
-        return 1 if complaints else code
-    except UsageError as error:
-        complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
-        return 2
-    except BrokenPipeError:  # whoever reads us has had enough
-        raise
-    except (QBlockError, OSError) as error:
-        complain(PROGRAM, str(error))
-        return 1
+    line = parse_command_line(argv, valued=_VALUED, flags=HELP_FLAGS)
+    if line.has("h") or line.has("help"):
+        print(help_text())
+        return 0
+    if line.words:
+        raise UsageError(f"the comparison takes options only, not '{line.words[0]}'")
+    if line.has("crash"):
+        return _make_crash_files(line)
+    as_json_text, picture = line.choice("output", ("human", "json")) == "json", _picture(line)
+    with ending_at_once():
+        report, complaints = _report(line)
+    code = _tell(report, as_json_text=as_json_text, picture=picture)
+    for text in complaints:
+        complain(PROGRAM, text)
+    return 1 if complaints else code
 
 
 def _report(line: CommandLine) -> tuple[Report, list[str]]:

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from qblock.errors import QBlockError
 from qblock.lab.ending import ending_at_once, scratch_directory
 from qblock.lab.witness.experiment import Experiment, Outcome, Progress, Scope, UnknownStep, recompute
 from qblock.lab.witness.plan import Part, Victim
 from qblock.lab.witness.report import as_json, as_text, plain, step_lines
 from qblock.tools.arguments import UsageError
-from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
-from qblock.tools.console import complain, ending_quietly
+from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line, run_program
+from qblock.tools.console import complain
 
 PROGRAM: Final = "qblock lab witness"
 SHOWN, NOT_SHOWN, UNUSABLE = 0, 1, 2
@@ -51,26 +50,20 @@ _FLAGS: Final = HELP_FLAGS | {"list", "qemu-img"}
 
 def main(argv: Sequence[str]) -> int:
     """The sub-command; returns the exit code."""
-    return ending_quietly(lambda: _run(argv))
+    return run_program(PROGRAM, lambda: _run(argv), misused=UNUSABLE)
 
 
 def _run(argv: Sequence[str]) -> int:
+    line = parse_command_line(argv, valued=_VALUED, flags=_FLAGS)
+    if line.has("h") or line.has("help"):
+        print(HELP)
+        return SHOWN
+    if line.words:
+        raise UsageError(f"there is nothing to be said about '{line.words[0]}': all is told by options")
     try:
-        line = parse_command_line(argv, valued=_VALUED, flags=_FLAGS)
-        if line.has("h") or line.has("help"):
-            print(HELP)
-            return SHOWN
-        if line.words:
-            raise UsageError(f"there is nothing to be said about '{line.words[0]}': all is told by options")
         return _recompute(line) if line.has("recompute") else _perform(line)
-    except (UsageError, UnknownStep) as error:
-        complain(PROGRAM, f"{error}\nTry '{PROGRAM} --help' for more information")
-        return UNUSABLE
-    except BrokenPipeError:  # whoever reads us has had enough
-        raise
-    except (QBlockError, OSError) as error:
-        complain(PROGRAM, str(error))
-        return NOT_SHOWN
+    except UnknownStep as error:
+        raise UsageError(str(error)) from None
 
 
 def _perform(line: CommandLine) -> int:

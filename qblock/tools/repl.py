@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from qblock.errors import QBlockError
 from qblock.tools.arguments import UsageError
-from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
-from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
+from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line, run_program
+from qblock.tools.console import PROGRAM_VERSION
 
 PROGRAM: Final = "qblock"
 GREETING: Final = "qblock: type `help` for the commands, `quit` or Ctrl-D to leave"
@@ -46,27 +45,18 @@ _FLAGS: Final = HELP_FLAGS | {"V", "version", "S"}
 
 def main(argv: Sequence[str]) -> int:
     """The program; returns its exit code."""
-    return ending_quietly(lambda: _run(argv))
+    return run_program(PROGRAM, lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:
-    try:
-        line = parse_command_line(argv, valued=_VALUED, flags=_FLAGS)
-        if line.has("h") or line.has("help"):
-            print(HELP)
-            return 0
-        if line.has("V") or line.has("version"):
-            print(f"qblock version {PROGRAM_VERSION}")
-            return 0
-        return _run_machine(line)
-    except UsageError as error:
-        complain(PROGRAM, f"{error}\nTry 'qblock --help' for more information")
-        return 2
-    except BrokenPipeError:  # whoever reads us has had enough
-        raise
-    except (QBlockError, OSError) as error:
-        complain(PROGRAM, str(error))
-        return 1
+    line = parse_command_line(argv, valued=_VALUED, flags=_FLAGS)
+    if line.has("h") or line.has("help"):
+        print(HELP)
+        return 0
+    if line.has("V") or line.has("version"):
+        print(f"qblock version {PROGRAM_VERSION}")
+        return 0
+    return _run_machine(line)
 
 
 def _run_machine(line: CommandLine) -> int:

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Final
 
-from qblock.errors import QBlockError
-from qblock.tools.arguments import UsageError
-from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly
+from qblock.tools.command_line import run_program
+from qblock.tools.console import PROGRAM_VERSION
 from qblock.tools.system_options import Given, parse_options
 
 PROGRAM: Final = "qblock-system"
@@ -45,25 +44,16 @@ The other options of qemu-system-x86_64 are accepted and have no effect, as -cpu
 def main(argv: list[str] | None = None) -> int:
     """The program: returns its exit code."""
     args = sys.argv[1:] if argv is None else argv
-    return ending_quietly(lambda: _run(args))
+    return run_program(PROGRAM, lambda: _run(args), misused=1, help_option="-help")
 
 
 def _run(args: Sequence[str]) -> int:
-    try:
-        given = parse_options(args)
-        answer = _answer(given)
-        if answer is not None:
-            print(answer)
-            return 0
-        return _run_machine(given)
-    except UsageError as error:
-        complain(PROGRAM, f"{error}\nTry '{PROGRAM} -help' for more information")
-        return 1
-    except BrokenPipeError:  # whoever reads us has had enough
-        raise
-    except (QBlockError, OSError) as error:
-        complain(PROGRAM, str(error))
-        return 1
+    given = parse_options(args)
+    answer = _answer(given)
+    if answer is not None:
+        print(answer)
+        return 0
+    return _run_machine(given)
 
 
 def _answer(given: Sequence[Given]) -> str | None:
