@@ -18,6 +18,7 @@ from qblock.errors import CommandError, QBlockError
 from qblock.image import ImageInfo, MapExtent, describe, open_image
 from qblock.inspecting import Layer, inspect_chain
 from qblock.node import BlockDriverState
+from qblock.nodespec import NodeFlags
 from qblock.offline import run_offline
 from qblock.opening import Opener
 from qblock.registry import DriverRegistry
@@ -199,7 +200,7 @@ def convert(
         ]
         total = sum(one.length for one in opened)
         await create_file(session, name, fmt, {**options, "size": total})
-        output = await session.open(ImageArguments(name, fmt=fmt, writable=True, extra={"discard": "unmap"}))
+        output = await session.open(ImageArguments(name, fmt=fmt, writable=True, flags=NodeFlags(discard_unmap=True)))
         settings = ConvertSettings(workers=workers, target_is_zero=True, speed=speed, compressed=compressed)
         await Converter(opened, output, settings, session.environment.clock, Told(progress)).run()
         return Converted(output.length, output.node.driver.allocated_size())

@@ -13,7 +13,7 @@ the new backing file is noticed before anything is copied.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from qblock.errors import CommandError, QBlockError
 from qblock.extents import Unallocated
 from qblock.filenames import combine_filename
 from qblock.node import BdrvChild, BlockDriverState
+from qblock.nodespec import NO_FLAGS, NodeFlags
 from qblock.offline import WRITING, run_offline, using
 from qblock.opening import Opener
 from qblock.permissions import Perm
@@ -49,14 +50,14 @@ class Rebased:
 class RebaseOrder:
     """What the overlay is to stand on: ``backing`` is a file name, relative to the overlay's (None: nothing), ``fmt`` its format.
 
-    ``options`` are those of the node of the new backing file, as dotted keys; ``force_share``: others may be writing to it.
+    ``flags`` are those by which the new backing file is opened; ``force_share``: others may be writing to it.
     ``writethrough``: each write to the overlay is durable when it ends.
     """
 
     backing: str | None
     fmt: str | None = None
     unsafe: bool = False
-    options: Mapping[str, Any] = attrs.field(factory=dict)
+    flags: NodeFlags = NO_FLAGS
     force_share: bool = False
     writethrough: bool = False
 
@@ -138,7 +139,7 @@ class _Comparing:
         if below is None:
             try:
                 below = await self.opener.open_image(
-                    located, fmt=self.order.fmt, options=self.order.options, force_share=self.order.force_share
+                    located, fmt=self.order.fmt, inherited=self.order.flags, force_share=self.order.force_share
                 )
             except QBlockError as error:
                 raise CommandError(f"the new backing file '{located}' cannot be opened: {error}") from error

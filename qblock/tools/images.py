@@ -25,7 +25,7 @@ from qblock.environment import Environment
 from qblock.errors import CommandError, QBlockError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
-from qblock.nodespec import DISCARD_WORDS, NodeFlags
+from qblock.nodespec import DISCARD_WORDS, NO_FLAGS, NodeFlags
 from qblock.opening import Opener, OpenPolicy
 from qblock.options import fields, parse_keyval, parse_options, split_items
 from qblock.permissions import Perm
@@ -47,7 +47,7 @@ class ImageArguments:
     ``writethrough``: every write is durable when it completes. ``copy_on_read``: what is read from the backing file is copied up.
     ``to_check``: damage that a repair mends does not forbid writing. ``resizable``: it may get another size. ``steady``:
     nobody else may write to it meanwhile (formats ask for that anyway; of raw images QEMU's convert does, other commands do not).
-    ``extra`` are further options of the node, as dotted keys with strings (``cache.direct``). ``backing`` False leaves the
+    ``extra`` are further options of the node, as dotted keys with strings (``encrypt.key-secret``). ``backing`` False leaves the
     backing file closed, ``data_file`` False its data file: then it has no content, but can be asked what it is.
     """
 
@@ -65,8 +65,8 @@ class ImageArguments:
     copy_on_read: bool = False
     temporary: bool = False
     """Writes go to an overlay that is gone with the session; the image itself is opened for reading."""
-    aio: str = "threads"
-    """How its files run their requests, where their options do not say it."""
+    flags: NodeFlags = NO_FLAGS
+    """How its nodes are opened where their options do not say it; those that are fields of their own are ignored."""
     extra: Mapping[str, str] = attrs.field(factory=dict)
     snapshot: str | None = None
     """The internal snapshot to show in place of the disk, see `snapshots.find_described`; the size stays the disk's."""
@@ -138,7 +138,7 @@ class ImageSession:
             options=dict(wanted.extra),
             force_share=wanted.force_share,
             to_check=wanted.to_check,
-            inherited=NodeFlags(aio=wanted.aio),
+            inherited=wanted.flags,
         )
 
     async def open(self, wanted: ImageArguments) -> BlockBackend:
@@ -173,7 +173,7 @@ class ImageSession:
         try:
             file = {"driver": "file", "filename": name}
             await self.opener.create_image("qcow2", {"file": file, "size": node.length})
-            options = {"backing": node.node_name, "discard": wanted.extra.get("discard", "ignore")}
+            options = {"backing": node.node_name, "discard": "unmap" if wanted.flags.discard_unmap else "ignore"}
             return await self.opener.open_image(name, fmt="qcow2", read_only=not wanted.writable, options=options)
         finally:
             keeper.close()

@@ -13,7 +13,7 @@ from qblock.backend import BlockBackend
 from qblock.driver import Json, SupportsAmend, SupportsKeySlots
 from qblock.errors import CommandError
 from qblock.formatting import CreateOption
-from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, cache_flags, is_writethrough
 from qblock.tools.console import Progress, Teller
 from qblock.tools.creation import checked_option_lists, parse_values, print_options, wants_help
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
@@ -81,7 +81,7 @@ async def _amend(session: ImageSession, arguments: Arguments, texts: list[str], 
             arguments,
             arguments.words[0],
             writable=not helps,
-            extra=cache_options(cache),
+            flags=cache_flags(cache),
             data_file=not helps,
         )
     )

@@ -20,7 +20,7 @@ from qblock.tools.arguments import (
     Arguments,
     UsageError,
     aio_mode,
-    cache_options,
+    cache_flags,
     is_writethrough,
     size_of,
 )
@@ -68,8 +68,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         arguments,
         arguments.words[0],
         writable="w" in arguments,
-        aio=aio_mode(arguments, "n"),
-        extra=cache_options(cache),
+        flags=attrs.evolve(cache_flags(cache), aio=aio_mode(arguments, "n")),
         writethrough=is_writethrough(cache),
     )
     run_session(lambda session: _bench(session, wanted, settings), watch)

@@ -20,7 +20,7 @@ from qblock.errors import CommandError
 from qblock.findings import Finding
 from qblock.imageinfo import in_order
 from qblock.ranges import ByteRange
-from qblock.tools.arguments import Arguments, UsageError, cache_options
+from qblock.tools.arguments import Arguments, UsageError, cache_flags
 from qblock.tools.console import Style, complain
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
@@ -58,7 +58,7 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         writable=fix is not CheckFix.NONE,
         to_check=True,
         resizable=True,
-        extra=cache_options(arguments.get("T")),
+        flags=cache_flags(arguments.get("T")),
     )
     try:
         name, result = run_session(lambda session: check_image(session, wanted, fix, explain=explain), watch)

@@ -6,7 +6,7 @@ Command line, exit codes and the printed line of qemu-img 7.2: without ``-b`` or
 from __future__ import annotations
 
 from qblock.committing import CommitOrder, commit_image
-from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, cache_flags, is_writethrough
 from qblock.tools.console import Progress
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
@@ -38,7 +38,7 @@ async def _commit(session: ImageSession, arguments: Arguments, order: CommitOrde
             arguments,
             arguments.words[0],
             writable=True,
-            extra=cache_options(arguments.get("t")) | {"discard": "unmap"},
+            flags=cache_flags(arguments.get("t"), discard=True),
         )
     )
     assert overlay.root is not None

@@ -13,7 +13,7 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.errors import QBlockError
 from qblock.status import ChainExtent, Further, chain_status
-from qblock.tools.arguments import Arguments, UsageError, cache_options
+from qblock.tools.arguments import Arguments, UsageError, cache_flags
 from qblock.tools.console import Progress, Teller, complain
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 from qblock.units import MiB, align_down
@@ -77,8 +77,8 @@ async def _compare(session: ImageSession, arguments: Arguments, progress: Progre
 async def _open(session: ImageSession, arguments: Arguments, name: str, fmt: str) -> BlockBackend:
     try:
         arguments.check_image_opts(fmt)
-        extra = cache_options(arguments.get("T"), "source cache option")
-        return await session.open(ImageArguments.of(arguments, name, fmt, extra=extra))
+        flags = cache_flags(arguments.get("T"), "source cache option")
+        return await session.open(ImageArguments.of(arguments, name, fmt, flags=flags))
     except QBlockError as error:
         raise _Stop(OPEN_FAILED, str(error)) from error
 

@@ -19,7 +19,7 @@ from qblock.filenames import combine_filename
 from qblock.formatting import options_of
 from qblock.node import BlockDriverState
 from qblock.registry import DriverRegistry
-from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, cache_flags, is_writethrough
 from qblock.tools.console import Progress, complain
 from qblock.tools.converting import Converter, ConvertSettings
 from qblock.tools.copying_bitmaps import check_options as check_bitmap_options
@@ -161,7 +161,7 @@ async def _convert(session: ImageSession, request: _Request, progress: Progress)
             ImageArguments.of(
                 arguments,
                 name,
-                extra=cache_options(arguments.get("T"), "source cache option"),
+                flags=cache_flags(arguments.get("T"), "source cache option"),
                 snapshot=arguments.get("l"),
                 steady="U" not in arguments,
             )
@@ -171,7 +171,6 @@ async def _convert(session: ImageSession, request: _Request, progress: Progress)
     if "bitmaps" in arguments:
         check_source(sources[0].node, skip_broken="skip-broken-bitmaps" in arguments)
     cache = arguments.get("t") or "unsafe"
-    extra = cache_options(cache) | {"discard": "unmap"}
     total = sum(source.length for source in sources)
     if request.creates:
         # The size is that of the sources, as in QEMU, whatever -o says.
@@ -184,7 +183,8 @@ async def _convert(session: ImageSession, request: _Request, progress: Progress)
             fmt=None if "target-image-opts" in arguments else request.fmt,
             image_opts="target-image-opts" in arguments,
             writable=True,
-            extra=extra | (unlocking_options(request.values) if request.creates else {}),
+            flags=cache_flags(cache, discard=True),
+            extra=unlocking_options(request.values) if request.creates else {},
         )
     )
     target.writethrough = is_writethrough(cache)

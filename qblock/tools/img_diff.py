@@ -22,7 +22,7 @@ from qblock.errors import QBlockError
 from qblock.filenames import has_protocol
 from qblock.node import BlockDriverState
 from qblock.status import FIRST_QUESTION, ChainExtent, chain_status, next_question
-from qblock.tools.arguments import Arguments, UsageError, cache_options
+from qblock.tools.arguments import Arguments, UsageError, cache_flags
 from qblock.tools.console import complain
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 from qblock.units import MiB, format_size
@@ -107,8 +107,8 @@ async def _diff(session: ImageSession, arguments: Arguments) -> int:
 async def _open(session: ImageSession, arguments: Arguments, name: str, fmt: str) -> BlockBackend:
     try:
         arguments.check_image_opts(fmt)
-        extra = cache_options(arguments.get("T"), "source cache option")
-        return await session.open(ImageArguments.of(arguments, name, fmt, extra=extra))
+        flags = cache_flags(arguments.get("T"), "source cache option")
+        return await session.open(ImageArguments.of(arguments, name, fmt, flags=flags))
     except QBlockError as error:
         raise _Failed(OPEN_FAILED, str(error)) from error
 

@@ -6,7 +6,7 @@ Command line and exit codes of qemu-img 7.2. Without ``-u`` what the guest sees 
 from __future__ import annotations
 
 from qblock.rebasing import RebaseOrder, rebase_image
-from qblock.tools.arguments import Arguments, UsageError, cache_options, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, cache_flags, is_writethrough
 from qblock.tools.console import Progress
 from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
 
@@ -23,12 +23,12 @@ def run(args: list[str], watch: Watch | None = None) -> int:
         raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
     watch = with_secrets(arguments, watch)
     arguments.check_image_opts()
-    cache_options(cache)
+    cache_flags(cache)
     order = RebaseOrder(
         backing=backing or None,
         fmt=arguments.get("F"),
         unsafe=unsafe,
-        options=cache_options(arguments.get("T"), "source cache option"),
+        flags=cache_flags(arguments.get("T"), "source cache option"),
         force_share="U" in arguments,
         writethrough=is_writethrough(cache),
     )
@@ -46,7 +46,7 @@ async def _rebase(session: ImageSession, arguments: Arguments, order: RebaseOrde
             image_opts="image-opts" in arguments,
             writable=True,
             backing=not order.unsafe,
-            extra=cache_options(arguments.get("t")),
+            flags=cache_flags(arguments.get("t")),
         )
     )
     assert overlay.root is not None

@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 from typing import Final, NoReturn
 
+import attrs
+
 from qblock.errors import CommandError, QBlockError
 from qblock.iocmd.commands import COMMANDS
 from qblock.iocmd.shell import AlreadySaid, CommandFailed, IoCommand, IoShell, command_table, options_of
 from qblock.nodespec import DISCARD_WORDS
 from qblock.options import parse_keyval
-from qblock.tools.arguments import Arguments, UsageError, aio_mode, cache_options, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, aio_mode, cache_flags, is_writethrough
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
 from qblock.tools.images import ImageArguments, ImageSession, OnlyHelp, run_session, with_secrets
 from qblock.tools.tracing import Tracer, asks_for_list, print_events
@@ -119,8 +121,9 @@ def _wanted(arguments: Arguments, name: str, *, image_opts: bool = False) -> Ima
         image_opts=image_opts or "image-opts" in arguments,
         writable="r" not in arguments,
         force_share="U" in arguments,
-        aio=aio_mode(arguments, "k"),
-        extra=cache_options(cache) | {"discard": DISCARD_WORDS[discard]},
+        flags=attrs.evolve(
+            cache_flags(cache, discard=DISCARD_WORDS[discard] == "unmap"), aio=aio_mode(arguments, "k")
+        ),
         writethrough=is_writethrough(cache),
         copy_on_read="C" in arguments,
         temporary="s" in arguments,

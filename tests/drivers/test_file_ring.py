@@ -26,6 +26,7 @@ from qblock.drivers.file.slots import DEPTH, LARGEST
 from qblock.errors import BlockIOError, CommandError
 from qblock.graph import Graph
 from qblock.node import BlockDriverState
+from qblock.nodespec import NodeFlags
 from qblock.opening import Opener
 from qblock.testing.contract import Keeps, check_driver
 from qblock.testing.nodes import NodeBench
@@ -353,7 +354,7 @@ def test_a_command_line_chooses_the_mode_for_all_files_of_an_image(path: Path) -
     options = f"backing_file={path.name},backing_fmt=raw,data_file={path.with_name('data')}"
     assert img_main(["create", "-q", "-f", "qcow2", "-o", options, str(path.with_name("mid")), "3M"]) == 0
     qblock.create(path.with_name("top"), 3 * MiB, backing="mid", backing_fmt="qcow2")
-    wanted = ImageArguments(str(path.with_name("top")), aio="io_uring", extra={"file.aio": "threads"})
+    wanted = ImageArguments(str(path.with_name("top")), flags=NodeFlags(aio="io_uring"), extra={"file.aio": "threads"})
 
     def modes(graph: Graph) -> dict[str, type]:
         drivers = [node.driver for node in graph.nodes.values()]

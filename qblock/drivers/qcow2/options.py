@@ -21,6 +21,8 @@ from qblock.units import KiB, MiB, is_power_of_two
 DEFAULT_L2_CACHE: Final = 32 * MiB
 DEFAULT_CLEAN_INTERVAL: Final = 600
 MIN_REFCOUNT_CLUSTERS: Final = 4
+MOST_REFCOUNT_CLUSTERS: Final = (1 << 31) - 1
+LONGEST_INTERVAL: Final = (1 << 32) - 1
 MIN_L2_TABLES: Final = 2
 MIN_CACHE_ENTRY: Final = 512
 
@@ -189,7 +191,11 @@ def cache_sizes(options: Qcow2Options, header: Header) -> CacheSizes:
         refcount = refcount if refcount is not None else total - l2
     l2 = l2 if l2 is not None else min(whole_image, DEFAULT_L2_CACHE)
     refcount = refcount if refcount is not None else max(least_refcount, 256 * KiB)
+    if refcount // cluster > MOST_REFCOUNT_CLUSTERS:
+        raise InvalidParameter("refcount-cache-size", f"must not be more than {MOST_REFCOUNT_CLUSTERS} clusters")
     interval = options.cache_clean_interval
+    if interval is not None and interval > LONGEST_INTERVAL:
+        raise InvalidParameter("cache-clean-interval", f"must not be more than {LONGEST_INTERVAL} seconds")
     return CacheSizes(
         max(l2, MIN_L2_TABLES * (entry or min(cluster, 64 * KiB))),
         entry,
