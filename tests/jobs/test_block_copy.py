@@ -511,20 +511,28 @@ def test_a_write_that_is_under_way_at_the_beginning_is_waited_for(monkeypatch: p
     run(main)
 
 
+async def in_the_pause(
+    bench: JobBench, monkeypatch: pytest.MonkeyPatch
+) -> tuple[BlockBackend, BlockDriverState, BlockCopyJob]:
+    """A disk full of ``y``, a target of which everything is to be copied once more, and a job that holds the guest for that."""
+    source, target = await bench.node("s", 16 * MiB), await bench.node("t", 16 * MiB)
+    SlowWrites(target, 10_000_000, monkeypatch)
+    monkeypatch.setattr("qblock.jobs.block_copy.MAX_PASSES", 0)
+    disk = bench.disk(source, "d")
+    await disk.write(0, b"x" * (16 * MiB))
+    job = await bench_copy(bench, monkeypatch, target)
+    await asyncio.sleep(0.255)  # the last of 16 chunks is being copied: now all are dirty again
+    await disk.write(0, b"y" * (16 * MiB))
+    await eventually(lambda: source.quiesce_counter)
+    return disk, target, job
+
+
 def test_in_the_pause_it_makes_room_for_somebody_elses_drained_section(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who drains the target relies on it that nobody writes there, the job that holds the guest included."""
 
     async def main() -> None:
         bench = JobBench()
-        source, target = await bench.node("s", 16 * MiB), await bench.node("t", 16 * MiB)
-        SlowWrites(target, 10_000_000, monkeypatch)
-        monkeypatch.setattr("qblock.jobs.block_copy.MAX_PASSES", 0)
-        disk = bench.disk(source, "d")
-        await disk.write(0, b"x" * (16 * MiB))
-        job = await bench_copy(bench, monkeypatch, target)
-        await asyncio.sleep(0.255)  # the last of 16 chunks is being copied: now all are dirty again
-        await disk.write(0, b"y" * (16 * MiB))
-        await eventually(lambda: source.quiesce_counter)
+        disk, target, job = await in_the_pause(bench, monkeypatch)
         async with drained(target):
             copied = driver_of(target).content()
             assert b"x" in copied, "it has not been waited for the end"
@@ -591,15 +599,7 @@ def test_a_cancel_in_the_pause_comes_in_time(monkeypatch: pytest.MonkeyPatch) ->
 
     async def main() -> None:
         bench = JobBench()
-        source, target = await bench.node("s", 16 * MiB), await bench.node("t", 16 * MiB)
-        SlowWrites(target, 10_000_000, monkeypatch)
-        monkeypatch.setattr("qblock.jobs.block_copy.MAX_PASSES", 0)
-        disk = bench.disk(source, "d")
-        await disk.write(0, b"x" * (16 * MiB))
-        job = await bench_copy(bench, monkeypatch, target)
-        await asyncio.sleep(0.255)  # the last of 16 chunks is being copied: now all are dirty again
-        await disk.write(0, b"y" * (16 * MiB))
-        await eventually(lambda: source.quiesce_counter)
+        disk, _, job = await in_the_pause(bench, monkeypatch)
         write = asyncio.ensure_future(disk.write(0, b"held"))
         await asyncio.sleep(0.025)
         assert not write.done()
@@ -608,7 +608,7 @@ def test_a_cancel_in_the_pause_comes_in_time(monkeypatch: pytest.MonkeyPatch) ->
         await bench.jobs.wait(job)
         assert asyncio.get_running_loop().time() - cancelled_at <= 0.01, "not all of the rest is copied first"
         await write
-        assert job.cancelled and disk.node is source
+        assert job.cancelled and disk.node is job.source
         assert await disk.read(0, 5) == b"heldy"
         await bench.close()
 

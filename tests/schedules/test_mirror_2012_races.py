@@ -228,17 +228,23 @@ def test_a_write_below_a_filter_is_waited_for_at_the_end() -> None:
     run(main)
 
 
+async def copying_in_sync(bench: JobBench) -> tuple[Gated, ShakyMemory, Mirror2012Job]:
+    """A mirror that was in sync, and is reading the ``b`` that was written since; it waits at ``source``."""
+    source, target = await gated(bench)
+    job = await start_mirror_2012(bench.system, device="d", target=ONTO_T, full=True)
+    await eventually(lambda: is_in_sync(job))
+    source.stop("read")
+    await bench.graph.find_backend("d").write(0, b"b" * MiB)
+    await source.stopped.wait()
+    return source, target, job
+
+
 def test_a_cancel_that_comes_during_a_copy_in_sync_is_followed_by_no_sleep() -> None:
     """Once cancelled the job never sleeps again, also when it notices only after a request of its own."""
 
     async def main() -> None:
         bench = JobBench()
-        source, target = await gated(bench)
-        job = await start_mirror_2012(bench.system, device="d", target=ONTO_T, full=True)
-        await eventually(lambda: is_in_sync(job))
-        source.stop("read")
-        await bench.graph.find_backend("d").write(0, b"b" * MiB)
-        await source.stopped.wait()
+        source, target, job = await copying_in_sync(bench)
         sleeps = []
         bench.system.env.trace.listen("co_sleep_begin", lambda name, members: sleeps.append(members))
         await bench.jobs.cancel(job)
@@ -256,12 +262,7 @@ def test_a_cancel_that_comes_with_somebody_elses_drained_section_waits_for_its_e
 
     async def main() -> None:
         bench = JobBench()
-        source, target = await gated(bench)
-        job = await start_mirror_2012(bench.system, device="d", target=ONTO_T, full=True)
-        await eventually(lambda: is_in_sync(job))
-        source.stop("read")
-        await bench.graph.find_backend("d").write(0, b"b" * MiB)
-        await source.stopped.wait()
+        source, target, job = await copying_in_sync(bench)
         asyncio.get_running_loop().call_later(1, source.go_on.set)
         await bench.jobs.cancel(job)
         async with drained(target.node):
