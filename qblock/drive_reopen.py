@@ -145,6 +145,8 @@ class _Exchange:
         loss = ", and its target is not complete" if any(edge.name == "target" for edge in job.edges) else ""
         if job.status is JobStatus.CREATED:
             raise DeviceInUse(self.device, f"{user} is being set up for it")
+        if job.status is JobStatus.CONCLUDED:
+            raise DeviceInUse(self.device, f"{user} has ended, and holds its nodes until it is dismissed")
         assert job.txn is not None
         job.auto_finalize = True
         with self._killing_when_stopped(job):

@@ -68,18 +68,28 @@ def targeted(table: Desk) -> str:
     return "job 'j'"
 
 
-@pytest.mark.parametrize("holder", [monitors_own, overlay])
+def concluded(table: Desk) -> str:
+    for name in ("middle", "top"):
+        table.local.qmp.execute("blockdev-snapshot-sync", device="virtio0", snapshot_file=str(table.path / name))
+    middle = str(table.path / "middle")
+    table.local.qmp.execute("block-commit", job_id="j", device="virtio0", top=middle, auto_dismiss=False)
+    table.local.qmp.wait_event("JOB_STATUS_CHANGE", status="concluded")
+    return "job 'j'"
+
+
+@pytest.mark.parametrize("holder", [monitors_own, overlay, concluded])
 def test_an_image_that_somebody_else_uses_is_not_left(holder: Callable[[Desk], str], tmp_path: Path) -> None:
     """It would stay open behind the guest's back; the error says who has it."""
     with desk(tmp_path) as table:
         named = holder(table)
         node = table.backend.node
+        blockers = node.blockers.copy()
         error = error_of(table.reopen)
         assert error.error_class == "DeviceInUse"
         assert named in str(error)
         assert table.backend.node is node
         assert table.steps == ["begin"]
-        assert not node.blockers
+        assert node.blockers == blockers
 
 
 def test_the_target_of_anothers_mirror_is_not_left_and_the_job_goes_on(tmp_path: Path) -> None:
