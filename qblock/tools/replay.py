@@ -14,7 +14,6 @@ from typing import Final
 import attrs
 
 from qblock.clock import RealClock
-from qblock.errors import QBlockError
 from qblock.monitor.machine import MachineOptions, qmp_socket
 from qblock.monitor.replay import (
     JsonTranscript,
@@ -26,13 +25,13 @@ from qblock.monitor.replay import (
 )
 from qblock.monitor.script import ScriptError, Step, parse_script
 from qblock.tools.arguments import UsageError
-from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line
-from qblock.tools.console import complain, ending_quietly
+from qblock.tools.command_line import HELP_FLAGS, CommandLine, parse_command_line, run_program
+from qblock.tools.console import complain
 from qblock.tools.machine_line import answers_trace_help, loop_factory, machine_options, start_machine
 from qblock.tools.tracing import Tracer
 
 PROGRAM: Final = "qblock replay"
-OK, UNMET, UNUSABLE = 0, 1, 2
+OK, UNUSABLE = 0, 2
 
 HELP: Final = """usage: qblock replay [OPTIONS] SCRIPT
 Performs a script of QMP commands and expectations (see docs/replay.md); '-' reads it from standard input.
@@ -56,17 +55,17 @@ _VALUED: Final = frozenset({"socket", "define", "output", "clock", "seed", "dial
 
 def main(argv: Sequence[str]) -> int:
     """The sub-command; returns the exit code."""
-    return ending_quietly(lambda: _run(argv))
+    return run_program(PROGRAM, lambda: _run(argv), misused=UNUSABLE)
 
 
 def _run(argv: Sequence[str]) -> int:
+    line = parse_command_line(argv, valued=_VALUED, flags=HELP_FLAGS)
+    if line.has("h") or line.has("help"):
+        print(HELP)
+        return OK
+    if answers_trace_help(line):
+        return OK
     try:
-        line = parse_command_line(argv, valued=_VALUED, flags=HELP_FLAGS)
-        if line.has("h") or line.has("help"):
-            print(HELP)
-            return OK
-        if answers_trace_help(line):
-            return OK
         steps = parse_script(_script_text(line), _variables(line))
         transcript = _transcript(line)
         if line.has("socket"):
@@ -74,14 +73,9 @@ def _run(argv: Sequence[str]) -> int:
             asyncio.run(_run_on_socket(line.last("socket", ""), steps, transcript))
         else:
             _run_here(line, steps, transcript)
-    except (UsageError, ScriptError) as error:
+    except ScriptError as error:
         complain(PROGRAM, str(error))
         return UNUSABLE
-    except BrokenPipeError:  # whoever reads us has had enough
-        raise
-    except (QBlockError, OSError) as error:
-        complain(PROGRAM, str(error))
-        return UNMET
     return OK
 
 
