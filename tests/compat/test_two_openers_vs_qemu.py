@@ -14,6 +14,8 @@ import pytest
 from qblock.tools import img
 from qblock.tools import io as io_tool
 
+from .qmp_pair import DAEMONS, Pair, running
+
 REAL_IO = ("qemu-io",)
 OUR_IO = (sys.executable, "-m", "qblock.tools.io")
 HOLDERS = [
@@ -108,6 +110,52 @@ def test_the_second_one_fares_as_with_qemu(
         make_images()
         with held(first, image, mode):
             outcomes.append({command: second(command, wanted) for command in COMMANDS})
+    expected, ours_second, ours_first = outcomes
+    assert ours_second == expected
+    assert ours_first == expected
+
+
+# ----------------------------------------------------------------------------------------------- programs that go on running
+
+SYSTEM = ("-S", "-display", "none", "-nodefaults", "-qmp", "unix:{socket},server=on,wait=off")
+SYSTEMS = Pair(real=("qemu-system-x86_64", *SYSTEM), ours=(sys.executable, "-m", "qblock.tools.system", *SYSTEM))
+NODE = "driver=qcow2,node-name=n,file.driver=file,file.filename=disk"
+LASTING = [
+    # a program, how it holds which image, what the second one wants
+    (DAEMONS, ("--blockdev", NODE), "disk"),
+    (DAEMONS, ("--blockdev", f"{NODE},read-only=on"), "disk"),
+    (DAEMONS, ("--blockdev", f"{NODE},auto-read-only=on,read-only=on,force-share=on"), "disk"),
+    (DAEMONS, ("--blockdev", "driver=file,node-name=n,filename=raw"), "raw"),
+    (DAEMONS, ("--blockdev", "driver=file,node-name=n,filename=raw,locking=off"), "raw"),
+    (SYSTEMS, ("-drive", "if=none,id=d,file=disk"), "disk"),
+    (SYSTEMS, ("-drive", "if=virtio,id=d,file=overlay"), "overlay"),
+    (SYSTEMS, ("-drive", "if=virtio,id=d,file=overlay"), "base"),
+    (SYSTEMS, ("-drive", "if=virtio,file=raw,format=raw,readonly=on"), "raw"),
+    (SYSTEMS, ("-drive", "if=none,id=d,file=raw,format=raw", "-device", "virtio-blk,drive=d,share-rw=on"), "raw"),
+    (SYSTEMS, ("-drive", "if=none,id=d,file=disk", "-device", "virtio-blk,drive=d,share-rw=on"), "disk"),
+    (SYSTEMS, ("-drive", "if=virtio,snapshot=on,file=disk"), "disk"),
+]  # fmt: skip
+WISHES = [
+    "io -c 'read 0 512'", "io -r -c 'read 0 512'", "io -r -U -c 'read 0 512'", "img info", "img info -U", "img check -r all",
+    "img convert -O raw {} copy", "img resize -f {fmt} {} 1M", "img snapshot -l", "img bench -c 1 -w",
+    "img create -f {fmt} {} 1M",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("programs", "options", "wanted"), LASTING)
+def test_an_image_of_a_daemon_or_a_machine_is_kept_as_qemu_keeps_it(
+    programs: Pair, options: tuple[str, ...], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that nobody uses, a drive without a device, a guest's disk, one that may be shared: all as with the real ones."""
+    outcomes = []
+    for first, second in ((programs.real, real), (programs.real, ours), (programs.ours, real)):
+        folder = tmp_path / str(len(outcomes))
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        make_images()
+        with running((*first, *options), folder) as connection:
+            connection.execute({"execute": "qmp_capabilities"})  # QEMU greets before it has opened everything
+            outcomes.append({command: second(command, wanted) for command in WISHES})
     expected, ours_second, ours_first = outcomes
     assert ours_second == expected
     assert ours_first == expected
