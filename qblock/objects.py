@@ -33,11 +33,13 @@ class ObjectOptions:
 
 @attrs.frozen
 class SecretOptions(ObjectOptions):
-    """``SecretProperties``, in plain or base64 form; encrypted secrets (``keyid``) are not offered."""
+    """``SecretProperties``: in plain or base64 form, or encrypted by another secret (``keyid`` and ``iv``)."""
 
     data: str | None = option(None, doc="the secret itself; anybody who can list processes sees it", since="2.6")
     file: str | None = option(None, doc="file that holds the secret", since="2.6")
     format: Literal["raw", "base64"] = option("raw", doc="how data or the file are encoded", since="2.6")
+    keyid: str | None = option(None, doc="secret of 32 bytes that this one is encrypted by (AES-256-CBC)", since="2.6")
+    iv: str | None = option(None, doc="initialisation vector of the encryption, in base64", since="2.6")
 
 
 class UserObject(Protocol):
@@ -69,7 +71,9 @@ class Secret:
     """A secret, which drivers find under its id in `Environment.secrets`."""
 
     kind: ClassVar[str] = "secret"
-    properties: ClassVar[Mapping[str, str]] = {"format": "QCryptoSecretFormat", "file": "string"}
+    properties: ClassVar[Mapping[str, str]] = {
+        "format": "QCryptoSecretFormat", **dict.fromkeys(("file", "keyid", "iv"), "string")
+    }  # fmt: skip
 
     options: SecretOptions = attrs.field(repr=False)
     env: Environment = attrs.field(repr=False)
@@ -78,7 +82,7 @@ class Secret:
     def make(cls, env: Environment, given: Mapping[str, Json], *, strings: bool) -> Secret:
         """Read the secret; raises `InvalidParameter` and `CommandError`."""
         options = visit(SecretOptions, given, strings=strings)
-        env.secrets[options.id] = _read_secret(options)
+        env.secrets[options.id] = _read_secret(options, env.secrets)
         return cls(options, env)
 
     def get(self, name: str) -> Json:
@@ -94,18 +98,31 @@ class Secret:
         del self.env.secrets[self.options.id]
 
 
-def _read_secret(options: SecretOptions) -> bytes:
+def _read_secret(options: SecretOptions, known: Mapping[str, bytes]) -> bytes:
     if (options.data is None) == (options.file is None):
         raise CommandError(f"The secret '{options.id}' needs either 'data' or 'file'")
     try:
         raw = options.data.encode() if options.data is not None else Path(options.file or "").read_bytes()
-        return base64.b64decode(raw, validate=True) if options.format == "base64" else raw
+        decoded = base64.b64decode(raw, validate=True) if options.format == "base64" else raw
+        return decoded if options.keyid is None else _decrypted(options, decoded, known)
     except OSError as error:
         raise CommandError(
             f"The secret '{options.id}' could not be read from '{options.file}': {error.strerror}"
         ) from None
     except binascii.Error as error:
         raise CommandError(f"The secret '{options.id}' is not valid base64: {error}") from None
+
+
+def _decrypted(options: SecretOptions, data: bytes, known: Mapping[str, bytes]) -> bytes:
+    """The secret under the encryption; raises `CommandError` and `binascii.Error`."""
+    from qblock.crypto.secrets import decrypt_secret  # noqa: PLC0415 - only management software encrypts secrets
+
+    assert options.keyid is not None
+    if options.keyid not in known:
+        raise CommandError(f"The secret '{options.id}' is encrypted by a secret '{options.keyid}', which is not there")
+    if options.iv is None:
+        raise CommandError(f"The secret '{options.id}' is encrypted, and needs an 'iv'")
+    return decrypt_secret(data, key=known[options.keyid], vector=base64.b64decode(options.iv, validate=True))
 
 
 # ------------------------------------------------------------------------------------------------------- throttle groups

@@ -75,6 +75,7 @@ LAZY_MODULES = {
     "qblock.drivers.qcow2.amending", "qblock.drivers.qcow2.shadow",
     "qblock.drivers.qcow2.snapshotting", "qblock.drivers.qcow2.encryption", "qblock.drivers.qcow2.encrypting",
     "qblock.drivers.qcow2.keyslots", "qblock.throttling", "qblock.creating", "qblock.reopening", "qblock.drivers.file.holders",
+    "qblock.crypto.secrets",
 }  # fmt: skip
 """Our own modules around such a package, and what most commands of the image tools do without."""
 
