@@ -23,28 +23,28 @@ class Daemon:
     def __init__(self, process: subprocess.Popen[bytes], client: socket.socket) -> None:
         self.process = process
         self.client = client
-        self.text = ""
+        self.lines = client.makefile("rb")
         self.next()
         self.send("qmp_capabilities")
         self.next()
 
     def next(self) -> dict[str, Any]:
-        """The next message."""
-        while True:
-            try:
-                value, end = json.JSONDecoder().raw_decode(self.text)
-            except json.JSONDecodeError:
-                data = self.client.recv(65536)
-                if not data:
-                    raise SystemExit("the daemon has gone") from None
-                self.text += data.decode()
-            else:
-                self.text = self.text[end:].lstrip()
-                return dict(value)
+        """The next message, which is a line."""
+        line = self.lines.readline()
+        if not line:
+            raise SystemExit("the daemon has gone")
+        return dict(json.loads(line))
 
     def send(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
         """Send a command."""
         self.client.sendall(json.dumps({"execute": command, "arguments": arguments or {}}).encode())
+
+    def call(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
+        """Send a command and wait for its reply; an error ends the benchmark."""
+        self.send(command, arguments)
+        while "return" not in (message := self.next()):
+            if "error" in message:
+                raise SystemExit(f"{command} failed: {message['error']}")
 
     def wait_for(self, event: str) -> None:
         """Read on until this event; an error ends the benchmark."""
