@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import enum
 import errno
+import functools
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -322,8 +323,22 @@ class CheckResult:
     refused: str | None = None
 
 
+class _OfClasses(type(Protocol)):  # type: ignore[misc]
+    """Makes ``isinstance`` of a protocol a question about the class, asked once; Python 3.11 looks at all members each time."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        kind: Any = type(instance)
+        return _offers(kind, cls)
+
+
+@functools.cache
+def _offers(kind: type, protocol: Any) -> bool:
+    names = {*vars(protocol), *vars(protocol).get("__annotations__", ())}
+    return all(getattr(kind, name, None) is not None for name in names if not name.startswith("_"))
+
+
 @runtime_checkable
-class SupportsCheck(Protocol):
+class SupportsCheck(Protocol, metaclass=_OfClasses):
     """The format can verify its own metadata."""
 
     async def check(self, fix: CheckFix, *, explain: bool = False, progress: Progress = no_progress) -> CheckResult:
@@ -343,7 +358,7 @@ class Measurement:
 
 
 @runtime_checkable
-class SupportsMeasure(Protocol):
+class SupportsMeasure(Protocol, metaclass=_OfClasses):
     """The driver can tell how large an image would become."""
 
     @classmethod
@@ -366,7 +381,7 @@ class BackingLink:
 
 
 @runtime_checkable
-class SupportsBacking(Protocol):
+class SupportsBacking(Protocol, metaclass=_OfClasses):
     """The format stores a link to a backing file."""
 
     def backing_link(self) -> BackingLink | None: ...
@@ -375,7 +390,7 @@ class SupportsBacking(Protocol):
 
 
 @runtime_checkable
-class SupportsAmend(Protocol):
+class SupportsAmend(Protocol, metaclass=_OfClasses):
     """What is otherwise chosen when an image is made can be changed later."""
 
     async def amend(self, options: Mapping[str, Json], progress: Progress) -> None:
@@ -387,7 +402,7 @@ class SupportsAmend(Protocol):
 
 
 @runtime_checkable
-class SupportsKeySlots(Protocol):
+class SupportsKeySlots(Protocol, metaclass=_OfClasses):
     """The format can be encrypted in a way that lets passphrases be added and erased while the image is open."""
 
     async def change_key_slots(self, options: Mapping[str, Json], *, force: bool = False) -> None:
@@ -398,7 +413,7 @@ class SupportsKeySlots(Protocol):
 
 
 @runtime_checkable
-class SupportsOpenAmend(Protocol):
+class SupportsOpenAmend(Protocol, metaclass=_OfClasses):
     """Something can be changed while the image is in use (``x-blockdev-amend``). The options class is a frozen attrs one."""
 
     amend_options_class: ClassVar[type[DriverOptions]]
@@ -411,7 +426,7 @@ class SupportsOpenAmend(Protocol):
 
 
 @runtime_checkable
-class SupportsDataFile(Protocol):
+class SupportsDataFile(Protocol, metaclass=_OfClasses):
     """The format can keep its data in another file, the child ``data-file``, whose name the image may tell."""
 
     async def data_file_link(self) -> str | None:
@@ -422,7 +437,7 @@ class SupportsDataFile(Protocol):
 
 
 @runtime_checkable
-class SupportsSnapshots(Protocol):
+class SupportsSnapshots(Protocol, metaclass=_OfClasses):
     """The format keeps internal snapshots of its disk. What changes them is called with the node drained, or by its only user.
 
     Names may occur several times, ids are given by the format. ``view_snapshot`` makes a node that is open for reading only show
@@ -445,7 +460,7 @@ class SupportsSnapshots(Protocol):
 
 
 @runtime_checkable
-class SupportsVmState(Protocol):
+class SupportsVmState(Protocol, metaclass=_OfClasses):
     """The format can keep the state of a machine beside its disk. Offsets count from the beginning of the state."""
 
     def vm_state_offset(self) -> int: ...
@@ -458,7 +473,7 @@ class SupportsVmState(Protocol):
 
 
 @runtime_checkable
-class SupportsBreakpoints(Protocol):
+class SupportsBreakpoints(Protocol, metaclass=_OfClasses):
     """Requests can be held at steps of the work (blkdebug)."""
 
     breakpoints: Breakpoints
@@ -467,7 +482,7 @@ class SupportsBreakpoints(Protocol):
 
 
 @runtime_checkable
-class SupportsBitmaps(Protocol):
+class SupportsBitmaps(Protocol, metaclass=_OfClasses):
     """The format stores persistent dirty bitmaps: those of its node, when it is closed or made read-only."""
 
     @property
@@ -485,7 +500,7 @@ class SupportsBitmaps(Protocol):
 
 
 @runtime_checkable
-class SupportsFragments(Protocol):
+class SupportsFragments(Protocol, metaclass=_OfClasses):
     """The driver can tell of many extents in one answer, where data lie here and there."""
 
     async def fragments(self, offset: int, length: int, *, after: int, gaps: bool = False) -> list[Fragment]:
@@ -498,7 +513,7 @@ class SupportsFragments(Protocol):
 
 
 @runtime_checkable
-class SupportsPointInTime(Protocol):
+class SupportsPointInTime(Protocol, metaclass=_OfClasses):
     """The node keeps what its disk held at one moment, while it goes on being written. What is not kept gives ``EACCES``."""
 
     async def read_snapshot_into(self, offset: int, buffer: memoryview) -> None:
@@ -512,7 +527,7 @@ class SupportsPointInTime(Protocol):
 
 
 @runtime_checkable
-class SupportsChildren(Protocol):
+class SupportsChildren(Protocol, metaclass=_OfClasses):
     """The driver has a list of equal children, to which some can be added and from which some can be taken while it is open
     (``x-blockdev-change``). Who does that changes the edges himself, in a drained section.
     """
@@ -525,7 +540,7 @@ class SupportsChildren(Protocol):
 
 
 @runtime_checkable
-class SupportsEmptying(Protocol):
+class SupportsEmptying(Protocol, metaclass=_OfClasses):
     """The format can give up all that its disk holds, so that the backing node shows through everywhere."""
 
     async def make_empty(self) -> None:
@@ -562,7 +577,7 @@ class CreateTarget(Protocol):
 
 
 @runtime_checkable
-class SupportsCreate(Protocol):
+class SupportsCreate(Protocol, metaclass=_OfClasses):
     """The driver can make new images (``blockdev-create``). ``create_options_class`` is a frozen attrs options class."""
 
     create_options_class: ClassVar[type[DriverOptions]]

@@ -346,8 +346,13 @@ def dump(value: Any) -> Any:
         else:
             continue
         holder[key] = below
-        pending += [(below, part) for part in (below if isinstance(below, dict) else range(len(below)))]
+        parts = below.items() if isinstance(below, dict) else enumerate(below)
+        pending += [(below, name) for name, part in parts if type(part) not in _PLAIN]
     return result[0]
+
+
+_PLAIN: Final = frozenset({str, int, bool, float, type(None)})
+"""The types of most values, which are JSON as they are."""
 
 
 # ----------------------------------------------------------------------------------------------------------- spellings

@@ -31,7 +31,7 @@ from qblock.monitor.replies import (
 )
 from qblock.naming import Names, link_of
 from qblock.options import fields, visit
-from qblock.throttle_limits import DRIVE_NAMES, NO_LIMITS, RATES
+from qblock.throttle_limits import DRIVE_NAMES, RATES
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
@@ -174,8 +174,10 @@ def bitmap_info(bitmap: DirtyBitmap) -> BlockDirtyInfo:
 def _limits(backend: BlockBackend | None) -> dict[str, Any]:
     """What a device's limits are, in the members of `BlockDeviceInfo`: averages always, the others when they are set."""
     throttle = None if backend is None else backend.throttle
-    limits = NO_LIMITS if throttle is None else throttle.group.limits
-    shown: dict[str, Any] = {} if throttle is None else {"group": throttle.group.name}
+    if throttle is None:
+        return dict.fromkeys((DRIVE_NAMES[name] for name in RATES), 0)
+    limits = throttle.group.limits
+    shown: dict[str, Any] = {"group": throttle.group.name}
     for name in RATES:
         rate, drive_name = limits.rate(name), DRIVE_NAMES[name]
         shown[drive_name] = rate.average
