@@ -440,16 +440,17 @@ class SupportsDataFile(Protocol, metaclass=_OfClasses):
 class SupportsSnapshots(Protocol, metaclass=_OfClasses):
     """The format keeps internal snapshots of its disk. What changes them is called with the node drained, or by its only user.
 
-    Names may occur several times, ids are given by the format. ``view_snapshot`` makes a node that is open for reading only show
-    a snapshot instead of the disk, with the size that the disk had then, or with ``keep_size`` the one that it has now.
-    `CommandError` when the snapshot is not there, `BlockIOError` when the format or the image does not allow the change: then
-    nothing has changed.
+    Names may occur several times, ids are given by the format. ``vm_state_size`` bytes of the state of a machine
+    (`SupportsVmState`) go into the snapshot, and are no longer beside the disk then. ``view_snapshot`` makes a node that is
+    open for reading only show a snapshot instead of the disk, with the size that the disk had then, or with ``keep_size`` the
+    one that it has now. `CommandError` when the snapshot is not there, `BlockIOError` when the format or the image does not
+    allow the change: then nothing has changed.
     """
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]: ...
 
     async def create_snapshot(
-        self, name: str, *, icount: int | None = None, vm_clock_ns: int = 0
+        self, name: str, *, icount: int | None = None, vm_clock_ns: int = 0, vm_state_size: int = 0
     ) -> SnapshotInfo: ...
 
     async def apply_snapshot(self, snapshot: SnapshotInfo) -> None: ...

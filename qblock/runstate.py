@@ -1,7 +1,8 @@
 """Whether the guest runs, and if not, why: the run state of the machine around a block system.
 
 Models QEMU's run states as far as block devices meet them (semantics.md section 18): a machine is stopped by a command or by an
-I/O error of a device, goes on with ``cont``, and is ``prelaunch`` before its first start and after a reset while it was stopped.
+I/O error of a device, goes on with ``cont``, by a snapshot of all of it,
+and is ``prelaunch`` before its first start and after a reset while it was stopped.
 Devices wait here when an error has stopped the machine, to try again afterwards.
 """
 
@@ -28,14 +29,18 @@ class RunState(enum.Enum):
     PAUSED = "paused"
     IO_ERROR = "io-error"
     SHUTDOWN = "shutdown"
+    SAVE_VM = "save-vm"
+    RESTORE_VM = "restore-vm"
 
 
 TRANSITIONS: Final[Mapping[RunState, frozenset[RunState]]] = {
     RunState.PRELAUNCH: frozenset({RunState.RUNNING}),
-    RunState.RUNNING: frozenset({RunState.PAUSED, RunState.IO_ERROR, RunState.SHUTDOWN}),
+    RunState.RUNNING: frozenset(RunState) - {RunState.PRELAUNCH, RunState.RUNNING},
     RunState.PAUSED: frozenset({RunState.RUNNING, RunState.PRELAUNCH}),
     RunState.IO_ERROR: frozenset({RunState.RUNNING, RunState.PRELAUNCH}),
     RunState.SHUTDOWN: frozenset({RunState.PRELAUNCH}),
+    RunState.SAVE_VM: frozenset({RunState.RUNNING, RunState.PRELAUNCH}),
+    RunState.RESTORE_VM: frozenset({RunState.RUNNING, RunState.PRELAUNCH}),
 }
 """Where each state leads: only a machine that runs can be stopped, only a reset leads back to ``prelaunch``."""
 

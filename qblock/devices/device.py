@@ -95,6 +95,15 @@ class GuestDevice:
         """The machine is reset: the tray is closed and unlocked, and nobody is told, as nothing was moved by hand."""
         self.tray_open = self.locked = False
 
+    def state(self) -> dict[str, bool]:
+        """What a snapshot of the machine keeps of it."""
+        return {"tray-open": self.tray_open, "locked": self.locked} if self.has_tray else {}
+
+    def restore(self, state: Mapping[str, Json]) -> None:
+        """Be again as when `state` was asked; nobody is told, as nothing was moved by hand."""
+        if self.has_tray:
+            self.tray_open, self.locked = state.get("tray-open") is True, state.get("locked") is True
+
     # --------------------------------------------------------------------------------------------------- the guest's requests
 
     @property

@@ -112,6 +112,17 @@ class DeviceTree:
         for disk in self:
             disk.reset()
 
+    def state(self) -> dict[str, Json]:
+        """What a snapshot of the machine keeps of the devices, by id or path."""
+        return {disk.name: state for disk in self if (state := disk.state())}
+
+    def restore(self, states: Json) -> None:
+        """Let the devices be again as when `state` was asked; those that were not there then stay as they are."""
+        for disk in self:
+            state = states.get(disk.name) if isinstance(states, dict) else None
+            if isinstance(state, dict):
+                disk.restore(state)
+
     # --------------------------------------------------------------------------------------------------------------- looking
 
     def find(self, name: str) -> Device:

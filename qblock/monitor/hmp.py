@@ -13,13 +13,21 @@ from typing import Final
 import attrs
 
 from qblock.errors import QBlockError
-from qblock.monitor import hmp_2012, hmp_blkmirror, hmp_block_copy, hmp_commands, hmp_machine, hmp_tracing
+from qblock.monitor import (
+    hmp_2012,
+    hmp_blkmirror,
+    hmp_block_copy,
+    hmp_commands,
+    hmp_machine,
+    hmp_snapshots,
+    hmp_tracing,
+)
 from qblock.monitor.command import CommandContext, CommandTable
 from qblock.monitor.dialects import BOTH, Dialect, belonging_to
 from qblock.monitor.hmp_command import HmpCall, HmpCommand, PlainError, hmp_command
 from qblock.monitor.hmp_grammar import Cursor, HmpSyntaxError, parse_arguments
 
-MODULES: Final = (hmp_commands, hmp_machine, hmp_2012, hmp_blkmirror, hmp_block_copy, hmp_tracing)
+MODULES: Final = (hmp_commands, hmp_machine, hmp_snapshots, hmp_2012, hmp_blkmirror, hmp_block_copy, hmp_tracing)
 """Where the commands are written."""
 
 __all__ = ["HmpCall", "HmpCommand", "HmpMonitor", "HmpOutput", "hmp_command"]

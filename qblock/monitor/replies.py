@@ -32,7 +32,7 @@ JobStatusName = Literal[
     "concluded",
     "null",
 ]
-RunStateName = Literal["prelaunch", "running", "paused", "io-error", "shutdown"]
+RunStateName = Literal["prelaunch", "running", "paused", "io-error", "shutdown", "save-vm", "restore-vm"]
 PermissionName = Literal["consistent-read", "write", "write-unchanged", "resize"]
 
 

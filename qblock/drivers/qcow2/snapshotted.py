@@ -19,6 +19,7 @@ from qblock.drivers.qcow2.layout import decode_u64
 from qblock.drivers.qcow2.shrinking import give_back_end
 from qblock.errors import BlockIOError, CommandError, CorruptImage, NodeBusy
 from qblock.snapshots import SnapshotInfo
+from qblock.units import align_up
 
 if TYPE_CHECKING:
     from qblock.drivers.qcow2.allocation import Allocator
@@ -62,15 +63,21 @@ class SnapshottedDriver(Driver):
         return tuple(_told(snapshot) for snapshot in self._snapshots.snapshots)
 
     async def create_snapshot(
-        self, name: str, *, icount: int | None = None, vm_clock_ns: int = 0
+        self, name: str, *, icount: int | None = None, vm_clock_ns: int = 0, vm_state_size: int = 0
     ) -> SnapshotInfo:
         """See `SupportsSnapshots`. ``BlockIOError(EINVAL)`` when a refcount would not fit in its bits."""
         from qblock.drivers.qcow2.snapshotting import plan_create  # noqa: PLC0415 - see the module
 
         async def plan(writer: Allocator) -> Change:
-            return plan_create(writer, self._snapshots, name, icount=icount, vm_clock_ns=vm_clock_ns)
+            return plan_create(
+                writer, self._snapshots, name, icount=icount, vm_clock_ns=vm_clock_ns, vm_state_size=vm_state_size
+            )
 
         await self._change(plan)
+        if vm_state_size:
+            writer = await self._writing(0, 0)
+            state = writer.map.geometry.l1_entries(self.length()) << writer.map.geometry.l1_shift
+            await writer.cut(state, align_up(state + vm_state_size, writer.map.geometry.cluster_size), pass_discard=False)
         return self.snapshots()[-1]
 
     async def apply_snapshot(self, snapshot: SnapshotInfo) -> None:

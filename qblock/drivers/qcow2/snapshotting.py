@@ -41,7 +41,7 @@ def _number(text: str) -> int:
 
 
 def plan_create(
-    writer: Allocator, table: SnapshotTable, name: str, *, icount: int | None, vm_clock_ns: int
+    writer: Allocator, table: SnapshotTable, name: str, *, icount: int | None, vm_clock_ns: int, vm_state_size: int
 ) -> Change:
     """What a new snapshot changes; raises `BlockIOError` when there cannot be another one."""
     clusters, (seconds, micros) = writer.map, writer.file.env.clock.wall()
@@ -57,6 +57,7 @@ def plan_create(
         date_sec=seconds & 0xFFFFFFFF,
         date_nsec=micros * 1000,
         vm_clock_ns=vm_clock_ns,
+        vm_state_size=vm_state_size,
         disk_size=clusters.length,
         icount=icount,
     )

@@ -13,9 +13,11 @@ import attrs
 from qblock.actions.action import perform
 from qblock.actions.internal_snapshots import InternalSnapshot, delete_internal_snapshot
 from qblock.actions.snapshots import Snapshot, SnapshotFile, SnapshotToFile
+from qblock.jobs.machine_snapshots import start_snapshot_delete, start_snapshot_load, start_snapshot_save
 from qblock.jobs.mirror import root_node
 from qblock.jobs.new_copy import NewImageMode
 from qblock.monitor.command import CommandContext, command
+from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.monitor.lookup import device_or_node
 from qblock.monitor.replies import SnapshotInfo, snapshot_info
 from qblock.options import option, required
@@ -48,6 +50,25 @@ class InternalSnapshotArguments:
 
     device: str = required(doc="device or root node to be snapshotted")
     name: str = required(doc="name of the snapshot")
+
+
+@attrs.frozen
+class SnapshotDeleteArguments:
+    """Arguments of snapshot-delete."""
+
+    job_id: str = required(doc="id of the job")
+    tag: str = required(doc="name of the snapshots")
+    devices: list[str] = required(doc="node names of the disks")
+
+
+@attrs.frozen
+class SnapshotSaveArguments:
+    """Arguments of snapshot-save and snapshot-load."""
+
+    job_id: str = required(doc="id of the job")
+    tag: str = required(doc="name of the snapshots")
+    vmstate: str = required(doc="node name of the disk beside which the state of the machine is kept")
+    devices: list[str] = required(doc="node names of the disks")
 
 
 @attrs.frozen
@@ -107,3 +128,25 @@ async def blockdev_snapshot_delete_internal_sync(
     node = root_node(ctx.system, args.device)
     deleted = await delete_internal_snapshot(ctx.system, node, device=args.device, id=args.id, name=args.name)
     return snapshot_info(deleted)
+
+
+@command("snapshot-save", since="6.0", dialects=SYSTEM_ONLY)
+async def snapshot_save(ctx: CommandContext, args: SnapshotSaveArguments) -> None:
+    """Start a job that keeps disks and the machine in internal snapshots; the guest is stopped meanwhile."""
+    await start_snapshot_save(
+        ctx.system, job_id=args.job_id, tag=args.tag, vmstate=args.vmstate, devices=args.devices
+    )
+
+
+@command("snapshot-load", since="6.0", dialects=SYSTEM_ONLY)
+async def snapshot_load(ctx: CommandContext, args: SnapshotSaveArguments) -> None:
+    """Start a job that puts disks and the machine back; when it fails, the guest stays stopped."""
+    await start_snapshot_load(
+        ctx.system, job_id=args.job_id, tag=args.tag, vmstate=args.vmstate, devices=args.devices
+    )
+
+
+@command("snapshot-delete", since="6.0", dialects=SYSTEM_ONLY)
+async def snapshot_delete(ctx: CommandContext, args: SnapshotDeleteArguments) -> None:
+    """Start a job that deletes the snapshots of that name; disks that have none are passed over."""
+    await start_snapshot_delete(ctx.system, job_id=args.job_id, tag=args.tag, devices=args.devices)
