@@ -178,6 +178,13 @@ async def load_machine(
             system.devices.restore(_decoded(bytes(content[len(_OURS) :]), keeper))
 
 
+async def load_all(system: BlockSystem, tag: str) -> None:
+    """What loadvm and ``-loadvm`` do: `load_machine` with all disks, the state beside the first one; raises as that."""
+    async with restoring(system):
+        disks = disks_of_machine(system)
+        await load_machine(system, tag, disks, disks[0])
+
+
 def _decoded(text: bytes, keeper: SnapshottedDisk) -> object:
     try:
         return json.loads(text)

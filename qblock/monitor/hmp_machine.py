@@ -83,18 +83,3 @@ async def system_reset(call: HmpCall) -> None:
 async def system_powerdown(call: HmpCall) -> None:
     """system_powerdown."""
     await call.qmp("system_powerdown")
-
-
-_NO_STATE = "a machine without memory and processor has no state; use snapshot_blkdev_internal for its disks"
-
-
-@hmp_command("savevm", "name:s?", "[tag]", "refused: there is no state of a processor and its memory to save")
-async def savevm(call: HmpCall) -> None:
-    """In words by which management software sees that no snapshot was taken."""
-    call.fail(f"Error: no snapshot was taken: {_NO_STATE}")
-
-
-@hmp_command("loadvm", "name:s", "tag", "refused: there is no state of a processor and its memory to load")
-async def loadvm(call: HmpCall) -> None:
-    """The same for going back to one."""
-    call.fail(f"Error: nothing was loaded: {_NO_STATE}")

@@ -9,14 +9,7 @@ import time
 
 import attrs
 
-from qblock.jobs.machine_snapshots import (
-    SnapshottedDisk,
-    delete_machine,
-    disks_of_machine,
-    load_machine,
-    restoring,
-    save_machine,
-)
+from qblock.jobs.machine_snapshots import SnapshottedDisk, delete_machine, disks_of_machine, load_all, save_machine
 from qblock.monitor.hmp_command import HmpCall, hmp_command
 from qblock.snapshots import HEADING, SnapshotInfo
 
@@ -34,10 +27,7 @@ async def savevm(call: HmpCall) -> None:
 @hmp_command("loadvm", "name:s", "tag", "put the machine and its disks back to a snapshot")
 async def loadvm(call: HmpCall) -> None:
     """The guest stays stopped when that fails."""
-    system = call.context.system
-    async with restoring(system):
-        disks = disks_of_machine(system)
-        await load_machine(system, call.text("name") or "", disks, disks[0])
+    await load_all(call.context.system, call.text("name") or "")
 
 
 @hmp_command("delvm", "name:s", "tag", "delete the snapshots of that name")

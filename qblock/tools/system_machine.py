@@ -21,6 +21,7 @@ from qblock.devices.board import Board, connect_flash
 from qblock.devices.drives import parse_drive
 from qblock.devices.plugging import plug, read_request
 from qblock.errors import CommandError, InvalidParameter, QBlockError
+from qblock.jobs.machine_snapshots import load_all
 from qblock.monitor.chardev import ChardevOptions, PlainAddress, chardev_from, parse_short
 from qblock.monitor.lines import DeafSession, HumanSession, QtestSession
 from qblock.monitor.machine import Machine, MachineOptions
@@ -138,6 +139,7 @@ class _Setup:
             with _About(option):
                 self._attach(option)
         self._attach_defaults()
+        await self._each("loadvm", lambda option: load_all(system, option.value))
         if not self.plan.has("S"):
             system.run.resume()
         for chardev in self.chardevs.values():

@@ -19,8 +19,8 @@ from qblock.tools.arguments import UsageError
 VALUED: Final = frozenset(
     {
         "accel", "action", "add-fd", "blockdev", "cdrom", "chardev", "device", "drive", "fda", "fdb", "global", "hda", "hdb",
-        "hdc", "hdd", "m", "M", "machine", "mon", "monitor", "mtdblock", "name", "net", "netdev", "nic", "object", "parallel",
-        "pflash", "pidfile", "qmp", "qmp-pretty", "qtest", "readconfig", "sd", "seed", "serial", "set", "smp", "trace",
+        "hdc", "hdd", "loadvm", "m", "M", "machine", "mon", "monitor", "mtdblock", "name", "net", "netdev", "nic", "object",
+        "parallel", "pflash", "pidfile", "qmp", "qmp-pretty", "qtest", "readconfig", "sd", "seed", "serial", "set", "smp", "trace",
         "uuid", "vga",
     }
 )  # fmt: skip
@@ -54,7 +54,6 @@ REFUSED: Final[Mapping[str, str]] = {
     "dump-vmstate": "there is no state of a processor and its memory",
     "gdb": "there is no processor to be debugged",
     "incoming": "a machine without memory and processor cannot be migrated; start it with its disks, and mirror these",
-    "loadvm": "there is no state of a processor and its memory that could be loaded",
     "preconfig": "the machine is always set up from its command line",
     "runas": "the program keeps the user that it was started by; start it by another one",
     "s": "there is no processor to be debugged",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .qmp_pair import Pair, add, both, do, hmp, io, transcript, wait
+from qmp_pair import Pair, add, both, do, hmp, io, transcript, wait
 
 pytestmark = [
     pytest.mark.qemu,
@@ -78,7 +78,8 @@ SCENARIOS: dict[str, list[dict[str, Any]]] = {
     ],
     "at the human monitor": [
         *DISKS, hmp("savevm x"), do("blockdev-del", node_name="r"), hmp("savevm x"), hmp("savevm x"), hmp("loadvm x"),
-        do("query-status"), hmp("delvm nope"), hmp("loadvm nope"), do("query-status"), hmp("delvm x"), hmp("info snapshots"), hmp("loadvm x"),
+        do("query-status"), hmp("delvm nope"), hmp("loadvm nope"), do("query-status"), hmp("delvm x"), hmp("info snapshots"),
+        hmp("loadvm x"),
     ],
 }  # fmt: skip
 
