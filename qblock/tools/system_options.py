@@ -20,8 +20,8 @@ VALUED: Final = frozenset(
     {
         "accel", "action", "add-fd", "blockdev", "cdrom", "chardev", "device", "drive", "fda", "fdb", "global", "hda", "hdb",
         "hdc", "hdd", "loadvm", "m", "M", "machine", "mon", "monitor", "mtdblock", "name", "net", "netdev", "nic", "object",
-        "parallel", "pflash", "pidfile", "qmp", "qmp-pretty", "qtest", "readconfig", "sd", "seed", "serial", "set", "smp", "trace",
-        "uuid", "vga",
+        "parallel", "pflash", "pidfile", "qmp", "qmp-pretty", "qtest", "readconfig", "sd", "seed", "serial", "set", "smp",
+        "trace", "uuid", "vga",
     }
 )  # fmt: skip
 """Options with a value that have an effect here."""
