@@ -30,6 +30,8 @@ T = TypeVar("T")
 INT64_MAX: Final = (1 << 63) - 1
 MAX_DEPTH: Final = 250
 """How deep options in text may be nested."""
+_STRING: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'', re.DOTALL)
+_STRING_PART: Final = re.compile(r"\\'|\\.|\"", re.DOTALL)
 _SHOWN: Final = 200
 """Characters of a value that a message repeats."""
 
@@ -462,6 +464,23 @@ def parse_json_filename(filename: str) -> dict[str, Any] | None:
     return unflatten_dotted(value)
 
 
+def double_quoted(text: str) -> str:
+    """A JSON text in which strings may be in single quotes, as QEMU takes it, in the only spelling that JSON has."""
+    if "'" not in text:
+        return text
+    return _STRING.sub(lambda found: _double_quoted(found[0]), text)
+
+
+def _double_quoted(token: str) -> str:
+    single = token[0] == "'"
+
+    def respell(found: re.Match[str]) -> str:
+        part = found[0]
+        return "'" if part == "\\'" else '\\"' if part == '"' and single else part
+
+    return f'"{_STRING_PART.sub(respell, token[1:-1])}"'
+
+
 def _shown(text: str) -> str:
     """As much of a text as an error message has room for."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
@@ -469,7 +488,7 @@ def _shown(text: str) -> str:
 
 def _parse_json(text: str) -> Any:
     """The value of a JSON text without keys given twice; raises `ValueError` and, when it is too deep, `RecursionError`."""
-    return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    return json.loads(double_quoted(text), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

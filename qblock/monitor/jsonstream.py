@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qblock.errors import CommandError
+from qblock.options import double_quoted
 
 if TYPE_CHECKING:
     from qblock.driver import Json
@@ -39,8 +40,6 @@ _WORD: Final = re.compile(rb"[^ {}\[\],:\"'\x00-\x1f\xfe\xff]+")
 _LITERAL: Final = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|[a-z]+")
 _SKIPPED: Final = re.compile(rb"[^{}\[\]\"'\x00-\x08\x0b\x0c\x0e-\x1f\xfe\xff]+")
 _RECOVERED: Final = re.compile(rb"[ \t\r\n{}\[\],:]")
-_STRING: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'', re.DOTALL)
-_STRING_PART: Final = re.compile(r"\\'|\\.|\"", re.DOTALL)
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _DEPTH: Final = {0x7B: (1, 0), 0x7D: (-1, 0), 0x5B: (0, 1), 0x5D: (0, -1), 0x2C: (0, 0), 0x3A: (0, 0)}
 
@@ -58,10 +57,8 @@ def decode(frame: bytes) -> Json:
         text = frame.decode("utf-8")
     except UnicodeDecodeError as error:
         raise JsonError(f"invalid UTF-8 at byte {error.start} of the value") from None
-    if "'" in text:
-        text = _STRING.sub(lambda found: _double_quoted(found[0]), text)
     try:
-        value = _DECODER.decode(text)
+        value = _DECODER.decode(double_quoted(text))
     except json.JSONDecodeError as error:
         raise JsonError(f"{error.msg[:1].lower()}{error.msg[1:]} at character {error.pos} of the value") from None
     except RecursionError:
@@ -69,17 +66,6 @@ def decode(frame: bytes) -> Json:
     if _SURROGATE.search(frame) and not _is_unicode(value):
         raise JsonError("an escape names half of a surrogate pair, which is no character")
     return value
-
-
-def _double_quoted(text: str) -> str:
-    """The string token ``text`` in the only spelling that JSON has."""
-    single = text[0] == "'"
-
-    def respell(found: re.Match[str]) -> str:
-        part = found[0]
-        return "'" if part == "\\'" else '\\"' if part == '"' and single else part
-
-    return f'"{_STRING_PART.sub(respell, text[1:-1])}"'
 
 
 def _is_unicode(value: Json) -> bool:

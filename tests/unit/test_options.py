@@ -245,6 +245,12 @@ def test_json_names_are_told_from_paths() -> None:
     assert parse_json_filename(name) == {"driver": "raw", "file": {"driver": "file", "filename": "x"}}
 
 
+def test_strings_in_json_names_may_be_in_single_quotes() -> None:
+    """As QEMU takes them: such names need no escapes in a shell."""
+    name = r"""json:{'driver':'raw','file':{"filename":"it's","driver":'fi\'l"e'}}"""
+    assert parse_json_filename(name) == {"driver": "raw", "file": {"driver": "fi'l\"e", "filename": "it's"}}
+
+
 @pytest.mark.parametrize(
     "text",
     [
