@@ -20,7 +20,7 @@ def add_child(graph: Graph, parent: BlockDriverState, node: BlockDriverState) ->
     children = _list_of(parent)
     if node.parents:
         raise NodeBusy(node.node_name, f"{node.parents[0].parent.describe_user()} uses it")
-    name, role = children.new_child()
+    name, role = children.new_child(node)
     with Transaction() as change:
         graph.attach(parent, node, name=name, role=role, change=change)
 

@@ -533,8 +533,8 @@ class SupportsChildren(Protocol, metaclass=_OfClasses):
     (``x-blockdev-change``). Who does that changes the edges himself, in a drained section.
     """
 
-    def new_child(self) -> tuple[str, ChildRole]:
-        """The name and role of a child that is attached next; raises `CommandError` when there can be no more."""
+    def new_child(self, node: BlockDriverState) -> tuple[str, ChildRole]:
+        """The name and role for ``node`` as the next child; raises `CommandError` when it will not do, or none does."""
 
     def check_child_can_go(self, name: str) -> None:
         """Raise `CommandError` when the child ``name`` is needed."""

@@ -25,7 +25,7 @@ from qblock.driver import Driver, NodeInfo
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
 from qblock.extents import Data, Extent, Zero
 from qblock.filtering import outcomes
-from qblock.node import BdrvChild
+from qblock.node import BdrvChild, BlockDriverState
 from qblock.options import ChildRef, DriverOptions, children, option, required
 from qblock.permissions import ChildRole, Perm, PermissionPair
 from qblock.units import align_down, align_up
@@ -227,10 +227,16 @@ class QuorumDriver(Driver):
 
     # ------------------------------------------------------------------------------------------------------- children
 
-    def new_child(self) -> tuple[str, ChildRole]:
-        """See `SupportsChildren`: the number after the highest one in use. Verifying takes two children, no more."""
+    def new_child(self, node: BlockDriverState) -> tuple[str, ChildRole]:
+        """See `SupportsChildren`: the number after the highest one in use. Verifying takes two children, no more.
+
+        7.2 takes a node of another length as well, and ends at the first write behind the end of the shorter one.
+        """
         if self.options.blkverify:
             raise CommandError(f"Node '{self.node.node_name}' compares two children with each other; it takes no third one")
+        if node.length != self.node.length:
+            wanted = f"the children of node '{self.node.node_name}' have {self.node.length}"
+            raise CommandError(f"Node '{node.node_name}' has {node.length} bytes, and {wanted}")
         last = max((int(name.partition(".")[2]) for name in self.node.children), default=-1)
         return f"children.{last + 1}", ChildRole.DATA
 

@@ -252,12 +252,16 @@ def test_children_that_come_get_the_next_number_and_needed_ones_stay() -> None:
         await place.quorum([DISK] * 3, 2)
         driver = place.bench.graph.nodes["q"].driver
         assert isinstance(driver, SupportsChildren)
-        assert driver.new_child()[0] == "children.3"
+        node = driver.node.children["children.0"].node
+        assert driver.new_child(node)[0] == "children.3"
         driver.check_child_can_go("children.1")
         del driver.node.children["children.1"]
         with pytest.raises(CommandError):
             driver.check_child_can_go("children.0")
-        assert driver.new_child()[0] == "children.3"
+        assert driver.new_child(node)[0] == "children.3"
+        node.length += 512
+        with pytest.raises(CommandError, match="has 66048 bytes"):
+            driver.new_child(node)
 
     run(main)
 

@@ -56,7 +56,8 @@ OFTEN = {
     "blockdev-add": 12, "blockdev-mirror": 5, "block-commit": 6, "block-stream": 6, "blockdev-backup": 5, "transaction": 6,
     "blockdev-snapshot": 4, "blockdev-reopen": 4, "blockdev-create": 2, "x-blockdev-amend": 2, "human-monitor-command": 6,
     "blockdev-del": 2, "job-cancel": 2, "job-complete": 3, "job-finalize": 2, "job-dismiss": 2, "blockdev-snapshot-sync": 2,
-    "block-dirty-bitmap-add": 3, "drive-mirror": 2, "drive-backup": 2, "x-blockdev-change": 2, "device_add": 3, "object-add": 2,
+    "block-dirty-bitmap-add": 3, "drive-mirror": 2, "drive-backup": 2, "x-blockdev-change": 3, "device_add": 3, "object-add": 2,
+    "blockdev-open-tray": 2, "blockdev-remove-medium": 2, "blockdev-insert-medium": 3, "block-job-pause": 2,
 }  # fmt: skip
 
 
@@ -193,6 +194,7 @@ class Life:
         storage = {"driver": "blkdebug", "image": {"driver": "file", "filename": str(path)}, "inject-error": fault}
         nodes: list[dict[str, Json]] = [
             {"driver": "memory", "node-name": "memory", "size": SIZE},
+            {"driver": "quorum", "node-name": "votes", "vote-threshold": 1, "children": [{"driver": "memory", "size": SIZE}] * 2},
             {"driver": "raw", "node-name": "raw", "file": {"driver": "file", "filename": str(self.folder / "raw")}},
             {"driver": "qcow2", "node-name": "faulty", "file": storage, "discard": "unmap"},
             {"driver": "qcow2", "node-name": "spare", "file": {"driver": "file", "filename": str(self.folder / "spare0")}},

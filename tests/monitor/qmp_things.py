@@ -9,6 +9,7 @@ from random import Random
 from typing import TypeVar
 
 from qblock.chain import backing_chain
+from qblock.driver import SupportsSnapshots
 from qblock.errors import QBlockError
 from qblock.monitor.machine import Machine
 from qblock.node import BlockDriverState
@@ -92,6 +93,11 @@ class Things(Namer):
         own = [(node.node_name, bitmap.name) for node in self.nodes() for bitmap in node.dirty_bitmaps if bitmap.name]
         return self.pick(own, (self.node(), "b0"))
 
+    def snapshots(self) -> list[tuple[str, str]]:
+        """Nodes with internal snapshots, and their names."""
+        images = [node for node in self.nodes("qcow2") if isinstance(node.driver, SupportsSnapshots)]
+        return [(node.node_name, one.name) for node in images for one in node.driver.snapshots()]
+
     def job(self) -> str:
         return self.pick([job.id for job in self.system.jobs.jobs if job.id is not None], "j0")
 
@@ -135,6 +141,8 @@ class Things(Namer):
                 return f"dv{random.randrange(3)}"
             case "driver" if owner == "device_add":
                 return random.choice(("virtio-blk-pci", "scsi-hd", "scsi-cd", "virtio-scsi-pci", "nvme", "ide-hd", "zz"))
+            case "typename":
+                return random.choice(("virtio-blk-pci", "scsi-cd", "zz"))
             case "bus":
                 return random.choice(("scsi0.0", "pci.0", "zz"))
             case "id" if "snapshot" in owner:
@@ -198,7 +206,7 @@ class Things(Namer):
 
     def choices(self, member: str, values: Sequence[str]) -> Sequence[str]:
         usual = {
-            "driver": ("qcow2", "qcow2", "file", "file", "memory", "raw"), "sync": ("full", "top"), "event": EVENTS,
+            "driver": ("qcow2", "qcow2", "file", "memory", "raw", "quorum"), "sync": ("full", "top"), "event": EVENTS,
             "on-error": ("report",), "on-source-error": ("report",), "on-target-error": ("report",), "preallocation": ("off",),
         }.get(member, ())  # fmt: skip
         return [*values, *(value for value in usual * 3 if value in values)]
@@ -260,9 +268,14 @@ class Things(Namer):
                 arguments.pop("device" if "id" in arguments else "id", None)
             case "block_set_io_throttle":
                 arguments |= {name: 0 for name in arguments if name.endswith(("_rd", "_wr"))}
-                arguments.pop("device" if "id" in arguments else "id", None)
-            case "blockdev-snapshot-delete-internal-sync" | "blockdev-snapshot-internal-sync":
+                for name in [name for name in arguments if "_max" in name]:
+                    del arguments[name]
+                arguments |= {"device": self.pick(self.disks(), "x")}
+                arguments.pop("id", None)
+            case "blockdev-snapshot-internal-sync":
                 arguments["device"] = self.top()
+            case "blockdev-snapshot-delete-internal-sync":
+                arguments["device"], arguments["name"] = self.pick(self.snapshots(), (self.top(), "s0"))
                 arguments.pop("id", None)
             case "block-dirty-bitmap-merge":
                 arguments["node"], arguments["target"] = self.bitmap()
@@ -276,6 +289,9 @@ class Things(Namer):
                 arguments["image-node-name"] = self.pick(self.below(arguments["device"]), "x")
             case "x-blockdev-change":
                 arguments["parent"] = self.pick([node.node_name for node in self.nodes("quorum")], self.node())
+                arguments.pop("child" if "node" in arguments else "node", None)
+                if "child" not in arguments:
+                    arguments["node"] = self.spare()
             case _ if "bitmap" in command and command != "block-dirty-bitmap-add" and "name" in arguments:
                 arguments["node"], arguments["name"] = self.bitmap()
 
