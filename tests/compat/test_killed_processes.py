@@ -152,15 +152,15 @@ def assert_chain_sound(top: Path, durable: dict[int, int]) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 3, 25])
-@pytest.mark.parametrize("operation", ["mirror", "stream", "commit", "active commit"])
+@pytest.mark.parametrize("operation", ["mirror", "backup", "stream", "commit", "active commit"])
 def test_sigkill_during_a_job_loses_no_flushed_write(
     machine: Machine, chain: Path, tmp_path: Path, operation: str, steps: int
 ) -> None:
     """The plug is pulled on the process at an early, a middle and a late moment of the job while a guest writes."""
     writer = Writer(machine, random.Random(f"{operation}{steps}"))
     writer.step()
-    if operation == "mirror":
-        machine.execute("drive-mirror", device="virtio0", target=str(tmp_path / "target.qcow2"), format="qcow2",
+    if operation in ("mirror", "backup"):
+        machine.execute(f"drive-{operation}", device="virtio0", target=str(tmp_path / "target.qcow2"), format="qcow2",
                         sync="full", speed=20 * MiB)  # fmt: skip
     elif operation == "stream":
         machine.execute("block-stream", device="virtio0", speed=20 * MiB)
@@ -170,6 +170,23 @@ def test_sigkill_during_a_job_loses_no_flushed_write(
     for _ in range(steps):
         writer.step()
     machine.kill()
+    assert_chain_sound(chain, writer.durable)
+
+
+def test_sigkill_right_after_a_backup_leaves_the_disk_of_its_moment(machine: Machine, chain: Path, tmp_path: Path) -> None:
+    """After BLOCK_JOB_COMPLETED the target is durable: sound, and all of what the disk held at the command, and nothing newer."""
+    writer = Writer(machine, random.Random(9))
+    writer.step()
+    machine.io("flush")
+    writer.durable |= writer.pending
+    before = dict(writer.durable)
+    target = tmp_path / "target.qcow2"
+    machine.execute("drive-backup", device="virtio0", target=str(target), format="qcow2", sync="full", speed=40 * MiB)
+    while not any(event["event"] == "BLOCK_JOB_COMPLETED" for event in machine.events):
+        writer.step()
+    machine.kill()
+    subprocess.run(["qemu-img", "check", "-q", str(target)], check=True)
+    assert_chain_sound(target, before)
     assert_chain_sound(chain, writer.durable)
 
 
