@@ -8,6 +8,7 @@ threads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random as random_module
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -24,14 +25,16 @@ from qblock.devices.board import Board
 from qblock.devices.drives import DriveOptions, attach_drive, parse_drive
 from qblock.devices.plugging import let_go
 from qblock.devices.tree import DeviceTree
+from qblock.drain import drain_all
 from qblock.driver import Json
 from qblock.environment import Environment
-from qblock.errors import NodeBusy
+from qblock.errors import NodeBusy, QBlockError
 from qblock.graph import Graph
 from qblock.jobs.runner import JobRunner
 from qblock.objects import ObjectTable
 from qblock.opening import Opener, OpenPolicy
 from qblock.registry import DriverRegistry
+from qblock.requests import flush
 from qblock.runstate import RunControl
 from qblock.streams import tell
 
@@ -197,6 +200,17 @@ class BlockSystem:
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         return task
+
+    async def come_to_rest(self) -> None:
+        """Let all requests under way end, which jobs show as a short pause, and make all nodes durable. A node that cannot be
+        flushed is left so: who needs that flushes it, and is told.
+        """
+        await drain_all(self.graph)
+        await self.jobs.resumed()
+        for node in list(self.graph.nodes.values()):
+            if not node.closed:
+                with contextlib.suppress(QBlockError, OSError):
+                    await flush(node)
 
     async def close(self) -> None:
         """Cancel all jobs, flush and close all nodes, end the threads. May be called again."""

@@ -134,10 +134,17 @@ async def let_go(system: BlockSystem, *, idle: bool = False) -> None:
 
 
 async def _remove(system: BlockSystem, leaving: list[Device], *, idle: bool = False) -> None:
-    """In drained sections as in QEMU, where ready jobs show each: requests end, the drive is released, its medium taken out."""
+    """In drained sections as in QEMU, where ready jobs show each: requests end, the drive is released, its medium taken out.
+
+    What was made by ``-drive`` goes with its device, and so the jobs on it are cancelled.
+    """
     for device in leaving:
         for part in _with_all_behind(device):
-            for _ in range(2 if idle else 3):
+            if not idle:
+                await _settle(part)
+            if part.disk is not None and part.disk.backend.name and part.disk.backend.root is not None:
+                await system.jobs.cancel_users(part.disk.backend.node)
+            for _ in range(2):
                 await _settle(part)
         if device in system.devices.devices:  # it may have gone with the device that it was plugged into
             system.devices.remove(device)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qblock.clock import Clock
     from qblock.driver import Json
     from qblock.graph import Graph
+    from qblock.node import BlockDriverState
     from qblock.opening import Opener
 
 _WELL_FORMED: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
@@ -159,7 +160,7 @@ class JobRunner:
             job.run_ended = True
             assert job.txn is not None
             self._claim(job.txn)
-            await self._in_own_task(self._abort_group(job))
+            await self._in_own_task(self._abort_group(job, at_once=False))
         else:
             self._intend_cancel(job, force=force)
 
@@ -180,6 +181,24 @@ class JobRunner:
         if (hit := self.trace.job_cancel_sync_end) is not None:
             hit(job=job.id, outcome="cancelled" if job.cancelled else job.error or "completed")
         return JobCancelled() if job.cancelled else job.error
+
+    async def cancel_users(self, node: BlockDriverState) -> None:
+        """Cancel the block jobs that hold ``node``, not by force, and resume those that a person has paused for it. Returns when
+        they have ended, or rest again: waiting to be finalized, or stopped by an error.
+        """
+        for job in self.jobs.copy():
+            if not (isinstance(job, BlockJob) and any(edge.node is node for edge in job.edges)):
+                continue
+            if job.status not in VERBS[JobVerb.CANCEL]:
+                continue
+            if job.user_paused:
+                self._lift_user_pause(job)
+            await self.cancel(job, force=False)
+            await job.noticed()
+            while not (job.run_ended or job.paused):
+                await job.noticed()
+            if job.run_ended and job.finalizing:
+                await self.wait(job)
 
     def complete(self, job: Job) -> None:
         """Tell a ready job to finish its work; a paused one does so when it goes on."""
@@ -376,8 +395,11 @@ class JobRunner:
             member.commit()
             await self._conclude(member, "BLOCK_JOB_COMPLETED")
 
-    async def _abort_group(self, culprit: Job) -> None:
-        """End all jobs of the group: ``culprit`` with its error or cancelled, the others cancelled."""
+    async def _abort_group(self, culprit: Job, *, at_once: bool = True) -> None:
+        """End all jobs of the group: ``culprit`` with its error or cancelled, the others cancelled.
+
+        ``at_once``: the culprit shows before the others end what has become of it, as one does whose run has just ended.
+        """
         txn = culprit.txn
         assert txn is not None
         txn.aborting = True
@@ -390,7 +412,8 @@ class JobRunner:
                 member.run_ended = True
             while not member.run_ended:
                 await member.noticed()
-        self._fail(culprit)
+        if at_once:
+            self._fail(culprit)
         for member in txn.newest_first():
             await member.undisturbed()  # two that drained one node at once would wait for each other
             await member.settle()

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 
-from qmp_pair import DAEMONS, both, do, wait
+from qmp_pair import DAEMONS, both, do, together, wait
 from test_jobs_vs_qemu import CHAIN, CONCLUDED, GONE, GRAPH, IMAGES, OUT, PENDING, READY, Script
 
 STARTS: Final[dict[str, Any]] = {
@@ -15,6 +15,7 @@ STARTS: Final[dict[str, Any]] = {
     "commit": lambda **members: do("block-commit", device="top", top_node="mid", **members),
     "active commit": lambda **members: do("block-commit", device="top", **members),
     "mirror": lambda **members: do("blockdev-mirror", device="top", target="out", sync="full", **members),
+    "backup": lambda **members: do("blockdev-backup", device="top", target="out", sync="full", **members),
 }
 BECOME_READY: Final = ("active commit", "mirror")
 COMPLETE, PAUSE = do("job-complete", id="j"), do("job-pause", id="j")
@@ -93,5 +94,24 @@ def test_both_take_and_refuse_the_same_verbs(kind: str, status: str, ending: str
             for event in step["events"]:
                 event["data"].pop("offset", None)
                 event["data"].pop("len", None)
+    for expected, got in zip(real, ours, strict=True):
+        assert got == expected
+
+
+@pytest.mark.parametrize("ending", ["j", "k"])
+def test_both_take_and_refuse_the_same_verbs_while_a_job_waits_for_its_group(ending: str, tmp_path: Path) -> None:
+    """Only a cancel is taken; whichever of the two is cancelled, the other one ends cancelled too."""
+    empty = [do("blockdev-add", driver="null-co", node_name=name, size=4 << 20) for name in ("other", "other-out")]
+    group = together(
+        ("blockdev-backup", {"job-id": "j", "device": "top", "target": "out", "sync": "full"}),
+        ("blockdev-backup", {"job-id": "k", "device": "other", "target": "other-out", "sync": "none"}),
+        completion_mode="grouped",
+    )
+    names = ("pause", "resume", "complete", "finalize", "dismiss", "set-speed")
+    refused = [step for name in names for step in verb(name)]
+    waiting, gone = (wait("JOB_STATUS_CHANGE", status=status, id="j") for status in ("waiting", "null"))
+    jobs = [do("query-jobs"), do("query-block-jobs")]
+    script = [*CHAIN, OUT, *empty, group, waiting, *jobs, *refused, *jobs, do("job-cancel", id=ending), gone, GRAPH]
+    real, ours = both(DAEMONS, tmp_path, script, IMAGES)
     for expected, got in zip(real, ours, strict=True):
         assert got == expected

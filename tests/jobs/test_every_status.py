@@ -10,7 +10,10 @@ from typing import Any, Final
 import pytest
 
 from chains import SIZE, Chain, chain
+from qblock.actions.action import perform
+from qblock.actions.backups import StartBlockdevBackup
 from qblock.errors import CommandError, QBlockError
+from qblock.jobs.backup import BackupRequest
 from qblock.jobs.job import BlockJob
 from qblock.jobs.mirror import MirrorRequest, start_blockdev_mirror
 from qblock.jobs.new_copy import SyncMode
@@ -30,11 +33,20 @@ async def _mirror(made: Chain, **members: Any) -> BlockJob:
     return await start_blockdev_mirror(made.system, device="disk", target="target", request=request)
 
 
+async def _backup(made: Chain, **members: Any) -> BlockJob:
+    target = await made.system.opener.open_blockdev({"driver": "null-co", "node-name": "target", "size": SIZE})
+    target.monitor_owned = True
+    request = BackupRequest(job_id="j", sync=SyncMode.FULL, **members)
+    await perform(made.system, [StartBlockdevBackup(made.system, device="disk", target="target", request=request)])
+    return made.system.jobs.find_block_job("j")
+
+
 KINDS: Final[Mapping[str, Start]] = {
     "stream": lambda made, **members: made.stream(**members),
     "commit": lambda made, **members: made.commit(top_node="mid", **members),
     "active commit": lambda made, **members: made.commit(**members),
     "mirror": _mirror,
+    "backup": _backup,
 }
 BECOME_READY: Final = ("active commit", "mirror")
 S = JobStatus
@@ -113,6 +125,44 @@ def test_a_verb_is_accepted_where_the_table_says(tmp_path: Path, kind: str, stat
             await _ended(made, job)
             if not (kind == "mirror" and made.disk.node is made.node("target")):
                 assert await made.disk.read(0, SIZE) == before
+            assert made.is_at_rest()
+
+    run(main)
+
+
+@pytest.mark.parametrize("verb", VERBS_TOLD)
+@pytest.mark.parametrize("told", ["the one that waits", "the one that runs"])
+def test_a_job_that_waits_for_its_group_takes_a_cancel_only(tmp_path: Path, told: str, verb: str) -> None:
+    """Nobody finishes one of a group alone; a cancel of one cancels both, and leaves nothing behind."""
+
+    async def main() -> None:
+        async with chain(tmp_path) as made:
+            for name in ("target", "other", "other-target"):
+                options = {"driver": "null-co", "node-name": name, "size": SIZE, "read-zeroes": True}
+                (await made.system.opener.open_blockdev(options)).monitor_owned = True
+            pair = (("j", "disk", "target", SyncMode.FULL), ("k", "other", "other-target", SyncMode.NONE))
+            actions = [
+                StartBlockdevBackup(made.system, device=device, target=target, request=BackupRequest(job_id=job_id, sync=sync))
+                for job_id, device, target, sync in pair
+            ]
+            await perform(made.system, actions, grouped=True)
+            waiting, running = (made.system.jobs.find_block_job(job_id) for job_id in ("j", "k"))
+            await eventually(lambda: waiting.status is S.WAITING)
+            job = waiting if told == "the one that waits" else running
+            status = job.status
+            try:
+                await tell(made, job, verb)
+            except CommandError:
+                assert not is_accepted(status, verb)
+                assert waiting.status is S.WAITING
+            else:
+                assert is_accepted(status, verb)
+            if not waiting.concluded.done():
+                await made.system.jobs.cancel(running)
+            for one in (waiting, running):
+                await made.system.jobs.wait(one)
+                assert one.cancelled
+                assert one.status is S.NULL
             assert made.is_at_rest()
 
     run(main)

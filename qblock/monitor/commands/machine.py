@@ -83,9 +83,10 @@ async def set_action(ctx: CommandContext, args: ActionArguments) -> None:
 
 @command("stop", since="0.14", dialects=SYSTEM_ONLY)
 async def stop(ctx: CommandContext, args: NoArguments) -> None:
-    """Stop the guest; jobs go on."""
+    """Stop the guest; jobs go on. Requests under way end first and all images become durable, also when it had stopped before."""
     del args
     ctx.system.run.stop()
+    await ctx.system.come_to_rest()
 
 
 @command("cont", since="0.14", dialects=SYSTEM_ONLY)
