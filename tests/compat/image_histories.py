@@ -353,11 +353,24 @@ class History:
         if len(self.chain) < 2:
             return
         drop = self.random.random() < 0.5
-        (code, _), _ = self.both("img", "commit", "-q", *(["-d"] if drop else []), self.top)
+        cannot_grow = self.cannot_grow(self.chain[-2])
+        found, expected = self.both("img", "commit", "-q", *(["-d"] if drop else []), self.top, lenient=True)
+        code = found[0]
+        if (code, expected[0], cannot_grow) == (0, 1, True):
+            self.copy_all("ours", "real")
+        elif code != expected[0]:
+            raise Difference(f"exit codes: ours {code}, real {expected[0]}")
         if not code and drop and len(self.chain) > 2 and self.random.random() < 0.5:
             self.chain.pop()
             self.look_at_top()
         self.settle()
+
+    def cannot_grow(self, image: str) -> bool:
+        """By 7.2: an image of version 2 over a backing file that may be longer, when the top is longer than the image."""
+        with self.at("real"):
+            info = json.loads(self.real.img("info", "--output=json", image)[1])
+        version_2 = info.get("format-specific", {}).get("data", {}).get("compat") == "0.10"
+        return version_2 and "backing-filename" in info and int(info["virtual-size"]) < self.length()
 
     def convert(self) -> None:
         """A copy takes the place of the chain."""
@@ -482,7 +495,7 @@ class History:
             zero, data = extent["zero"] and not extent["data"], extent["data"]
             if self.chain[0] == "raw0" and extent["depth"] == len(self.chain) - 1:
                 zero = data = False
-            if self.shared_subclusters and extent["present"]:
+            if extent["present"] and (self.shared_subclusters or self.copies_holes):
                 zero = data = False
             kind = (extent["depth"] if extent["present"] else 0, extent["present"], zero, data)
             start = extent["start"]
@@ -491,10 +504,15 @@ class History:
             runs.append((start, extent["start"] + extent["length"], *kind))
         return runs
 
-    @staticmethod
-    def plain_check(report: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def copies_holes(self) -> bool:
+        """May zeroes below lie on a hole of one file only? Such are copied as zeroes, and others as data."""
+        return self.large and len(self.chain) > 1
+
+    def plain_check(self, report: dict[str, Any]) -> dict[str, Any]:
         """Without what depends on where clusters lie."""
-        return {key: value for key, value in report.items() if key not in ("image-end-offset", "fragmented-clusters")}
+        varying = {"image-end-offset", "fragmented-clusters"} | ({"allocated-clusters"} if self.copies_holes else set())
+        return {key: value for key, value in report.items() if key not in varying}
 
     def compare_content(self) -> None:
         """The content by each program of each side's image, and of one snapshot."""
