@@ -333,8 +333,8 @@ class _OfClasses(type(Protocol)):  # type: ignore[misc]
 
 @functools.cache
 def _offers(kind: type, protocol: Any) -> bool:
-    names = {*vars(protocol), *vars(protocol).get("__annotations__", ())}
-    return all(getattr(kind, name, None) is not None for name in names if not name.startswith("_"))
+    # Methods and class members: what is only annotated may be set when a driver is made.
+    return all(getattr(kind, name, None) is not None for name in vars(protocol) if not name.startswith("_"))
 
 
 @runtime_checkable
