@@ -251,6 +251,7 @@ class Story:
         layer = self.new_file()
         await self.client.execute("blockdev-snapshot-sync", device="disk", snapshot_file=str(layer), format="qcow2")
         self.active = layer
+        self.moves.clear()  # what jobs move to now lies below it
 
 
 def live(seed: int) -> list[str]:
