@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Final
 
 from qblock.errors import CommandError
-from qblock.nodespec import NodeFlags
 from qblock.units import parse_offset
 
 AIO_MODES: Final = ("threads", "native", "io_uring")
@@ -82,17 +81,6 @@ def size_of(text: str, what: str) -> int:
         return parse_offset(text)
     except ValueError as error:
         raise CommandError(f"Invalid {what}: {error}") from None
-
-
-def cache_flags(mode: str | None, what: str = "cache option", *, discard: bool = False) -> NodeFlags:
-    """How nodes are opened for a cache mode of -t or -T, where their options do not say it; writethrough is handled by whoever
-    writes. ``discard``: discards are passed on.
-    """
-    if mode is not None and mode not in CACHE_MODES:
-        raise CommandError(f"Invalid {what}: '{mode}' (choose from {', '.join(CACHE_MODES)})")
-    return NodeFlags(
-        cache_direct=mode in ("none", "off", "directsync"), cache_no_flush=mode == "unsafe", discard_unmap=discard
-    )
 
 
 def aio_mode(arguments: Arguments, native: str) -> str:

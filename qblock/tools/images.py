@@ -31,13 +31,24 @@ from qblock.options import fields, parse_keyval, parse_options, split_items
 from qblock.permissions import Perm
 from qblock.registry import DriverRegistry
 from qblock.snapshots import find_described
-from qblock.tools.arguments import Arguments
+from qblock.tools.arguments import CACHE_MODES, Arguments
 from qblock.tools.console import end_program
 
 T = TypeVar("T")
 
 Watch: TypeAlias = Callable[[Environment], object]
 """Listens to what happens in the session that has this environment, by its trace events."""
+
+
+def cache_flags(mode: str | None, what: str = "cache option", *, discard: bool = False) -> NodeFlags:
+    """How nodes are opened for a cache mode of -t or -T, where their options do not say it; writethrough is handled by whoever
+    writes. ``discard``: discards are passed on.
+    """
+    if mode is not None and mode not in CACHE_MODES:
+        raise CommandError(f"Invalid {what}: '{mode}' (choose from {', '.join(CACHE_MODES)})")
+    return NodeFlags(
+        cache_direct=mode in ("none", "off", "directsync"), cache_no_flush=mode == "unsafe", discard_unmap=discard
+    )
 
 
 @attrs.frozen

@@ -13,10 +13,10 @@ from qblock.backend import BlockBackend
 from qblock.driver import Json, SupportsAmend, SupportsKeySlots
 from qblock.errors import CommandError
 from qblock.formatting import CreateOption
-from qblock.tools.arguments import Arguments, UsageError, cache_flags, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, is_writethrough
 from qblock.tools.console import Progress, Teller
 from qblock.tools.creation import checked_option_lists, parse_values, print_options, wants_help
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, Watch, cache_flags, run_session, with_secrets
 
 LONG: Final = {"object=": "object", "image-opts": "image-opts", "force": "force"}
 KEY_OPTIONS: Final = (

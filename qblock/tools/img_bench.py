@@ -20,11 +20,10 @@ from qblock.tools.arguments import (
     Arguments,
     UsageError,
     aio_mode,
-    cache_flags,
     is_writethrough,
     size_of,
 )
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session
+from qblock.tools.images import ImageArguments, ImageSession, Watch, cache_flags, run_session
 
 MAX_NUMBER: Final = (1 << 31) - 1
 DEFAULT_COUNT: Final = 75000

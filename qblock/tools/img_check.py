@@ -20,9 +20,9 @@ from qblock.errors import CommandError
 from qblock.findings import Finding
 from qblock.imageinfo import in_order
 from qblock.ranges import ByteRange
-from qblock.tools.arguments import Arguments, UsageError, cache_flags
+from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.console import Style, complain
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, Watch, cache_flags, run_session, with_secrets
 
 EXIT_OK, EXIT_FAILED, EXIT_CORRUPT, EXIT_LEAKS, EXIT_NO_CHECK = 0, 1, 2, 3, 63
 FIXES: Final = {"leaks": CheckFix.LEAKS, "all": CheckFix.LEAKS | CheckFix.ERRORS}
@@ -52,13 +52,14 @@ def run(args: list[str], watch: Watch | None = None) -> int:
     watch = with_secrets(arguments, watch)
     fix = FIXES[repair] if repair else CheckFix.NONE
     explain = "explain" in arguments
+    flags = cache_flags(arguments.get("T"))
     wanted = ImageArguments.of(
         arguments,
         arguments.words[0],
         writable=fix is not CheckFix.NONE,
         to_check=True,
-        resizable=True,
-        flags=cache_flags(arguments.get("T")),
+        resizable=flags.cache_direct,  # a raw image that ends within a block grows when its last one is written
+        flags=flags,
     )
     try:
         name, result = run_session(lambda session: check_image(session, wanted, fix, explain=explain), watch)

@@ -6,9 +6,9 @@ Command line, exit codes and the printed line of qemu-img 7.2: without ``-b`` or
 from __future__ import annotations
 
 from qblock.committing import CommitOrder, commit_image
-from qblock.tools.arguments import Arguments, UsageError, cache_flags, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, is_writethrough
 from qblock.tools.console import Progress
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, Watch, cache_flags, run_session, with_secrets
 
 
 def run(args: list[str], watch: Watch | None = None) -> int:

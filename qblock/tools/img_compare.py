@@ -13,9 +13,9 @@ import attrs
 from qblock.backend import BlockBackend
 from qblock.errors import QBlockError
 from qblock.status import ChainExtent, Further, chain_status
-from qblock.tools.arguments import Arguments, UsageError, cache_flags
+from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.console import Progress, Teller, complain
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, Watch, cache_flags, run_session, with_secrets
 from qblock.units import MiB, align_down
 from qblock.zeroes import all_zero
 

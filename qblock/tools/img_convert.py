@@ -19,7 +19,7 @@ from qblock.filenames import combine_filename
 from qblock.formatting import options_of
 from qblock.node import BlockDriverState
 from qblock.registry import DriverRegistry
-from qblock.tools.arguments import Arguments, UsageError, cache_flags, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, is_writethrough
 from qblock.tools.console import Progress, complain
 from qblock.tools.converting import Converter, ConvertSettings
 from qblock.tools.copying_bitmaps import check_options as check_bitmap_options
@@ -37,7 +37,7 @@ from qblock.tools.creation import (
     unlocking_options,
     wants_help,
 )
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, Watch, cache_flags, run_session, with_secrets
 from qblock.units import MiB
 
 MAX_WORKERS: Final = 16

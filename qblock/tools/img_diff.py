@@ -22,9 +22,9 @@ from qblock.errors import QBlockError
 from qblock.filenames import has_protocol
 from qblock.node import BlockDriverState
 from qblock.status import FIRST_QUESTION, ChainExtent, chain_status, next_question
-from qblock.tools.arguments import Arguments, UsageError, cache_flags
+from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.console import complain
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, Watch, cache_flags, run_session, with_secrets
 from qblock.units import MiB, format_size
 
 IDENTICAL, DIFFERENT, OPEN_FAILED, STATUS_FAILED, READ_FAILED = range(5)

@@ -6,9 +6,9 @@ Command line and exit codes of qemu-img 7.2. Without ``-u`` what the guest sees 
 from __future__ import annotations
 
 from qblock.rebasing import RebaseOrder, rebase_image
-from qblock.tools.arguments import Arguments, UsageError, cache_flags, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, is_writethrough
 from qblock.tools.console import Progress
-from qblock.tools.images import ImageArguments, ImageSession, Watch, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, Watch, cache_flags, run_session, with_secrets
 
 LONG = {"object=": "object", "image-opts": "image-opts", "force-share": "U"}
 

@@ -20,9 +20,9 @@ from qblock.iocmd.commands import COMMANDS
 from qblock.iocmd.shell import AlreadySaid, CommandFailed, IoCommand, IoShell, command_table, options_of
 from qblock.nodespec import DISCARD_WORDS
 from qblock.options import parse_keyval
-from qblock.tools.arguments import Arguments, UsageError, aio_mode, cache_flags, is_writethrough
+from qblock.tools.arguments import Arguments, UsageError, aio_mode, is_writethrough
 from qblock.tools.console import PROGRAM_VERSION, complain, ending_quietly, leave
-from qblock.tools.images import ImageArguments, ImageSession, OnlyHelp, run_session, with_secrets
+from qblock.tools.images import ImageArguments, ImageSession, OnlyHelp, cache_flags, run_session, with_secrets
 from qblock.tools.tracing import Tracer, asks_for_list, print_events
 from qblock.tracing import Trace
 

@@ -131,11 +131,11 @@ def quorum(name: str, *children: str, **members: Any) -> dict[str, Any]:
 
 QUORUM = [
     *(add({"driver": "null-co", "node-name": f"n{number}", "size": 1 << 20}) for number in range(6)),
-    add({"driver": "null-co", "node-name": "small", "size": 1 << 19}), add(quorum("q", "n0", "n1", "n2")),
+    add(quorum("q", "n0", "n1", "n2")),
     add(quorum("v", "n4", "n5", blkverify=True)), change("q"), change("q", child="children.0", node="n3"),
     change("nope", node="n3"), change("q", node="nope"), change("n0", node="n3"), change("n0", child="file"),
     change("q", child="nope"), change("q", node="n3"), NODES, change("q", node="n3"), change("q", node="q"),
-    change("q", node="small"), NODES, change("q", child="children.1"), NODES, change("q", node="n1"), NODES,
+    change("q", node="n2"), NODES, change("q", child="children.1"), NODES, change("q", node="n1"), NODES,
     change("q", child="children.0"), change("q", child="children.2"), change("q", child="children.3"), NODES,
     change("q", child="children.4"), change("v", child="children.0"), change("v", node="n2"), NODES,
     do("blockdev-del", node_name="n3"), do("blockdev-del", node_name="n0"), do("x-debug-query-block-graph"),

@@ -49,6 +49,14 @@ def test_help_names_every_option(flag: str, capsys: pytest.CaptureFixture[str]) 
         assert f"  {option} " in shown or f", {option} " in shown, option
 
 
+def test_the_image_tools_begin_without_what_only_some_commands_need() -> None:
+    """Starting takes most of the time of a short command; asyncio comes later, and without OpenSSL."""
+    code = "import sys; import qblock.tools.img; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    for module in ("asyncio", "ssl", "shutil", "qblock.driver"):
+        assert f"'{module}'" not in done.stdout
+
+
 def test_the_version_is_told_without_loading_a_machine() -> None:
     """Scripts ask for it often."""
     code = "import sys; from qblock.__main__ import main; main(['--version']); print(sorted(sys.modules))"
