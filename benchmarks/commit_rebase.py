@@ -36,10 +36,9 @@ class Gallery:
         for name in ("base.qcow2", "other.qcow2"):
             fill(self.folder / "base.raw", size * MiB)
             qemu("convert", "-f", "raw", "-O", "qcow2", self.folder / "base.raw", self.folder / name)
-        self.overlay(
-            "full", "base.qcow2", "qcow2", [f"write -q -P 5 0 {size // 2}M", f"write -q -z {size // 2}M {size // 8}M"]
-        )
-        self.overlay("full-on-raw", "base.raw", "raw", [f"write -q -P 5 0 {size // 2}M"])
+        half = [f"write -q -P 5 {at}M {min(1024, size // 2 - at)}M" for at in range(0, size // 2, 1024)]
+        self.overlay("full", "base.qcow2", "qcow2", [*half, f"write -q -z {size // 2}M {size // 8}M"])
+        self.overlay("full-on-raw", "base.raw", "raw", half)
         rng = random.Random(1)
         spots = sorted(rng.sample(range(size * 16), size * 2))
         self.overlay("scattered", "base.qcow2", "qcow2", [f"write -q -P 6 {spot * 64}k 64k" for spot in spots])
