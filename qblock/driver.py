@@ -323,12 +323,18 @@ class CheckResult:
     refused: str | None = None
 
 
-class _OfClasses(type(Protocol)):  # type: ignore[misc]
+if TYPE_CHECKING:
+    from abc import ABCMeta as _MetaOfProtocols
+else:
+    _MetaOfProtocols = type(Protocol)  # a kind of ABCMeta that has no public name
+
+
+class _OfClasses(_MetaOfProtocols):
     """Makes ``isinstance`` of a protocol a question about the class, asked once; Python 3.11 looks at all members each time."""
 
-    def __instancecheck__(cls, instance: object) -> bool:
+    def __instancecheck__(self, instance: object) -> bool:
         kind: Any = type(instance)
-        return _offers(kind, cls)
+        return _offers(kind, self)
 
 
 @functools.cache

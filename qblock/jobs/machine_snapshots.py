@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import attrs
 
@@ -206,11 +206,10 @@ def _loadable(system: BlockSystem, disk: SnapshottedDisk, tag: str) -> SnapshotI
 
 
 class SnapshotJob(SingleStepJob):
-    """One of the three jobs; they cannot be paused or cancelled."""
+    """What the three jobs share. What one has begun it does to its end, whatever is asked of it meanwhile."""
 
-    def __init__(self, system: BlockSystem, kind: str, job_id: str, act: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, system: BlockSystem, job_id: str, act: Callable[[], Awaitable[None]]) -> None:
         super().__init__(system.jobs, job_id)
-        self.type = kind  # type: ignore[misc]
         self._act = act
         self.acted = False
 
@@ -222,6 +221,24 @@ class SnapshotJob(SingleStepJob):
             self.acted = True
             self.notice()
             await self.runner.clock.sleep_ns(1)
+
+
+class SnapshotSaveJob(SnapshotJob):
+    """``snapshot-save``."""
+
+    type: ClassVar[str] = "snapshot-save"
+
+
+class SnapshotLoadJob(SnapshotJob):
+    """``snapshot-load``."""
+
+    type: ClassVar[str] = "snapshot-load"
+
+
+class SnapshotDeleteJob(SnapshotJob):
+    """``snapshot-delete``."""
+
+    type: ClassVar[str] = "snapshot-delete"
 
 
 async def start_snapshot_save(
@@ -236,7 +253,7 @@ async def start_snapshot_save(
                 raise CommandError(f"Device '{disk.node.node_name}' has a snapshot called '{tag}' already")
         await save_machine(system, tag, disks, keeper_among(disks, vmstate))
 
-    return await _start(system, "snapshot-save", job_id, act)
+    return await _acted(SnapshotSaveJob(system, job_id, act))
 
 
 async def start_snapshot_load(
@@ -249,19 +266,18 @@ async def start_snapshot_load(
             disks = disks_named(system, devices)
             await load_machine(system, tag, disks, keeper_among(disks, vmstate))
 
-    return await _start(system, "snapshot-load", job_id, act)
+    return await _acted(SnapshotLoadJob(system, job_id, act))
 
 
 async def start_snapshot_delete(system: BlockSystem, *, job_id: str, tag: str, devices: Sequence[str]) -> SnapshotJob:
     """``snapshot-delete``; raises as `start_snapshot_save`."""
-    return await _start(
-        system, "snapshot-delete", job_id, lambda: delete_machine(system, tag, disks_named(system, devices))
+    return await _acted(
+        SnapshotDeleteJob(system, job_id, lambda: delete_machine(system, tag, disks_named(system, devices)))
     )
 
 
-async def _start(system: BlockSystem, kind: str, job_id: str, act: Callable[[], Awaitable[None]]) -> SnapshotJob:
-    system.jobs.check_id(job_id)
-    job = await started(SnapshotJob(system, kind, job_id, act))
+async def _acted(job: SnapshotJob) -> SnapshotJob:
+    await started(job)
     while not (job.acted or job.run_ended):
         await job.noticed()
     return job

@@ -34,6 +34,10 @@ class Value:
     read: Callable[[], Json]
 
 
+def _constant(kind: str, value: Json) -> Value:
+    return Value(kind, lambda: value)
+
+
 Write = Callable[[str, "Json"], None]
 Children = Callable[[], Mapping[str, "QomNode"]]
 
@@ -151,7 +155,7 @@ def _device(hub: MonitorHub, device: Device) -> QomNode:
     values = {
         **_placement(device),
         **{
-            name: Value(kinds.get(name, "str"), lambda value=value: value)  # type: ignore[misc]
+            name: _constant(kinds.get(name, "str"), value)
             for name, value in settled_values(system.devices, device).items()
         },
     }
@@ -189,7 +193,7 @@ def _placement(device: Device) -> dict[str, Value]:
 
 def _bus(bus: Bus) -> QomNode:
     links = {
-        f"child[{number}]": Value(f"link<{child.model.name}>", lambda path=child.path: path)  # type: ignore[misc]
+        f"child[{number}]": _constant(f"link<{child.model.name}>", child.path)
         for number, child in enumerate(bus.children)
     }
     return QomNode(bus.kind, bus.path, {"realized": Value("bool", lambda: True), **links})

@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 from qblock.errors import QBlockError
 from qblock.tools.arguments import UsageError
@@ -77,11 +77,13 @@ def _import_asyncio() -> None:
 
     Nothing here speaks TLS over asyncio. Afterwards ``ssl`` can be imported by who wants it (a driver of somebody else's).
     """
-    if "ssl" not in sys.modules:
-        sys.modules["ssl"] = None  # type: ignore[assignment]
-        import asyncio  # noqa: F401
-
-        del sys.modules["ssl"]
+    modules = cast("dict[str, ModuleType | None]", sys.modules)
+    if "ssl" not in modules:
+        modules["ssl"] = None  # importing it fails now
+        try:
+            importlib.import_module("asyncio")
+        finally:
+            del modules["ssl"]
 
 
 def _run(args: list[str]) -> int:
