@@ -84,10 +84,12 @@ def keeper_among(disks: Iterable[SnapshottedDisk], name: str) -> SnapshottedDisk
 @asynccontextmanager
 async def _quiet(system: BlockSystem, disks: Iterable[SnapshottedDisk]) -> AsyncIterator[None]:
     """No request is under way anywhere, and the disks stay open, whoever lets go of them."""
-    with system.graph.holding([disk.node for disk in disks]):
-        async with drained_all(system.graph):
-            yield
-    await system.opener.close_orphans()
+    try:
+        with system.graph.holding([disk.node for disk in disks]):
+            async with drained_all(system.graph):
+                yield
+    finally:
+        await system.opener.close_orphans()
 
 
 # ------------------------------------------------------------------------------------------------- making and deleting

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from qblock.bitmaps import new_bitmap
@@ -58,6 +60,25 @@ def test_where_one_disk_cannot_none_is_kept() -> None:
             await save_machine(bench.system, "t", disks, keeper_among(disks, "a"))
         assert of(disks) == [[], []]
         assert bench.system.run.state is RunState.RUNNING
+        await bench.close()
+
+    run(life)
+
+
+def test_a_disk_that_its_last_user_leaves_meanwhile_is_closed_afterwards() -> None:
+    """Not before the end, and then also when it failed."""
+
+    async def life() -> None:
+        bench = JobBench(seed=1)
+        node = await disk(bench, "a", refcount_bits=1)
+        await write(bench, node, b"1")
+        disks = disks_named(bench.system, ["a"])
+        saving = asyncio.ensure_future(save_machine(bench.system, "t", disks, disks[0]))
+        await asyncio.sleep(0)
+        node.monitor_owned = False
+        with pytest.raises(BlockIOError):
+            await saving
+        assert "a" not in bench.graph.nodes
         await bench.close()
 
     run(life)
