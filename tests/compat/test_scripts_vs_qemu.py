@@ -62,8 +62,8 @@ class Side:
             path.write_text(program.replace("{name}", name).replace("{log}", str(self.log)))
             path.chmod(0o755)
 
-    def run(self, script: Path) -> tuple[int, list[str], list[str]]:
-        """Exit code and output of a script, and the exit codes of the commands in it."""
+    def run(self, script: Path) -> tuple[int, list[str], list[str], str]:
+        """Exit code and output of a script, the exit codes of the commands in it, and what it said of errors."""
         result = subprocess.run(
             ["bash", str(script)],
             cwd=self.folder,
@@ -73,7 +73,8 @@ class Side:
             check=False,
             timeout=300,
         )
-        return result.returncode, normal(result.stdout.decode()).splitlines(), self.log.read_text().splitlines()
+        printed = normal(result.stdout.decode()).splitlines()
+        return result.returncode, printed, self.log.read_text().splitlines(), result.stderr.decode()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_a_script_cannot_tell_whose_tools_it_runs(script: Path, port: str, tmp_p
     real = Side(tmp_path / "real", LOGGED)
     ours = Side(tmp_path / "ours", SERVED.replace("{port}", port))
     expected, found = real.run(script), ours.run(script)
-    assert found[2] == expected[2]
+    assert found[2] == expected[2], found[3]
     assert found[1] == expected[1]
     assert found[0] == expected[0]
     names = sorted(path.name for path in real.folder.iterdir())

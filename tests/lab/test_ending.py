@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 STARTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 from qblock.__main__ import main
 {before}
 sys.exit(main(['lab', *sys.argv[1:]]))
