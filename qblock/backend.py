@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -193,6 +193,10 @@ class BlockBackend:
     def is_busy(self) -> bool:
         """See `EdgeParent`."""
         return self.in_flight > 0
+
+    def below(self) -> Iterable[BdrvChild]:
+        """See `EdgeParent`."""
+        return () if self.root is None else (self.root,)
 
     # ----------------------------------------------------------------------------------------------------------- requests
 

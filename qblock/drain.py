@@ -10,7 +10,8 @@ node.idle_waiters``), which wakes the waiters, and these look again. So the news
 on the request path. An edge that leaves a node wakes its waiters too (`graph.py`), for the busy one may be gone with it; one
 that comes need not: the waiter looks again, and finds it, when what it waits for now has ended.
 
-Differs from QEMU in that a section does not make the nodes *below* quiesce: these have no requests of their own.
+Differs from QEMU in that a section does not make the nodes *below* quiesce: these have no requests of their own. And who waits
+lets requests go on that blkdebug holds at breakpoints, for which QEMU would wait for ever.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qblock.chain import in_order
+from qblock.driver import SupportsBreakpoints
 from qblock.node import BlockDriverState
 
 if TYPE_CHECKING:
@@ -62,6 +64,9 @@ async def wait_idle(*nodes: BlockDriverState) -> None:
     while is_busy(nodes):
         watched = _from_below(nodes)
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for keeper in _keepers(watched):
+            keeper.breakpoints.resume_all()
+            keeper.breakpoints.listen(waiter)
         for watch in watched:
             watch.idle_waiters.append(waiter)
         try:
@@ -78,6 +83,19 @@ def is_busy(nodes: Iterable[BlockDriverState]) -> bool:
         node.in_flight or any(not isinstance(edge.parent, BlockDriverState) and edge.parent.is_busy() for edge in node.parents)
         for node in _from_below(nodes)
     )
+
+
+def may_hold(node: BlockDriverState) -> bool:
+    """Whether a breakpoint of ``node`` may hold requests: nobody waits for those of a node that they may have come through."""
+    return not any(above.quiesce_counter or above.closed for above in _from_below((node,)))
+
+
+def _keepers(nodes: Iterable[BlockDriverState]) -> list[SupportsBreakpoints]:
+    """Where requests may be held for which ``nodes`` and their users are busy: below these nodes, and wherever the users go."""
+    users = {edge.parent for node in nodes for edge in node.parents}
+    starts = [*nodes, *(edge.node for user in users for edge in user.below())]
+    reached = in_order(starts, lambda node: [edge.node for edge in node.below()])
+    return [node.driver for node in reached if isinstance(node.driver, SupportsBreakpoints)]
 
 
 def _from_below(nodes: Iterable[BlockDriverState]) -> list[BlockDriverState]:

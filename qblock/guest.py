@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import attrs
 from sortedcontainers import SortedDict
 
+from qblock.breakpoints import Caller
 from qblock.clock import Clock, CoSleep
 from qblock.errors import BlockIOError, CommandError, QBlockError
 from qblock.ranges import ByteRange
@@ -264,7 +265,8 @@ class Guest:
         if self._task is not None:
             raise CommandError("The guest is running already")
         self._stopping = False
-        self._task = asyncio.get_running_loop().create_task(self._work(workload or Workload()), name="guest")
+        with Caller().calling():
+            self._task = asyncio.get_running_loop().create_task(self._work(workload or Workload()), name="guest")
 
     async def stop(self) -> None:
         """Stop working; returns when the last request has been answered. Raises `GuestMismatch` seen meanwhile."""

@@ -8,7 +8,7 @@ reference count. Lengths and offsets are in bytes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
@@ -34,6 +34,9 @@ class EdgeParent(Protocol):
 
     def is_busy(self) -> bool:
         """True while it still has requests under way that a drained section must wait for."""
+
+    def below(self) -> Iterable[BdrvChild]:
+        """All its edges: where its requests may go."""
 
 
 @attrs.define(eq=False, slots=True)
@@ -208,6 +211,10 @@ class BlockDriverState:
                     seen.add(parent)
                     pending.append(parent)
         return False
+
+    def below(self) -> Iterable[BdrvChild]:
+        """See `EdgeParent`."""
+        return self.children.values()
 
     def wake_idle_waiters(self) -> None:
         """Let all who wait in `idle_waiters` look again: something here became idle, or an edge to here is gone."""

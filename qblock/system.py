@@ -26,7 +26,7 @@ from qblock.devices.drives import DriveOptions, attach_drive, parse_drive
 from qblock.devices.plugging import let_go
 from qblock.devices.tree import DeviceTree
 from qblock.drain import drain_all
-from qblock.driver import Json
+from qblock.driver import Json, SupportsBreakpoints
 from qblock.environment import Environment
 from qblock.errors import NodeBusy, QBlockError
 from qblock.graph import Graph
@@ -212,9 +212,16 @@ class BlockSystem:
                 with contextlib.suppress(QBlockError, OSError):
                     await flush(node)
 
+    def forget_breakpoints(self) -> None:
+        """Let all requests go on that blkdebug holds, and hold no others: nobody is left who could."""
+        for node in self.graph.nodes.values():
+            if isinstance(node.driver, SupportsBreakpoints):
+                node.driver.breakpoints.clear()
+
     async def close(self) -> None:
         """Cancel all jobs, flush and close all nodes, end the threads. May be called again."""
         self.run.end()
+        self.forget_breakpoints()
         await self.jobs.cancel_all()
         while self._changes:
             await asyncio.wait(self._changes)

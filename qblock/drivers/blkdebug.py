@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 from attrs import evolve, frozen
 
 from qblock.breakpoints import Breakpoints
+from qblock.drain import may_hold
 from qblock.driver import Json, Limits
 from qblock.environment import Environment
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
@@ -126,7 +127,7 @@ class BlkdebugDriver(FilterDriver):
     def __init__(self, node: BlockDriverState, options: Any, env: Environment) -> None:
         super().__init__(node, options, env)
         self.state = 1
-        self.breakpoints = Breakpoints()
+        self.breakpoints = Breakpoints(lambda: may_hold(node))
         self._rules: list[InjectError | SetState] = []
         self._in_force: list[InjectError] = []
         self._take = _permissions(options.take_child_perms)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import Final
 
 from qblock.iocmd import asking, reading, steering, writing
 from qblock.iocmd.shell import CommandFailed, IoCommand, IoShell, command_table
 from qblock.iocmd.writing import FILL_BYTE
-
-if TYPE_CHECKING:
-    from qblock.backend import BlockBackend
-    from qblock.clock import Clock
-    from qblock.opening import Opener
 
 
 async def _quit(shell: IoShell, name: str, args: list[str]) -> None:
@@ -101,17 +95,3 @@ COMMANDS: Final[Mapping[str, IoCommand]] = command_table(
     IoCommand("writev", writing.writev, "writes a range from several buffers", "[-Cfq] [-P pattern] off len [len..]", 2, None,
               details=_FILLED),
 )  # fmt: skip
-
-
-async def run_command(
-    backend: BlockBackend, line: str, out: Callable[[str], None], *, clock: Clock, opener: Opener, program: str = "qemu-io"
-) -> int:
-    """Run one command line on ``backend`` and wait for what it started; everything it says goes to ``out``.
-
-    Returns 0, or 1 when the command failed.
-    """
-    async with asyncio.TaskGroup() as tasks:
-        shell = IoShell(backend, clock, out, out, tasks, COMMANDS, program, opener, lasting=False)
-        result = await shell.execute(line)
-        await shell.finish_all()
-    return result

@@ -6,20 +6,19 @@ Commands by name are given to it (`commands.COMMANDS`, and those that a program 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import getopt
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from qblock.breakpoints import Caller
 from qblock.driver import SupportsBreakpoints
 from qblock.errors import CommandError, QBlockError
 from qblock.permissions import Perm
 
 if TYPE_CHECKING:
     from qblock.backend import BlockBackend
-    from qblock.breakpoints import Breakpoints
     from qblock.clock import Clock
     from qblock.node import BlockDriverState
     from qblock.opening import Opener
@@ -43,7 +42,7 @@ class IoCommand:
     """One command: how many arguments after its name (``most`` None: any number), how it is shown in ``help``."""
 
     name: str
-    run: Callable[[IoShell, str, list[str]], Awaitable[None]]
+    run: Callable[[IoShell, str, list[str]], Coroutine[Any, Any, None]]
     summary: str
     usage: str = ""
     least: int = 0
@@ -61,23 +60,24 @@ class IoCommand:
 class IoShell:
     """Runs command lines on ``backend``; output lines go to ``out``, complaints about the line itself to ``err``.
 
-    ``program`` stands before messages of the block layer. aio commands run as children of ``tasks`` and are waited for by
-    `finish`. ``opener`` is what ``reopen`` needs; without ``lasting`` there are no later commands that could let a held request
-    go on. Buffers begin ``misalign`` bytes into a page. ``quit`` is True after the command of that name.
+    ``program`` stands before messages of the block layer. aio commands run as tasks of ``start`` and are waited for by `finish`.
+    ``opener`` is what ``reopen`` needs. ``elsewhere`` gives what else is under way that may bring requests to a breakpoint, as
+    futures of its end. Buffers begin ``misalign`` bytes into a page. ``quit`` is True after the command of that name, ``pending``
+    are the aio requests that have not been answered.
     """
 
     backend: BlockBackend | None
     clock: Clock
     out: Callable[[str], None]
     err: Callable[[str], None]
-    tasks: asyncio.TaskGroup
+    start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     table: Mapping[str, IoCommand]
     program: str = "qblock-io"
     opener: Opener | None = None
-    lasting: bool = True
+    elsewhere: Callable[[], Iterable[asyncio.Future[Any]]] = tuple
     misalign: int = 0
     quit: bool = False
-    pending: set[asyncio.Task[None]] = attrs.field(factory=set)
+    pending: dict[asyncio.Task[None], Caller] = attrs.field(factory=dict)
 
     @property
     def image(self) -> BlockBackend:
@@ -112,30 +112,15 @@ class IoShell:
             raise CommandFailed(
                 f"bad argument count {len(args)} to {name}, expected {_expected(command)}", to_stderr=True
             )
-        if (breakpoints := self.breakpoints) is None:
+        with Caller(hurry=self._hurry).calling():
             await command.run(self, name, args)
-        else:
-            await self._until_done(asyncio.ensure_future(command.run(self, name, args)), breakpoints)
 
-    async def _until_done(self, task: asyncio.Future[None], breakpoints: Breakpoints) -> None:
-        """Wait for a command. If it is held at a breakpoint itself no other could let it go on: then this does."""
-        while not task.done():
-            if breakpoints.requests > len(self.pending):
-                tag = breakpoints.held[-1]
-                self.err(f"{self.program}: '{tag}' holds a command that all others wait for, and is resumed: use aio_ commands")
-                breakpoints.resume(tag)
-            await asyncio.wait((task, breakpoints.arrival()), return_when=asyncio.FIRST_COMPLETED)
-        await task
-
-    @property
-    def breakpoints(self) -> Breakpoints | None:
-        """Those of the first node below the image that has any."""
-        keeper = self.find_keeper() if self.backend is not None and self.backend.root is not None else None
-        return keeper.breakpoints if keeper is not None else None
+    def _hurry(self, tag: str) -> None:
+        self.err(f"{self.program}: '{tag}' holds a command that all others wait for, and is resumed: use aio_ commands")
 
     def find_keeper(self) -> SupportsBreakpoints | None:
         """The first driver from the image downwards that can hold requests."""
-        node: BlockDriverState | None = self.image.node
+        node: BlockDriverState | None = self.image.root.node if self.image.root is not None else None
         while node is not None:
             if isinstance(node.driver, SupportsBreakpoints):
                 return node.driver
@@ -143,43 +128,60 @@ class IoShell:
             node = edge.node if edge is not None else None
         return None
 
+    @property
+    def held(self) -> list[str]:
+        """The tags that hold aio requests."""
+        return [tag for caller in self.pending.values() for tag in caller.held]
+
+    @property
+    def has_requests_that_move(self) -> bool:
+        """Whether there is an aio request that no breakpoint holds."""
+        return any(not caller.held for caller in self.pending.values())
+
+    async def until_news(self, *news: asyncio.Future[Any]) -> None:
+        """Wait until an aio request is answered, one is held, or breakpoints are removed; or for one of ``news``."""
+        listener: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if (keeper := self.find_keeper()) is not None:
+            keeper.breakpoints.listen(listener)
+        await asyncio.wait((*self.pending, listener, *news), return_when=asyncio.FIRST_COMPLETED)
+
     async def finish(self) -> None:
         """Wait until every aio request has completed and printed its result; raises `CommandFailed` if one is held."""
         while self.pending:
-            breakpoints = self.breakpoints
-            held = breakpoints.held if breakpoints is not None else []
-            if len(held) >= len(self.pending):
-                raise CommandFailed(f"requests are held at breakpoints ({', '.join(held)}): resume them first", to_stderr=True)
-            arrivals = [breakpoints.arrival()] if breakpoints is not None else []
-            await asyncio.wait((*self.pending, *arrivals), return_when=asyncio.FIRST_COMPLETED)
+            if self.held:
+                tags = ", ".join(self.held)
+                raise CommandFailed(f"requests are held at breakpoints ({tags}): resume them first", to_stderr=True)
+            await self.until_news()
 
     async def finish_all(self) -> None:
         """As `finish`, at the end of all commands: requests that are held go on."""
         while self.pending:
-            if (breakpoints := self.breakpoints) is not None:
-                for tag in breakpoints.held:
-                    breakpoints.resume(tag)
-            with contextlib.suppress(CommandFailed):
-                await self.finish()
+            if (keeper := self.find_keeper()) is not None:
+                for tag in self.held:
+                    keeper.breakpoints.resume(tag)
+            await self.until_news()
 
     def buffer(self, length: int) -> memoryview:
         """A buffer of zeroes for a request."""
         return memoryview(bytearray(length + self.misalign))[self.misalign :]
 
-    def spawn(self, request: Awaitable[None]) -> None:
+    def spawn(self, request: Coroutine[Any, Any, None]) -> None:
         """Start an aio request; when it fails it says so, and that is all."""
+        caller = Caller()
 
         async def run() -> None:
             try:
-                await request
+                with caller.calling():
+                    await request
             except CommandFailed as failure:
                 self.out(failure.text)
             except QBlockError as error:
                 self.err(f"{self.program}: {error}")
+            finally:
+                del self.pending[task]
 
-        task = self.tasks.create_task(run())
-        self.pending.add(task)
-        task.add_done_callback(self.pending.discard)
+        task = self.start(run())
+        self.pending[task] = caller
 
     def allow(self, needed: Perm) -> None:
         """Take permissions on the image that the command at hand needs; raises when the image is read-only."""

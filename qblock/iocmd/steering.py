@@ -85,8 +85,6 @@ def _present_options(node: BlockDriverState) -> dict[str, Any]:
 
 async def set_breakpoint(shell: IoShell, name: str, args: list[str]) -> None:
     """``break``: the next request that comes to an event is held."""
-    if not shell.lasting:
-        raise CommandFailed("requests can only be held where later commands let them go on: use qblock-io", to_stderr=True)
     keeper = shell.find_keeper()
     if keeper is None:
         raise CommandFailed("Could not set breakpoint: there is no blkdebug node below the image")
@@ -98,26 +96,28 @@ async def set_breakpoint(shell: IoShell, name: str, args: list[str]) -> None:
 
 async def remove_breakpoint(shell: IoShell, name: str, args: list[str]) -> None:
     """``remove_break``: breakpoints are forgotten, and what they hold goes on."""
-    breakpoints = shell.breakpoints
-    if breakpoints is None or not breakpoints.remove(args[0]):
+    keeper = shell.find_keeper()
+    if keeper is None or not keeper.breakpoints.remove(args[0]):
         raise CommandFailed(f"Could not remove breakpoint {args[0]}: there is none of that name")
 
 
 async def wait_for_breakpoint(shell: IoShell, name: str, args: list[str]) -> None:
     """``wait_break``: until a request is held. Unlike in QEMU that fails when no request is left that could be."""
-    breakpoints, tag = shell.breakpoints, args[0]
-    while breakpoints is not None and not breakpoints.holds(tag):
-        if breakpoints.requests >= len(shell.pending):
-            break
-        await asyncio.wait((*shell.pending, breakpoints.arrival()), return_when=asyncio.FIRST_COMPLETED)
-    if breakpoints is None or not breakpoints.holds(tag):
+    keeper, tag = shell.find_keeper(), args[0]
+    while keeper is not None and not keeper.breakpoints.holds(tag):
+        elsewhere = tuple(shell.elsewhere())
+        if not keeper.breakpoints.is_set(tag) or not (elsewhere or shell.has_requests_that_move):
+            keeper = None
+        else:
+            await shell.until_news(*elsewhere)
+    if keeper is None:
         raise CommandFailed(f"no request is under way that could be held as '{tag}'")
 
 
 async def resume(shell: IoShell, name: str, args: list[str]) -> None:
     """``resume``: a request goes on that is held."""
-    breakpoints = shell.breakpoints
-    if breakpoints is None or not breakpoints.resume(args[0]):
+    keeper = shell.find_keeper()
+    if keeper is None or not keeper.breakpoints.resume(args[0]):
         raise CommandFailed(f"Could not resume request: none is held as '{args[0]}'")
     await asyncio.sleep(0)  # so that it says so before the next command does anything
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -265,6 +265,10 @@ class Job(abc.ABC):
         """See `node.EdgeParent`: busy while running, unless it is paused or drains its nodes itself."""
         return self.was_started and not (self.run_ended or self.paused or self.own_quiesced)
 
+    def below(self) -> Iterable[BdrvChild]:
+        """See `node.EdgeParent`: a job on no nodes has none."""
+        return ()
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id!r} {self.status.value} {self.progress_done}/{self.progress_total}>"
 
@@ -293,6 +297,10 @@ class BlockJob(Job):
         self.edges.append(edge)
         self._blocks.append(token)
         change.add(abort=partial(self._let_go, edge, token))
+
+    def below(self) -> Iterable[BdrvChild]:
+        """See `node.EdgeParent`."""
+        return self.edges
 
     def _let_go(self, edge: BdrvChild, token: OpBlocker) -> None:
         self.edges.remove(edge)

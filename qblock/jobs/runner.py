@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from qblock.breakpoints import Caller
 from qblock.drain import drain_all
 from qblock.errors import CommandError, DeviceNotActive, DuplicateName, JobCancelled, JobStateError, QBlockError
 from qblock.jobs.job import BlockJob, Job
@@ -102,7 +103,8 @@ class JobRunner:
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start a task of a job; a bug in it is reported to the loop's exception handler."""
-        task = asyncio.get_running_loop().create_task(work, name=name)
+        with Caller().calling():  # no longer whoever started it, such as a command
+            task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

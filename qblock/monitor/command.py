@@ -90,7 +90,7 @@ class Command:
         given = arguments if self.checks_itself else visitor.arguments(self.arguments, arguments)
         if self.oob:
             return visitor.reply(await self.handler(ctx, given))
-        async with ctx.hub.turns.taken(alone=self.alone):
+        async with ctx.hub.executing(alone=self.alone):
             return visitor.reply(await self.handler(ctx, given))
 
 

@@ -1,19 +1,16 @@
-"""What HMP does with drives and QMP has no command for: ``drive_add``, ``drive_del``, ``qemu-io``.
+"""What HMP does with drives and QMP has no command for: ``drive_add``, ``drive_del``, ``commit``.
 
 Models hmp-block.md section 1. A ``drive_add -n`` is blockdev-add with key=value options, whose values are strings.
 """
 
 from __future__ import annotations
 
-from qblock.backend import BlockBackend
 from qblock.chain import chain_next
 from qblock.committing import commit_in_use
-from qblock.errors import CommandError, DeviceNotFound, NodeNotFound, QBlockError
-from qblock.iocmd.commands import run_command
+from qblock.errors import CommandError, DeviceNotFound, QBlockError
 from qblock.monitor.command import CommandContext
 from qblock.monitor.commands.blockdev import NodeNameArguments, delete_node
 from qblock.options import parse_keyval
-from qblock.permissions import ANY_WRITE, Perm
 
 
 class NodeNameMissing(CommandError):
@@ -85,56 +82,3 @@ async def delete_with_jobs(context: CommandContext, name: str) -> None:
         await system.drive_del(name)
     finally:
         backend.resume()
-
-
-async def run_io(context: CommandContext, name: str, line: str, *, is_qdev: bool) -> bool:
-    """Run a qemu-io command on a device or a node; what it prints goes to the program's standard output.
-
-    Returns whether it has done what it says. A node gets a backend for as long as the command takes. Raises `CommandError`
-    when there is nothing of that name.
-    """
-    system = context.system
-    backend = find_backend(context, name, is_qdev=is_qdev)
-    temporary = None
-    if backend is None:
-        node = system.graph.find_node(name)
-        backend = temporary = BlockBackend(
-            system.graph, perm=Perm.NONE, shared=Perm.ALL, description="the qemu-io command"
-        )
-        try:
-            temporary.insert(node)
-        except BaseException:
-            temporary.close()
-            raise
-    perm, shared = backend.perm, backend.shared
-    try:
-        return await run_command(backend, line, context.hub.output, clock=system.env.clock, opener=system.opener) == 0
-    finally:
-        if temporary is not None:
-            temporary.close()
-        else:
-            _give_back(backend, perm, shared)
-
-
-def _give_back(backend: BlockBackend, perm: Perm, shared: Perm) -> None:
-    """Hold what was held before the command; but its ``reopen`` may have taken writing away for good, or have brought it back."""
-    node = backend.root.node if backend.root is not None else None
-    if backend.device is not None:
-        perm, shared = backend.device.permissions_on(node)
-    if node is not None and node.read_only:
-        perm &= ~(ANY_WRITE | Perm.RESIZE)
-    if (backend.perm, backend.shared) != (perm, shared):
-        backend.set_permissions(perm, shared)
-
-
-def find_backend(context: CommandContext, name: str, *, is_qdev: bool) -> BlockBackend | None:
-    """The backend of the drive or (``is_qdev``) of the guest device ``name``; None when ``name`` is a node."""
-    system = context.system
-    if is_qdev:
-        return system.devices.find_disk(name).backend
-    for backend in system.graph.backends:
-        if name and backend.name == name:
-            return backend
-    if name not in system.graph.nodes:
-        raise NodeNotFound(name, detail="There is neither a device nor a block node named")
-    return None

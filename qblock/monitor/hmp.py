@@ -98,7 +98,7 @@ class HmpMonitor:
             return HmpOutput(f'{error}\nTry "help {name}" for more information\n', failed=True)
         call = HmpCall(context, self, values)
         try:
-            async with context.hub.turns.taken():
+            async with context.hub.executing():
                 await command.handler(call)
         except PlainError as error:
             call.fail(str(error))

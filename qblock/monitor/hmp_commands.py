@@ -294,7 +294,7 @@ async def drive_del(call: HmpCall) -> None:
 async def qemu_io(call: HmpCall) -> None:
     """Runs the command; what it prints goes to the program's standard output, as in QEMU."""
     line = call.text("command") or ""
-    if not await drives.run_io(call.context, call.text("device") or "", line, is_qdev=call.flag("qdev")):
+    if not await call.context.hub.io.run(call.text("device") or "", line, is_qdev=call.flag("qdev")):
         call.fail()
 
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 
+from qblock.breakpoints import Caller
 from qblock.devices.plugging import let_go, take_requests_back
 from qblock.monitor.command import CommandTable
 from qblock.monitor.commands import table
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.events import EVENTS
 from qblock.monitor.hmp import HmpMonitor
+from qblock.monitor.io_shells import IoShells
 from qblock.monitor.throttle import EventThrottle
 from qblock.monitor.tracing import declare_events, trace_event
 from qblock.monitor.turns import Turns
@@ -100,6 +103,7 @@ class MonitorHub:
     turns: Turns = attrs.field(factory=Turns, init=False, repr=False)
     commands: CommandTable = attrs.field(init=False, repr=False)
     hmp: HmpMonitor = attrs.field(init=False, repr=False)
+    io: IoShells = attrs.field(init=False, repr=False)
     sessions: list[Listener] = attrs.field(factory=list, init=False)
     chardevs: list[Chardev] = attrs.field(factory=list, init=False)
     quitting: bool = attrs.field(default=False, init=False)
@@ -110,6 +114,7 @@ class MonitorHub:
     def __attrs_post_init__(self) -> None:
         self.commands = table(self.dialect)
         self.hmp = HmpMonitor(self.commands)
+        self.io = IoShells(self.system, self.output)
         declare_events(self.system.env.trace, self.commands, EVENTS)
         self._throttle = EventThrottle(self.system.env.clock, self._tell)
 
@@ -142,6 +147,21 @@ class MonitorHub:
         for session in tuple(self.sessions):
             session.event(name, data, when)
 
+    # --------------------------------------------------------------------------------------------------------- commands
+
+    @asynccontextmanager
+    async def executing(self, *, alone: bool = False) -> AsyncIterator[None]:
+        """Around the execution of a command; ``alone``: no other command runs meanwhile.
+
+        No breakpoint holds the requests of the command itself, for which its monitor would wait.
+        """
+        async with self.turns.taken(alone=alone):
+            with Caller(hurry=self._hurry).calling():
+                yield
+
+    def _hurry(self, tag: str) -> None:
+        self.report(f"'{tag}' holds a request of a monitor command, which is resumed")
+
     # ------------------------------------------------------------------------------------------------------------- quit
 
     async def reset(self) -> None:
@@ -167,6 +187,7 @@ class MonitorHub:
 
     async def _end(self) -> None:
         self.system.run.end()
+        self.system.forget_breakpoints()
         for step in self.before_quit:
             await step()
         await self.system.jobs.cancel_all()

@@ -6,7 +6,7 @@ note how they are asked for permissions, so that a test can see whether checks w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any, ClassVar
@@ -131,6 +131,10 @@ class CountingUser:
     def is_busy(self) -> bool:
         """See `EdgeParent`."""
         return self.busy
+
+    def below(self) -> Iterable[BdrvChild]:
+        """See `EdgeParent`."""
+        return () if self.root is None else (self.root,)
 
 
 def describe_graph(graph: Graph) -> dict[str, Any]:

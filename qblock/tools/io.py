@@ -149,7 +149,7 @@ class _Program:
             clock=self._session.environment.clock,
             out=print,
             err=_print_error,
-            tasks=tasks,
+            start=tasks.create_task,
             table={**COMMANDS, **self._commands()},
             opener=self._session.opener,
             misalign=MISALIGNMENT if "m" in arguments else 0,

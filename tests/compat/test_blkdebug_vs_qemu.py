@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from qmp_pair import DAEMONS, both, do
-from test_filters_vs_qemu import LOOK, NULL, add, file
+from qmp_pair import DAEMONS, both, do, io, wait
+from test_filters_vs_qemu import LOOK, NULL, add, file, machine
 
 pytestmark = pytest.mark.qemu
 
@@ -131,3 +131,33 @@ def test_requests_are_held_at_breakpoints(name: str, tmp_path: Path) -> None:
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
         outputs.append((done.returncode, [text for text in done.stdout.splitlines() if "ops" not in text]))
     assert outputs[0] == outputs[1]
+
+
+HELD_MACHINE = machine("-drive", "if=none,id=d,format=qcow2,node-name=top,file=blkdebug::held.qcow2")
+HELD_IMAGES = [
+    ["qemu-img", "create", "-q", "-f", "qcow2", "held.qcow2", "1M"],
+    ["qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 1M", "held.qcow2"],
+]
+MIRROR = do("drive-mirror", device="d", job_id="j", target="m.qcow2", sync="full", format="qcow2")
+LOOK_AT_JOBS = do("query-block-jobs")
+HOLDING = {
+    "cancelled while it is held": [
+        io("d", "break read_aio bp"), io("d", "break write_aio bp"), MIRROR, io("d", "wait_break bp"), LOOK_AT_JOBS,
+        do("block-job-cancel", device="j"), LOOK_AT_JOBS, io("d", "remove_break bp"), wait("JOB_STATUS_CHANGE", status="null"),
+        LOOK_AT_JOBS, io("d", "remove_break bp"), do("query-block"),
+    ],
+    "paused while it is held": [
+        io("top", "break read_aio bp"), MIRROR, io("d", "wait_break bp"), do("block-job-pause", device="j"), LOOK_AT_JOBS,
+        io("d", "resume bp"), wait("JOB_STATUS_CHANGE", status="paused"), LOOK_AT_JOBS,
+    ],
+    "paused by each command on its node": [
+        MIRROR, wait("BLOCK_JOB_READY"), io("top", "length"), io("top", "read 0 4k"), io("d", "read 0 4k"), LOOK_AT_JOBS,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_jobs_are_held_at_breakpoints_of_a_machine(name: str, tmp_path: Path) -> None:
+    """What scripts do to look at a job in the middle of its work."""
+    real, ours = both(HELD_MACHINE, tmp_path, HOLDING[name], HELD_IMAGES)
+    assert real == ours

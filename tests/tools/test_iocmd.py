@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import pytest
 
 from qblock.backend import BlockBackend
-from qblock.iocmd.commands import COMMANDS, run_command
+from qblock.iocmd.commands import COMMANDS
+from qblock.iocmd.shell import IoShell
 from qblock.iocmd.words import format_bytes
 from qblock.permissions import Perm
 from qblock.system import BlockSystem
@@ -30,14 +33,26 @@ def on_a_disk(body: Callable[[BlockSystem, BlockBackend], Awaitable[None]], **op
     run(main)
 
 
+async def execute(system: BlockSystem, backend: BlockBackend, line: str, out: Callable[[str], None]) -> int:
+    """Run one line in a shell of its own."""
+
+    def start(request: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return system.later(request, "a request")
+
+    shell = IoShell(backend, system.clock, out, out, start, COMMANDS, opener=system.opener)
+    result = await shell.execute(line)
+    await shell.finish()
+    return result
+
+
 def test_a_command_takes_the_permissions_it_needs() -> None:
     """Reading needs none but to read; the first write takes the right to write."""
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
         lines: list[str] = []
-        assert await run_command(backend, "read 0 512", lines.append, clock=system.clock, opener=system.opener) == 0
+        assert await execute(system, backend, "read 0 512", lines.append) == 0
         assert backend.perm == Perm.CONSISTENT_READ
-        assert await run_command(backend, "write -P 3 0 512", lines.append, clock=system.clock, opener=system.opener) == 0
+        assert await execute(system, backend, "write -P 3 0 512", lines.append) == 0
         assert backend.perm & Perm.WRITE
         assert await backend.read(0, 3) == b"\3\3\3"
 
@@ -49,18 +64,18 @@ def test_a_read_only_disk_refuses_writes_with_a_reason() -> None:
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
         lines: list[str] = []
-        assert await run_command(backend, "write 0 512", lines.append, clock=system.clock, opener=system.opener) == 1
+        assert await execute(system, backend, "write 0 512", lines.append) == 1
         assert "read-only" in lines[0]
 
     on_a_disk(body, **{"read-only": True})
 
 
-def test_aio_requests_are_done_when_the_command_returns_to_a_monitor() -> None:
-    """HMP's qemu-io has no later command that could wait for them."""
+def test_aio_requests_report_when_they_are_done() -> None:
+    """After the command that started them."""
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
         lines: list[str] = []
-        assert await run_command(backend, "aio_write -P 9 4k 4k", lines.append, clock=system.clock, opener=system.opener) == 0
+        assert await execute(system, backend, "aio_write -P 9 4k 4k", lines.append) == 0
         assert lines[0] == "wrote 4096/4096 bytes at offset 4096"
         assert await backend.read(4096, 2) == b"\t\t"
 
@@ -71,7 +86,7 @@ def test_sleep_passes_virtual_time() -> None:
     """An hour of sleeping takes no time."""
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
-        assert await run_command(backend, "sleep 3600000", print, clock=system.clock, opener=system.opener) == 0
+        assert await execute(system, backend, "sleep 3600000", print) == 0
 
     on_a_disk(body)
 
@@ -82,7 +97,7 @@ def test_every_command_has_help(name: str) -> None:
 
     async def body(system: BlockSystem, backend: BlockBackend) -> None:
         lines: list[str] = []
-        assert await run_command(backend, f"help {name}", lines.append, clock=system.clock, opener=system.opener) == 0
+        assert await execute(system, backend, f"help {name}", lines.append) == 0
         assert lines[0].startswith(name)
         assert " -- " in lines[0]
 

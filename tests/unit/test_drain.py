@@ -62,6 +62,9 @@ class Source:
     def is_busy(self) -> bool:
         return self.in_flight > 0
 
+    def below(self) -> list[BdrvChild]:
+        return [self.edge]
+
     async def request(self, steps: int = 2) -> None:
         while self.sections:
             await self.resumed.wait()
