@@ -211,7 +211,9 @@ class SimLoop(asyncio.SelectorEventLoop):
         if not isinstance(task, asyncio.Task):
             return super().call_soon(callback, *args, context=context)
         number = self._number_of(task)
-        self._steps.append(_Step(len(self.trace), number, callback, args, context or contextvars.copy_context()))
+        if context is None:  # one that is empty counts as false
+            context = contextvars.copy_context()
+        self._steps.append(_Step(len(self.trace), number, callback, args, context))
         return super().call_soon(self._run_chosen_step)
 
     def _run_chosen_step(self) -> None:

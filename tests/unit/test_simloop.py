@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, ContextVar
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,19 @@ def test_tasks_without_a_name_are_numbered_by_the_loop() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- deadlock
+
+
+def test_a_task_keeps_its_context_variables() -> None:
+    """Also those of a task that began without any: what it sets in one step is there in the next."""
+    variable: ContextVar[int] = ContextVar("variable")
+
+    async def main() -> None:
+        token = variable.set(1)
+        await asyncio.sleep(1)
+        assert variable.get() == 1
+        variable.reset(token)
+
+    Context().run(run, main)
 
 
 def test_a_deadlock_names_who_waits_for_what() -> None:
