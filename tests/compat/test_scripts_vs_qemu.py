@@ -35,14 +35,14 @@ def normal(text: str) -> str:
 
 
 SERVED = """#!/bin/bash
-exec 9<>/dev/tcp/127.0.0.1/{port}
+exec 8>&1 9<>/dev/tcp/127.0.0.1/{port}
 printf '%s\\0' $(($# + 3)) $$ "$PWD" {name} "$@" >&9
 read -r -u 9 code
 exec 9>&-
 echo "{name} $* -> $code" >>"{log}"
 exit "$code"
 """
-"""Lets the server do the work, and notes the exit code."""
+"""Lets the server do the work, and notes the exit code. Its output is at 8 too: at 1 is the connection while printf speaks to it."""
 
 LOGGED = '#!/bin/sh\n/usr/bin/{name} "$@"\ncode=$?\necho "{name} $* -> $code" >>"{log}"\nexit $code\n'
 """Runs the real program, and notes its exit code."""

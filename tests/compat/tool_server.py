@@ -1,7 +1,8 @@
 """Runs qblock-img and qblock-io for scripts without starting an interpreter each time: a forking server.
 
 A request has the number of its words, the process id of the caller, its directory, the name of the program, and its arguments,
-each ended by a zero byte; the answer is the exit code. The program gets the caller's standard streams.
+each ended by a zero byte; the answer is the exit code. The program gets the caller's standard streams;
+its output is the caller's descriptor 8.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def _receive(connection: socket.socket) -> list[str]:
 def _perform(pid: str, folder: str, name: str, args: list[str]) -> int:
     from qblock.tools import img, io
 
-    for fd, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
-        os.dup2(os.open(f"/proc/{pid}/fd/{fd}", flags), fd)
+    for theirs, flags, ours in ((0, os.O_RDONLY, 0), (8, os.O_WRONLY, 1), (2, os.O_WRONLY, 2)):
+        os.dup2(os.open(f"/proc/{pid}/fd/{theirs}", flags), ours)
     os.chdir(folder)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
     code = (img if name == "qemu-img" else io).main(args)
