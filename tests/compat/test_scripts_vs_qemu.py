@@ -42,7 +42,8 @@ exec 9>&-
 echo "{name} $* -> $code" >>"{log}"
 exit "$code"
 """
-"""Lets the server do the work, and notes the exit code. Its output is at 8 too: at 1 is the connection while printf speaks to it."""
+"""Lets the server do the work, and notes the exit code. Its output is at 8 too:
+1 is the connection while printf speaks to it."""
 
 LOGGED = '#!/bin/sh\n/usr/bin/{name} "$@"\ncode=$?\necho "{name} $* -> $code" >>"{log}"\nexit $code\n'
 """Runs the real program, and notes its exit code."""

@@ -1,6 +1,6 @@
 # An image that another program has open: real ones hold it against these tools, and these against real ones.
 hold() { # hold PROGRAM [OPTIONS]: open top.q until release
-    rm -f pipe; mkfifo pipe
+    rm -f pipe held; touch held; mkfifo pipe
     "$@" top.q <pipe >held &
     exec 7>pipe
     until grep -q MiB held; do echo length >&7; sleep 0.05; done
