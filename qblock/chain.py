@@ -11,7 +11,7 @@ import os.path
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from qblock.driver import SupportsBacking
+from qblock.driver import SupportsBacking, SupportsSnapshots
 from qblock.permissions import ChildRole
 
 if TYPE_CHECKING:
@@ -36,6 +36,13 @@ def whole_chain(node: BlockDriverState) -> Iterator[BlockDriverState]:
 def skip_filters(node: BlockDriverState) -> BlockDriverState:
     """The first node from ``node`` down that is no filter (itself, if it is none)."""
     while (edge := node.filtered) is not None:
+        node = edge.node
+    return node
+
+
+def snapshot_node(node: BlockDriverState) -> BlockDriverState:
+    """The node that keeps the internal snapshots of ``node``: itself, or what lies below if that is its only child."""
+    while not isinstance(node.driver, SupportsSnapshots) and len(node.children) == 1 and (edge := node.storage) is not None:
         node = edge.node
     return node
 

@@ -74,10 +74,16 @@ class Names:
         while (edge := node.storage) is not None and (node.implicit or node.driver.name in _NAMED_BY_CHILD):
             node = edge.node
         name = node.driver.filename()
-        if name is not None and (node.driver.is_filter or not self._backing_differs(node)):
+        if name is not None and not self._differs(node):
             return name
         shown = f"json:{self._options_of(node)}"
         return shown if len(shown) <= MAX_NAME else f"{shown[: MAX_NAME - 3]}..."
+
+    def _differs(self, node: BlockDriverState) -> bool:
+        """Whether opening ``node`` by its plain name would give it something else below."""
+        if node.driver.is_filter:
+            return node.storage is not None and self.filename_of(node.storage.node).startswith("json:")
+        return self._backing_differs(node)
 
     def _backing_differs(self, node: BlockDriverState) -> bool:
         """Whether opening the image without telling its backing image would give it another one than it has now."""

@@ -283,3 +283,5 @@ def _check_combination(common: CommonOptions, flags: NodeFlags, prefix: str) -> 
         raise InvalidParameter(f"{prefix}detect-zeroes", "can be 'unmap' only together with discard=unmap")
     if flags.force_share and not flags.read_only:
         raise InvalidParameter(f"{prefix}force-share", "can be on only for a node that is read-only")
+    if common.cache == CacheOptions():
+        raise InvalidParameter(f"{prefix}cache", "must say something of 'direct' or 'no-flush'; leave it out if it shall not")

@@ -10,6 +10,7 @@ explicit step of whoever took the last user away, since closing has to wait for 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os.path
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from qblock.backend import BlockBackend
 from qblock.drain import wait_idle
 from qblock.driver import BackingLink, Driver, Json, SupportsBacking, SupportsDataFile
 from qblock.environment import Environment
-from qblock.errors import CommandError, CorruptImage, InvalidParameter, NodeNotFound, QBlockError
+from qblock.errors import BlockIOError, CommandError, CorruptImage, InvalidParameter, NodeNotFound, QBlockError
 from qblock.filenames import combine_filename, has_protocol
 from qblock.graph import Graph, check_node_name
 from qblock.node import BlockDriverState
@@ -47,6 +48,8 @@ __all__ = ["OpenPolicy", "Opener", "combine_filename"]
 
 PROBE_SIZE: Final = 2048
 """How many bytes of a file a driver's ``probe`` is shown."""
+MAX_LENGTH: Final = (1 << 63) - (1 << 30)
+"""How many bytes a node may have: what 64 bits with a sign can count, less a margin for aligning."""
 PROBED_FIRST: Final = ("qcow2", "raw")
 """Our own formats; drivers of other packages are loaded for probing only when none but raw fits."""
 
@@ -180,6 +183,7 @@ class Opener:
             if (hit := self.env.trace.bdrv_open_common) is not None:
                 hit(node=node.node_name, filename=node.driver.filename() or "", driver=node.driver.name)
             await node.driver.open()
+            _check_length(node)
         except BaseException:
             await self._close_tree(node, opened=False)
             await self.close_orphans()  # a child that could not be attached
@@ -507,6 +511,12 @@ def merge(base: Mapping[str, Json], extra: Mapping[str, Json]) -> dict[str, Json
         below = result.get(key)
         result[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+def _check_length(node: BlockDriverState) -> None:
+    length = node.driver.length()
+    if length > MAX_LENGTH:
+        raise BlockIOError(errno.EFBIG, f"node '{node.node_name}' has {length} bytes, and {MAX_LENGTH} are the most")
 
 
 def _link_of(node: BlockDriverState) -> BackingLink | None:

@@ -13,9 +13,9 @@ filtered,         what the node's own parents take                            wh
 primary data
 storage           the same; also consistent-read always, and write and       the same without write and resize
                   resize while the node is writable
-metadata          consistent-read; also write and resize while the node is    the same without write and resize
-                  writable
-data              the same as its parents; resize comes with write            the same without resize
+metadata          like storage                                                like storage
+data              the same as its parents; write and resize come with any     the same without resize
+                  write
 backing           consistent-read when its parents take it                    consistent-read and write-unchanged always;
                                                                               write and resize when its parents share write
 ================  ==========================================================  ==========================================
@@ -102,18 +102,13 @@ def _pass_through(perm: Perm, shared: Perm, *, writable: bool) -> PermissionPair
 
 
 def _storage(perm: Perm, shared: Perm, *, writable: bool) -> PermissionPair:
-    own = _metadata(perm, shared, writable=writable)
-    return PermissionPair(perm | own.perm, own.shared)
-
-
-def _metadata(perm: Perm, shared: Perm, *, writable: bool) -> PermissionPair:
-    perm = Perm.CONSISTENT_READ | (_WRITE_AND_RESIZE if writable else Perm.NONE)
-    return PermissionPair(perm, shared & ~_WRITE_AND_RESIZE)
+    own = Perm.CONSISTENT_READ | (_WRITE_AND_RESIZE if writable else Perm.NONE)
+    return PermissionPair(perm | own, shared & ~_WRITE_AND_RESIZE)
 
 
 def _data(perm: Perm, shared: Perm, *, writable: bool) -> PermissionPair:
-    if Perm.WRITE in perm:
-        perm |= Perm.RESIZE
+    if perm & ANY_WRITE:
+        perm |= _WRITE_AND_RESIZE
     return PermissionPair(perm, shared & ~Perm.RESIZE)
 
 
@@ -126,7 +121,7 @@ def _backing(perm: Perm, shared: Perm, *, writable: bool) -> PermissionPair:
 _RULES: Final[Mapping[ChildRole, Callable[..., PermissionPair]]] = {
     ChildRole.STORAGE: _storage,
     ChildRole.PRIMARY_DATA: _pass_through,
-    ChildRole.METADATA: _metadata,
+    ChildRole.METADATA: _storage,
     ChildRole.DATA: _data,
     ChildRole.BACKING: _backing,
     ChildRole.FILTERED: _pass_through,

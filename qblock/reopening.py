@@ -94,6 +94,8 @@ def _described(opener: Opener, given: Mapping[str, Json], path: str, *, strings:
     spec = SpecReader(opener.registry, strings=strings).read(given, kept, path=path)
     if spec.driver is not type(node.driver):
         raise InvalidParameter(f"{path}.driver", f"cannot be changed: node '{name}' is a {node.driver.name} node")
+    if "force-share" in given or "force-share" in node.options_given:
+        raise InvalidParameter(f"{path}.force-share", f"cannot be changed, nor be given again: node '{name}' is open")
     if not spec.driver.supports_reopen:
         raise CommandError(f"Node '{name}' cannot be given other options: {spec.driver.name} has none that can change")
     children: dict[str, BlockDriverState | None] = {}

@@ -2,7 +2,7 @@
 
 Models ``blockdev-snapshot-internal-sync`` and ``blockdev-snapshot-delete-internal-sync`` (semantics.md section 10.6). The node is
 drained from before it is looked at until the end of the transaction, so the snapshot is of the same moment as what the other
-actions do. Undone, the snapshot is deleted again.
+actions do. Undone, the snapshot is deleted again. A filter, or anything else with one child only, passes both commands on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qblock.actions.action import Action
 from qblock.blockers import OpType
+from qblock.chain import snapshot_node
 from qblock.drain import drained
 from qblock.driver import SupportsSnapshots
 from qblock.errors import CommandError, InvalidParameter, QBlockError
@@ -41,7 +42,7 @@ class InternalSnapshot(Action):
     async def prepare(self) -> None:
         """See `Action`."""
         node = self._find()
-        await self.drain(node)
+        await self.drain(snapshot_node(node))
         self.system.graph.check_op(node, OpType.INTERNAL_SNAPSHOT)
         self._driver = _snapshotted(node, self._device)
         if not self._name:
@@ -70,7 +71,7 @@ async def delete_internal_snapshot(
 
     Raises `CommandError` when there is none, when nothing says which, or when the node is in use by a job, and `BlockIOError`.
     """
-    async with drained(node):
+    async with drained(snapshot_node(node)):
         system.graph.check_op(node, OpType.INTERNAL_SNAPSHOT_DELETE)
         if id is None and name is None:
             raise CommandError("An 'id' or a 'name' must be given, to tell which snapshot is to be deleted")
@@ -86,6 +87,7 @@ async def delete_internal_snapshot(
 def _snapshotted(node: BlockDriverState, device: str) -> SupportsSnapshots:
     if node.read_only:
         raise CommandError(f"Device '{device}' is read-only: no snapshot of it can be made or deleted")
-    if not isinstance(node.driver, SupportsSnapshots):
-        raise CommandError(f"Device '{device}' has the format {node.driver.name}, which keeps no internal snapshots")
-    return node.driver
+    driver = snapshot_node(node).driver
+    if not isinstance(driver, SupportsSnapshots):
+        raise CommandError(f"Device '{device}' has the format {driver.name}, which keeps no internal snapshots")
+    return driver

@@ -23,7 +23,7 @@ from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.filtering import FilterDriver
 from qblock.node import BlockDriverState
 from qblock.nodespec import NodeFlags
-from qblock.permissions import ChildRole
+from qblock.permissions import ChildRole, Perm
 from qblock.requests import flush, refresh_length
 from qblock.transaction import Transaction
 
@@ -178,8 +178,10 @@ class SnapshotToFile(_Snapshot):
 
 
 def _check_overlay(overlay: BlockDriverState) -> None:
-    if overlay.parents:
-        raise CommandError(f"The overlay '{overlay.node_name}' is in use: {overlay.parents[0].parent.describe_user()}")
+    for edge in overlay.parents:
+        # Who only writes, as a job that fills the overlay does, need not see it complete.
+        if Perm.CONSISTENT_READ in edge.perm:
+            raise CommandError(f"The overlay '{overlay.node_name}' is in use: {edge.parent.describe_user()}")
     if overlay.backing is not None:
         raise CommandError(f"The overlay '{overlay.node_name}' has a backing image already; open it with backing null")
     if not (overlay.driver.supports_backing or _awaits_place(overlay)):

@@ -75,6 +75,7 @@ class CopyBeforeWriteDriver(FilterDriver):
 
     name: ClassVar[str] = "copy-before-write"
     options_class: ClassVar[type[DriverOptions]] = CopyBeforeWriteOptions
+    supports_reopen: ClassVar[bool] = False
 
     options: CopyBeforeWriteOptions
     copies: CopyAside

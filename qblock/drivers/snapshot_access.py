@@ -36,6 +36,7 @@ class SnapshotAccessDriver(Driver):
 
     name: ClassVar[str] = "snapshot-access"
     options_class: ClassVar[type[DriverOptions]] = SnapshotAccessOptions
+    supports_reopen: ClassVar[bool] = False
     supports_discard: ClassVar[bool] = True
 
     options: SnapshotAccessOptions

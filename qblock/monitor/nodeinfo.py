@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import attrs
 
 from qblock.backend import StatsOptions
-from qblock.chain import chain_edge, skip_filters, skip_implicit
+from qblock.chain import chain_edge, skip_implicit, snapshot_node
 from qblock.devices.timed_stats import TimedStats
 from qblock.driver import SupportsSnapshots
 from qblock.filenames import combine_filename
+from qblock.jobs.job_filter import JobFilter
 from qblock.monitor.replies import (
     BlockdevCacheInfo,
     BlockDeviceInfo,
@@ -65,7 +66,7 @@ def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
             node, has_storage = pending.pop()
             if node in order:
                 continue
-            below = {name: edge.node for name, edge in node.children.items() if not edge.node.monitor_owned}
+            below = {name: edge.node for name, edge in node.children.items() if _opened_with_parent(edge.node)}
             storage = below.pop("file", None)
             if storage is not None and not has_storage and storage not in order:
                 pending += [(node, True), (storage, False)]
@@ -74,6 +75,10 @@ def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
             if node is not root:
                 pending += [(child, False) for child in list(below.values())[::-1]]
     return list(order)
+
+
+def _opened_with_parent(node: BlockDriverState) -> bool:
+    return not node.monitor_owned and not isinstance(node.driver, JobFilter)
 
 
 def _below(node: BlockDriverState, *, for_device: bool) -> BlockDriverState | None:
@@ -146,14 +151,19 @@ class NodeReports:
                 direct=node.cache_direct,
                 no_flush=node.cache_no_flush,
             ),
-            write_threshold=node.write_threshold,
+            write_threshold=_as_signed(node.write_threshold),
             dirty_bitmaps=[bitmap_info(bitmap) for bitmap in reversed(node.dirty_bitmaps)] or None,
         )
 
 
+def _as_signed(number: int) -> int:
+    """A number of 64 bits as QMP shows it, which has a sign."""
+    return number - (1 << 64) if number >> 63 else number
+
+
 def _snapshots_of(node: BlockDriverState) -> list[SnapshotInfo] | None:
     """The internal snapshots, oldest first; None when there are none, as QEMU leaves the member out then."""
-    driver = skip_filters(node).driver
+    driver = snapshot_node(node).driver
     kept = driver.snapshots() if isinstance(driver, SupportsSnapshots) else ()
     return [snapshot_info(snapshot) for snapshot in kept] or None
 
@@ -192,7 +202,7 @@ def _limits(backend: BlockBackend | None) -> dict[str, Any]:
 def node_stats(node: BlockDriverState, *, below: bool) -> BlockStats:
     """The statistics of a node; ``below``: with its backing chain (implicit filters skipped), as for a device."""
     node = skip_implicit(node) if below else node
-    storage = node.storage
+    storage = node.storage or (next(iter(node.children.values())) if len(node.children) == 1 else None)
     backing = node.backing
     return BlockStats(
         node_name=node.node_name,

@@ -402,7 +402,6 @@ def test_what_cannot_be_opened_is_told_at_once(tmp_path: Path, name: str, code: 
     "changes",
     [
         {"pr_manager": "pr"},
-        {"x_check_cache_dropped": True},
     ],
 )
 def test_what_is_not_offered_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -333,7 +333,7 @@ def test_no_descriptor_is_left_behind(path: Path) -> None:
         async with opened(path):
             pass
         with pytest.raises(InvalidParameter):
-            async with opened(path, x_check_cache_dropped=True):
+            async with opened(path, pr_manager="pr"):
                 pass
         assert len(os.listdir("/proc/self/fd")) == before
 

@@ -10,8 +10,8 @@ kernel by way of shared rings (ring.py).
 Differs from QEMU: with ``cache.direct`` small requests are run by the kernel for ``aio=threads``, too; ``aio=native`` insists on
 it, and fails where there is no such queue. ``aio-max-batch`` holds for ``aio=io_uring`` as well, where QEMU ignores it.
 ``pr-manager`` is refused. ``auto-read-only`` decides when the file is opened, not again with every user. Devices are taken, too,
-of which character devices like ``/dev/null`` are empty. ``drop-cache`` acts at the end of an incoming migration, which qblock
-does not have: both values do the same.
+of which character devices like ``/dev/null`` are empty. ``drop-cache`` and ``x-check-cache-dropped`` are about the end
+of an incoming migration, which qblock does not have: their values all do the same.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class FileOptions(DriverOptions):
     )
     aio_max_batch: int = option(0, doc="requests given to the kernel at once; 0: no limit", since="6.2")
     drop_cache: bool = option(True, doc="drop the page cache after an incoming migration", since="3.0")
-    x_check_cache_dropped: bool = option(False, doc="check that drop-cache worked; only off", since="3.0")
+    x_check_cache_dropped: bool = option(False, doc="check then that the page cache was dropped", since="3.0")
 
 
 @frozen
@@ -195,10 +195,6 @@ class FileDriver(Driver):
             raise InvalidParameter("aio", "cannot be 'native' without cache.direct=on")
         if options.pr_manager is not None:
             raise InvalidParameter("pr-manager", "is not offered: there are no persistent reservations here")
-        if options.x_check_cache_dropped:
-            raise InvalidParameter(
-                "x-check-cache-dropped", "is not offered: there is no incoming migration to check after"
-            )
 
     def _open_descriptor(self, *, read_only: bool) -> int:
         flags = os.O_RDONLY if read_only else os.O_RDWR
@@ -464,9 +460,11 @@ class FileDriver(Driver):
             self._locks.revert()
 
     def check_reopen(self, options: Any, *, read_only: bool) -> None:
-        """See `Driver`: drop-cache can be changed."""
+        """See `Driver`: what is about the end of a migration can be changed."""
         assert isinstance(options, FileOptions)
-        super().check_reopen(evolve(options, drop_cache=self.options.drop_cache), read_only=read_only)
+        own = self.options
+        same = evolve(options, drop_cache=own.drop_cache, x_check_cache_dropped=own.x_check_cache_dropped)
+        super().check_reopen(same, read_only=read_only)
 
     def check_cache(self, *, direct: bool) -> None:
         """See `Driver`: the file system must be able to do without the page cache, and aio=native takes nothing else."""

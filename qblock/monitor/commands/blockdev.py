@@ -183,10 +183,11 @@ async def block_resize(ctx: CommandContext, args: BlockResizeArguments) -> None:
 
 @command("block-set-write-threshold", since="2.3")
 async def block_set_write_threshold(ctx: CommandContext, args: WriteThresholdArguments) -> None:
-    """Have BLOCK_WRITE_THRESHOLD sent once when a write ends above a threshold; 0 takes the threshold away."""
-    if args.write_threshold < 0:
-        raise InvalidParameter("write-threshold", "must not be negative")
-    ctx.system.graph.find_node(args.node_name).write_threshold = args.write_threshold
+    """Have BLOCK_WRITE_THRESHOLD sent once when a write ends above a threshold; 0 takes the threshold away.
+
+    A negative one is as much below 2**64, as in QEMU: no write gets there.
+    """
+    ctx.system.graph.find_node(args.node_name).write_threshold = args.write_threshold % (1 << 64)
 
 
 @command("change-backing-file", since="2.1")
