@@ -37,6 +37,7 @@ from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
     from qblock.graph import Graph
+    from qblock.iothreads import IOThread
     from qblock.node import BdrvChild, BlockDriverState
     from qblock.nodespec import MediumFlags
     from qblock.throttling import ThrottleMember
@@ -62,12 +63,13 @@ class BlockBackend:
     """A user's handle on a node. ``perm`` and ``shared`` are what its edge takes and shares, also of nodes inserted later.
 
     ``name`` is the device name or empty. ``io_status`` is ``ok``, ``failed`` or ``nospace``; ``on_read_error`` and
-    ``on_write_error`` are the device's error policies; ``device`` is the guest device attached, if any. With ``writethrough``
-    every write is durable when it completes. With ``disable_queuing`` requests do not wait while the node is drained: for
-    jobs, which stop by themselves. ``changing_medium`` while a command puts another node in, which nobody else may do then;
-    ``last_medium`` tells how the node was opened that such a command took out. ``in_flight`` counts requests under way, those not
-    included that wait for the end of a drained section. ``throttle`` holds up reads, writes and zero writes, see `limit`.
-    ``stats`` is what its device counts.
+    ``on_write_error`` are the device's error policies; ``device`` is the guest device attached, if any, which lives on
+    ``iothread`` (None: the main loop). With ``writethrough`` every write is durable when it completes. With
+    ``disable_queuing`` requests do not wait while the node is drained: for jobs, which stop by themselves.
+    ``changing_medium`` while a command puts another node in, which nobody else may do then; ``last_medium`` tells how the
+    node was opened that such a command took out. ``in_flight`` counts requests under way, those not included that wait for
+    the end of a drained section. ``throttle`` holds up reads, writes and zero writes, see `limit`. ``stats`` is what its
+    device counts.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class BlockBackend:
         self.on_write_error = "enospc"
         self.stats = StatsOptions()
         self.device: Any = None
+        self.iothread: IOThread | None = None
         self.changing_medium = False
         self.closed = False
         self.last_medium: MediumFlags | None = None
@@ -166,6 +169,15 @@ class BlockBackend:
         return self.root
 
     # ------------------------------------------------------------------------------------------------- as an edge's parent
+
+    @property
+    def is_pinned(self) -> bool:
+        """See `EdgeParent`."""
+        return self.device is not None
+
+    def child_edges(self) -> Iterable[BdrvChild]:
+        """See `EdgeParent`."""
+        return () if self.root is None else (self.root,)
 
     def describe_user(self) -> str:
         """See `EdgeParent`."""

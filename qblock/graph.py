@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
 
-from qblock import blockers, chain
+from qblock import blockers, chain, homes
 from qblock.blockers import OpBlocker, OpType
 from qblock.errors import (
     CommandError,
@@ -241,6 +241,7 @@ class Graph:
                 raise CommandError(f"Node '{parent.node_name}' has a child '{name}' already")
             _refuse_cycle(parent, node, name)
             perm, shared = _child_pair(parent, role)
+        homes.join(parent, node, change)
         edge = BdrvChild(name, role, node, parent)
         _store_pair(edge, PermissionPair(perm, shared))
         _link(edge)
@@ -261,6 +262,7 @@ class Graph:
         if isinstance(edge.parent, BlockDriverState):
             _refuse_cycle(edge.parent, node, edge.name)
         old = edge.node
+        homes.join(edge.parent, node, change, instead=edge)
         _move(edge, node, change)
         self.refresh_permissions([old, node], change)
 
@@ -291,6 +293,7 @@ class Graph:
         for edge in moving:
             _refuse_frozen(edge)
         for edge in moving:
+            homes.join(edge.parent, new, change, instead=edge)
             _move(edge, new, change)
         self.refresh_permissions([old, new], change)
 

@@ -18,10 +18,22 @@ from qblock.permissions import ChildRole, Perm
 if TYPE_CHECKING:
     from qblock.dirty import DirtyBitmap
     from qblock.driver import Driver
+    from qblock.iothreads import IOThread
 
 
 class EdgeParent(Protocol):
     """Who may hold an edge to a node: another node, a block backend, a job."""
+
+    @property
+    def iothread(self) -> IOThread | None:
+        """Where it lives, if it cannot move or is a node: an I/O thread, or None for the main loop."""
+
+    @property
+    def is_pinned(self) -> bool:
+        """True for a guest device, which does not move to another I/O thread."""
+
+    def child_edges(self) -> Iterable[BdrvChild]:
+        """All its edges."""
 
     def describe_user(self) -> str:
         """How conflict reports name it: ``node 'n'``, ``block device 'd'``, ``mirror job 'j'``."""
@@ -95,6 +107,7 @@ class BlockDriverState:
 
     children: dict[str, BdrvChild] = attrs.field(factory=dict, repr=False)
     parents: list[BdrvChild] = attrs.field(factory=list, repr=False)
+    iothread: IOThread | None = None
     perm: Perm = Perm.NONE
     shared: Perm = Perm.ALL
     blockers: list[Any] = attrs.field(factory=list, repr=False)
@@ -165,6 +178,15 @@ class BlockDriverState:
             self.driver.drained_end()
 
     # --------------------------------------------------------------------------------------------- as a parent of others
+
+    @property
+    def is_pinned(self) -> bool:
+        """See `EdgeParent`."""
+        return False
+
+    def child_edges(self) -> Iterable[BdrvChild]:
+        """See `EdgeParent`."""
+        return self.children.values()
 
     def describe_user(self) -> str:
         """See `EdgeParent`."""

@@ -1,4 +1,5 @@
-"""User-creatable objects (``object-add``, ``--object``): secrets and throttle groups, which other options refer to by id.
+"""User-creatable objects (``object-add``, ``--object``): secrets, throttle groups and I/O threads, which others refer to
+by id.
 
 Models QEMU's QOM objects as far as the block layer here has a use for them; other types are refused by name. Differs from QEMU in
 that an object's secret is never shown again.
@@ -18,6 +19,7 @@ from qblock.driver import Json
 from qblock.environment import Environment
 from qblock.errors import CommandError, DuplicateName, InvalidParameter
 from qblock.graph import check_identifier
+from qblock.iothreads import IOThread, IOThreadSettings, check_settings
 from qblock.options import dump, fields, option, required, visit
 from qblock.throttle_limits import NO_LIMITS, ThrottleLimits, changed_limits
 from qblock.throttling import ThrottleGroup
@@ -175,18 +177,59 @@ class ThrottleGroupObject:
         self.env.throttle_groups.delete(self.group.name)
 
 
+# ----------------------------------------------------------------------------------------------------------- I/O threads
+
+
+@attrs.frozen
+class IOThreadOptions(ObjectOptions, IOThreadSettings):
+    """``IothreadProperties``."""
+
+
+@attrs.frozen(eq=False)
+class IOThreadObject:
+    """An I/O thread, to which nodes and devices can be assigned. All properties can be changed at any time."""
+
+    kind: ClassVar[str] = "iothread"
+    properties: ClassVar[Mapping[str, str]] = {field.wire: "int" for field in fields(IOThreadSettings)}
+
+    thread: IOThread
+
+    @classmethod
+    def make(cls, env: Environment, given: Mapping[str, Json], *, strings: bool) -> IOThreadObject:
+        """Make the thread; raises `InvalidParameter` and `CommandError`."""
+        options = visit(IOThreadOptions, given, strings=strings)
+        settings = IOThreadSettings(**{name: getattr(options, name) for name in attrs.fields_dict(IOThreadSettings)})
+        check_settings(settings)
+        return cls(IOThread(options.id, settings))
+
+    def get(self, name: str) -> Json:
+        """See `UserObject`."""
+        return dump(self.thread.settings)[name]
+
+    def set(self, name: str, value: Json) -> None:
+        """See `UserObject`."""
+        self.thread.change({name: value})
+
+    def delete(self) -> None:
+        """See `UserObject`: what was assigned to it stays so, as in QEMU, which does not ask either."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- table
 
 Make = Callable[..., UserObject]
 
-OBJECT_OPTIONS: Final[Mapping[str, type[ObjectOptions]]] = {"secret": SecretOptions, "throttle-group": ThrottleGroupOptions}
+OBJECT_OPTIONS: Final[Mapping[str, type[ObjectOptions]]] = {
+    "secret": SecretOptions, "throttle-group": ThrottleGroupOptions, "iothread": IOThreadOptions,
+}  # fmt: skip
 """The options of each type of objects."""
-_MAKERS: Final[Mapping[str, Make]] = {"secret": Secret.make, "throttle-group": ThrottleGroupObject.make}
+_MAKERS: Final[Mapping[str, Make]] = {
+    "secret": Secret.make, "throttle-group": ThrottleGroupObject.make, "iothread": IOThreadObject.make,
+}  # fmt: skip
 
 
 IDLE_KINDS: Final = frozenset(
     {
-        "can-bus", "cryptodev-backend-builtin", "filter-buffer", "filter-dump", "input-linux", "iothread", "main-loop",
+        "can-bus", "cryptodev-backend-builtin", "filter-buffer", "filter-dump", "input-linux", "main-loop",
         "memory-backend-file", "memory-backend-memfd", "memory-backend-ram", "rng-builtin", "rng-egd", "rng-random",
         "thread-context",
     }
@@ -215,7 +258,7 @@ class IdleObject:
 
 
 OBJECT_PROPERTIES: Final[Mapping[str, Mapping[str, str]]] = {
-    kind.kind: kind.properties for kind in (Secret, ThrottleGroupObject)
+    kind.kind: kind.properties for kind in (Secret, ThrottleGroupObject, IOThreadObject)
 }
 """The properties of the objects of each type that has an effect, with their QOM types."""
 
@@ -250,6 +293,11 @@ class ObjectTable:
         if name in self.objects:
             raise DuplicateName("object", name)
         self.objects[name] = IdleObject(kind) if is_idle else _MAKERS[kind](self._env, options, strings=strings)
+
+    def iothread(self, name: str) -> IOThread | None:
+        """The I/O thread of that name, if there is one."""
+        found = self.objects.get(name)
+        return found.thread if isinstance(found, IOThreadObject) else None
 
     def delete(self, name: str) -> None:
         """Remove an object; raises `CommandError` when there is none, or when it is in use."""

@@ -85,9 +85,9 @@ def option(default: Any, *, doc: str, since: str = "", name: str | None = None) 
     return attrs.field(default=default, kw_only=True, metadata={"doc": doc, "since": since, "name": name})
 
 
-def required(*, doc: str, since: str = "", name: str | None = None) -> Any:
-    """A member that must be given."""
-    return attrs.field(kw_only=True, metadata={"doc": doc, "since": since, "name": name})
+def required(*, doc: str, since: str = "", name: str | None = None, nullable: bool = False) -> Any:
+    """A member that must be given; ``nullable``: as JSON null, too."""
+    return attrs.field(kw_only=True, metadata={"doc": doc, "since": since, "name": name, "nullable": nullable})
 
 
 def child(

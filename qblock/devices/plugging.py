@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from qblock import homes
 from qblock.backend import BlockBackend
 from qblock.devices.accounting import DeviceAccounting
 from qblock.devices.device import GuestDevice
@@ -20,13 +22,15 @@ from qblock.devices.properties import Value, parse_values
 from qblock.devices.property_sets import PCI
 from qblock.devices.tree import Bus, Device
 from qblock.drain import drained
-from qblock.errors import CommandError, InvalidParameter
+from qblock.errors import CommandError, DeviceNotFound, InvalidParameter
 from qblock.graph import check_identifier
 from qblock.permissions import Perm
+from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
     from qblock.devices.tree import DeviceTree
     from qblock.driver import Json
+    from qblock.iothreads import IOThread
     from qblock.system import BlockSystem
 
 SCSI_TARGETS: Final = 256
@@ -85,8 +89,11 @@ def plug(system: BlockSystem, request: Request, *, hot: bool, path: str | None =
     if hot and bus is not None and not bus.hotplug:
         raise CommandError(f"Nothing can be plugged into the bus '{bus.name}' of a machine that has been started")
     _check_boot_index(tree, request)
+    thread = _thread_named(system, request.values.get("iothread"))
     address = () if bus is None else _PLACES.get(bus.kind, _anywhere)(bus, request)
-    device = Device(request.id, model, path or tree.path_for(request.id), bus, request.values, address, hotplugged=hot)
+    device = Device(
+        request.id, model, path or tree.path_for(request.id), bus, request.values, address, thread, hotplugged=hot
+    )
     if model.disk is not None and not (model.name == "nvme" and "drive" not in request.values):
         # Buses are named now: the path of the part that has the disk may begin with the name of one.
         tree.add(device)
@@ -294,7 +301,9 @@ def _connect_disk(system: BlockSystem, device: Device, traits: DiskTraits) -> No
             has_tray=traits.tray or values.get("removable") is True,
             share_rw=values.get("share-rw") is True,
         )  # fmt: skip
-        _take(system, disk, values.get("drive"))
+        with Transaction() as change:
+            _take(system, disk, values.get("drive"), change)
+            _settle_home(backend, device, change)
     except BaseException:
         backend.writethrough, backend.on_read_error, backend.on_write_error, backend.description = settings
         if made:
@@ -303,6 +312,27 @@ def _connect_disk(system: BlockSystem, device: Device, traits: DiskTraits) -> No
             backend.set_permissions(*before)
         raise
     backend.device = device.disk = disk
+
+
+def _settle_home(backend: BlockBackend, device: Device, change: Transaction) -> None:
+    """A disk lives on the I/O thread of its controller. One that has a thread of its own lives on the main loop until its guest's
+    driver starts it, which no guest does here. Raises `CommandError`: other devices keep the nodes elsewhere.
+    """
+    controller = None if device.bus is None else device.bus.owner
+    thread = None if controller is None else controller.iothread
+    if backend.root is not None:
+        homes.assign(backend.root.node, thread, change)
+    change.add(abort=partial(setattr, backend, "iothread", backend.iothread))
+    backend.iothread = thread
+
+
+def _thread_named(system: BlockSystem, name: Value | None) -> IOThread | None:
+    if not name:
+        return None
+    thread = system.objects.iothread(str(name))
+    if thread is None:
+        raise DeviceNotFound(str(name))
+    return thread
 
 
 def _accounting(system: BlockSystem, backend: BlockBackend, values: Mapping[str, Value]) -> DeviceAccounting:
@@ -333,16 +363,16 @@ def _backend_for(system: BlockSystem, device: Device, traits: DiskTraits) -> tup
     return drive, False
 
 
-def _take(system: BlockSystem, disk: GuestDevice, drive: Value | None) -> None:
+def _take(system: BlockSystem, disk: GuestDevice, drive: Value | None, change: Transaction) -> None:
     """Take permissions on the drive's node, or put the node in."""
     backend = disk.backend
     node = backend.root.node if backend.root is not None else system.graph.nodes.get(str(drive)) if not backend.name else None
     if node is not None and node.read_only and disk.traits.needs_writable:
         raise CommandError(f"Node '{node.node_name}' is read-only, and a device '{disk.model}' writes to its disk")
     if backend.root is not None or node is None:
-        backend.set_permissions(*disk.permissions_on(node))
+        backend.set_permissions(*disk.permissions_on(node), change)
     else:
-        disk.insert(node)
+        disk.insert(node, change)
 
 
 def _apply(backend: BlockBackend, values: Mapping[str, Value], traits: DiskTraits, *, model: str) -> None:

@@ -48,6 +48,8 @@ def settled_values(tree: DeviceTree, device: Device) -> dict[str, Value]:
     values = {prop.name: _default(prop) for prop in device.model.properties or () if not prop.kind.startswith("child<")}
     values |= {key: value for key, value in _WORDS.get(name, {}).items() if key in values}
     values |= device.values
+    if device.iothread is not None:
+        values["iothread"] = f"/objects/{device.iothread.name}"
     values |= {key: value for key, value in _place(device).items() if key in values}
     for size in ("logical_block_size", "physical_block_size"):
         if size in values:

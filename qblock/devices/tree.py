@@ -20,6 +20,7 @@ from qblock.errors import CommandError, DeviceNotFound, DuplicateName
 if TYPE_CHECKING:
     from qblock.devices.properties import Value
     from qblock.driver import Json
+    from qblock.iothreads import IOThread
 
 PERIPHERAL: Final = "/machine/peripheral"
 ANONYMOUS: Final = "/machine/peripheral-anon"
@@ -51,8 +52,8 @@ class Bus:
 class Device:
     """A device of any kind.
 
-    ``values`` are the properties given; ``address`` its place on its bus, as the bus counts. ``hotplugged``: it came while the
-    machine was on.
+    ``values`` are the properties given; ``address`` its place on its bus, as the bus counts; ``iothread`` the I/O thread that its
+    property of that name means. ``hotplugged``: it came while the machine was on.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Device:
     bus: Bus | None
     values: Mapping[str, Value]
     address: tuple[int, ...] = ()
+    iothread: IOThread | None = None
     hotplugged: bool = False
     buses: list[Bus] = attrs.field(factory=list, init=False)
     disk: GuestDevice | None = attrs.field(default=None, init=False)

@@ -27,6 +27,7 @@ from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
     from qblock.driver import Json
+    from qblock.iothreads import IOThread
     from qblock.jobs.runner import JobRunner
     from qblock.jobs.txn import JobTransaction
     from qblock.node import BdrvChild, BlockDriverState
@@ -286,6 +287,20 @@ class BlockJob(Job):
         self.edges: list[BdrvChild] = []
         self._blocks: list[OpBlocker] = []
         self.drained_nodes: list[BlockDriverState] = []
+
+    @property
+    def iothread(self) -> IOThread | None:
+        """See `EdgeParent`: that of its nodes."""
+        return self.edges[0].node.iothread if self.edges else None
+
+    @property
+    def is_pinned(self) -> bool:
+        """See `EdgeParent`."""
+        return False
+
+    def child_edges(self) -> Iterable[BdrvChild]:
+        """See `EdgeParent`."""
+        return self.edges
 
     def hold(
         self, name: str, node: BlockDriverState, perm: Perm, shared: Perm, *, change: Transaction

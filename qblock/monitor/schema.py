@@ -235,6 +235,8 @@ class _Schema:
             member["type"] = self._array_of(one) if field.many else one
         elif owner is BlockdevCreateArguments and field.wire == "options":
             member["type"] = self._create_options()
+        elif field.nullable:
+            member["type"] = self._or_null(self.type_name(_without_none(field.type)))
         else:
             member["type"] = self.type_name(_without_none(field.type))
         if not field.required:
@@ -310,6 +312,11 @@ class _Schema:
         entry["tag"] = "driver"
         entry["variants"] = [{"case": name, "type": self._object(cls)} for name, cls in creators.items()]
         return str(entry["name"])
+
+    def _or_null(self, kind: str) -> str:
+        """StrOrNull, or the like for another type."""
+        key = f"{kind} or null"
+        return self._names.get(key) or self._alternate(key, [kind, self.type_name(type(None))])
 
     def _child(self, *, nullable: bool) -> str:
         """BlockdevRef, or BlockdevRefOrNull."""

@@ -17,6 +17,7 @@ from qblock.clock import RealClock
 from qblock.driver import Driver
 from qblock.environment import Environment
 from qblock.graph import Graph
+from qblock.iothreads import IOThread
 from qblock.node import BdrvChild, BlockDriverState
 from qblock.options import DriverOptions
 from qblock.permissions import ChildRole, Perm, PermissionPair, cumulative, find_clash
@@ -114,6 +115,12 @@ class CountingUser:
     sections: int = 0
     busy: bool = False
     root: BdrvChild | None = None
+    iothread: IOThread | None = None
+    is_pinned: bool = False
+
+    def child_edges(self) -> Iterable[BdrvChild]:
+        """See `EdgeParent`."""
+        return () if self.root is None else (self.root,)
 
     def describe_user(self) -> str:
         """See `EdgeParent`."""

@@ -143,6 +143,60 @@ QUORUM = [
 ]  # fmt: skip
 
 
+def null(name: str, **members: Any) -> dict[str, Any]:
+    """A node without an image."""
+    return add({"driver": "null-co", "node-name": name, "size": 1 << 20} | wire(members))
+
+
+def over(driver: str, name: str, **members: Any) -> dict[str, Any]:
+    """A node over others."""
+    return add({"driver": driver, "node-name": name} | wire(members))
+
+
+def snapshot(node: str, overlay: str) -> dict[str, Any]:
+    """blockdev-snapshot."""
+    return do("blockdev-snapshot", node=node, overlay=overlay)
+
+
+GRAPH = do("x-debug-query-block-graph")
+USED_OVERLAYS = [
+    null("a"), null("b"), null("c"), null("t"), add(qcow2("top", file("top.qcow2"))), over("raw", "r", file="top"),
+    snapshot("a", "top"), NODES, GRAPH, add(qcow2("base", file("base.qcow2"))),
+    add(qcow2("other", file("other.qcow2"), backing="base")), snapshot("b", "base"), NODES, GRAPH,
+    add(qcow2("ov", file("ov.qcow2"), backing=None)),
+    do("blockdev-mirror", job_id="m", device="c", target="ov", sync="none"), wait("BLOCK_JOB_READY"), snapshot("b", "ov"),
+    GRAPH, do("blockdev-mirror", job_id="n", device="r", target="t", sync="none", auto_finalize=False),
+    snapshot("c", "r"),
+]  # fmt: skip
+PASSED_ON = [
+    null("n"), do("object-add", qom_type="throttle-group", id="g"), add(qcow2("top", file("top.qcow2"))),
+    over("raw", "r", file="top"), over("throttle", "f", file="r", throttle_group="g"), over("blkdebug", "e", image="f"),
+    over("quorum", "q", children=["n"], vote_threshold=1), over("blklogwrites", "w", file="r", log="n"), NODES,
+    do("query-blockstats", query_nodes=True), keep("top", "s0"), NODES, keep("f", "s1"), keep("e", "s2"),
+    keep("q", "s3"), keep("w", "s3"), NODES,
+    do("blockdev-snapshot-delete-internal-sync", device="e", name="s1"), NODES,
+    over("copy-on-read", "c", file="w"), GRAPH, add(qcow2("base", file("base.qcow2"), backing="n")),
+    over("blkdebug", "d", image="base"), NODES,
+]  # fmt: skip
+REFUSALS = [
+    null("a", force_share=False), null("b", read_only=True), null("c", cache={}), null("c", cache={"direct": False}),
+    null("z", size=(1 << 63) - 1), null("z", size=(1 << 63) - (1 << 30) + 1), null("z", size=(1 << 63) - (1 << 30)), NODES,
+    *(
+        reopen({"driver": "null-co", "node-name": name, "size": 1 << 20, "read-only": True, **more})
+        for name in ("a", "b")
+        for more in ({}, {"force-share": True}, {"force-share": False}, {"cache": {}}, {"cache": {"no-flush": True}})
+    ), NODES, over("copy-before-write", "cbw", file="a", target="c"), over("snapshot-access", "s", file="cbw"),
+    reopen({"driver": "copy-before-write", "node-name": "cbw", "file": "a", "target": "c"}),
+    reopen({"driver": "snapshot-access", "node-name": "s", "file": "cbw"}),
+    add(file("r.raw", node_name="f", x_check_cache_dropped=True)), reopen(file("r.raw", node_name="f")),
+    *(
+        step
+        for value in (-1, 5, -(1 << 63), (1 << 63) - 1, 0)
+        for step in (do("block-set-write-threshold", node_name="f", write_threshold=value), NODES)
+    ),
+]  # fmt: skip
+
+
 def _comparable(value: Any) -> Any:
     if isinstance(value, dict):
         if value.get("format") == "file":
@@ -156,8 +210,11 @@ _TIMES = {"date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"}
 
 @pytest.mark.qemu
 @pytest.mark.parametrize(
-    "script", [BACKING, FLAGS, INTERNAL, QUORUM],
-    ids=["other backing and file", "flags and options", "internal snapshots", "children of a quorum"],
+    "script", [BACKING, FLAGS, INTERNAL, QUORUM, USED_OVERLAYS, PASSED_ON, REFUSALS],
+    ids=[
+        "other backing and file", "flags and options", "internal snapshots", "children of a quorum", "overlays in use",
+        "snapshots through filters", "odd options",
+    ],
 )
 def test_both_answer_alike(script: list[dict[str, Any]], tmp_path: Path) -> None:
     """Replies, events, the nodes that there are afterwards and what they say of themselves."""

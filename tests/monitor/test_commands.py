@@ -262,12 +262,12 @@ def test_unknown_jobs_and_commands_have_the_class_that_clients_know(command: str
 
 
 def test_objects_are_made_and_removed() -> None:
-    """There are secrets; other types are refused."""
+    """What has no use in a storage daemon is refused."""
 
     async def body(client: QmpClient, system: BlockSystem) -> None:
         await client.execute("object-add", qom_type="secret", id="s", data="x")
         await refused(client, "object-add", qom_type="secret", id="s", data="x")
-        await refused(client, "object-add", qom_type="iothread", id="i")
+        await refused(client, "object-add", qom_type="rng-builtin", id="i")
         await client.execute("object-del", id="s")
         await refused(client, "object-del", id="s")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -46,6 +46,12 @@ class Source:
             self.edge: BdrvChild = graph.attach(
                 self, node, name="root", role=ChildRole.ROOT, perm=Perm.CONSISTENT_READ, change=change
             )
+
+    iothread = None
+    is_pinned = False
+
+    def child_edges(self) -> Iterable[BdrvChild]:
+        return ()
 
     def describe_user(self) -> str:
         return f"source '{self.name}'"

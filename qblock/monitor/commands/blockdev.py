@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from qblock import homes
 from qblock.backend import BlockBackend
 from qblock.blockers import OpType
 from qblock.chain import whole_chain
@@ -22,6 +23,7 @@ from qblock.monitor.lookup import device_or_node
 from qblock.nodespec import CommonOptions
 from qblock.options import option, required
 from qblock.permissions import Perm
+from qblock.transaction import Transaction
 
 
 @attrs.frozen
@@ -45,6 +47,14 @@ class BlockdevChangeArguments:
     parent: str = required(doc="device or node whose children change")
     child: str | None = option(None, doc="name of the child that goes")
     node: str | None = option(None, doc="node that becomes a child")
+
+
+@attrs.frozen
+class SetIOThreadArguments(NodeNameArguments):
+    """Arguments of x-blockdev-set-iothread."""
+
+    iothread: str | None = required(doc="the I/O thread; null for the main loop", nullable=True)
+    force: bool = option(False, doc="move also a node that a device, an export or a job uses directly")
 
 
 @attrs.frozen
@@ -140,6 +150,23 @@ async def blockdev_change(ctx: CommandContext, args: BlockdevChangeArguments) ->
             assert args.child is not None
             remove_child(graph, parent, args.child)
     await ctx.system.opener.close_orphans()
+
+
+@command("x-blockdev-set-iothread", since="2.12", features=("unstable",))
+async def blockdev_set_iothread(ctx: CommandContext, args: SetIOThreadArguments) -> None:
+    """Move a node, with all nodes that it is connected to, to an I/O thread; a guest device keeps them where they are."""
+    system = ctx.system
+    node = system.graph.find_node(args.node_name)
+    for edge in node.parents:
+        if isinstance(edge.parent, BlockBackend) and not args.force:
+            raise NodeBusy(node.node_name, f"{edge.parent.describe_user()} uses it; 'force' moves it all the same")
+    thread = None if args.iothread is None else system.objects.iothread(args.iothread)
+    if thread is None and args.iothread is not None:
+        raise CommandError(f"There is no I/O thread '{args.iothread}'")
+    if node.iothread is not thread:
+        async with drained(node):
+            with Transaction() as change:
+                homes.assign(node, thread, change)
 
 
 @command("blockdev-create", since="3.0")

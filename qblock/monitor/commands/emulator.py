@@ -18,6 +18,7 @@ from qblock.monitor.command import CommandContext, NoArguments, command
 from qblock.monitor.commandline import GROUPS, ParameterType
 from qblock.monitor.dialects import SYSTEM_ONLY
 from qblock.monitor.qom_types import CPU_TYPE
+from qblock.objects import IOThreadObject
 from qblock.options import option, required
 
 
@@ -69,10 +70,10 @@ class IOThreadInfo:
 
     id: str = required(doc="id of the object")
     thread_id: int = required(doc="thread that serves it: the program's one loop")
-    poll_max_ns: int = required(doc="always 0: nothing is polled")
-    poll_grow: int = required(doc="always 0")
-    poll_shrink: int = required(doc="always 0")
-    aio_max_batch: int = required(doc="always 0")
+    poll_max_ns: int = required(doc="how long it would poll at most, in nanoseconds")
+    poll_grow: int = required(doc="what the time to poll would be multiplied by")
+    poll_shrink: int = required(doc="what the time to poll would be divided by")
+    aio_max_batch: int = required(doc="requests that would go to the kernel at once")
 
 
 @attrs.frozen
@@ -146,12 +147,19 @@ async def query_current_machine(ctx: CommandContext, args: NoArguments) -> Curre
 
 @command("query-iothreads", since="2.0", returns=list[IOThreadInfo], dialects=SYSTEM_ONLY)
 async def query_iothreads(ctx: CommandContext, args: NoArguments) -> list[IOThreadInfo]:
-    """List the objects of the type iothread. All requests are served by one loop, whatever they say."""
+    """List the I/O threads with their settings. All requests are served by one loop, whatever these say."""
     del args
+    threads = [found.thread for found in ctx.system.objects.objects.values() if isinstance(found, IOThreadObject)]
     return [
-        IOThreadInfo(id=name, thread_id=os.getpid(), poll_max_ns=0, poll_grow=0, poll_shrink=0, aio_max_batch=0)
-        for name, found in ctx.system.objects.objects.items()
-        if found.kind == "iothread"
+        IOThreadInfo(
+            id=thread.name,
+            thread_id=os.getpid(),
+            poll_max_ns=thread.settings.poll_max_ns,
+            poll_grow=thread.settings.poll_grow,
+            poll_shrink=thread.settings.poll_shrink,
+            aio_max_batch=thread.settings.aio_max_batch,
+        )
+        for thread in threads
     ]
 
 
