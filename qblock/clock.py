@@ -187,10 +187,9 @@ class RateLimit:
     _dispatched: int = attrs.field(init=False, default=0)
 
     def set_speed(self, speed: int) -> None:
-        """``speed`` in units (bytes) per second, 0 for no limit. What was accounted under the old speed is forgotten."""
+        """``speed`` in units (bytes) per second, 0 for no limit. What was done in the current slice counts at the new speed."""
         assert speed >= 0
         self.speed = speed
-        self._end_ns = self._dispatched = 0
 
     def delay_ns(self, count: int) -> int:
         """Account ``count`` units as done now; returns for how many nanoseconds the caller should sleep before the
@@ -206,4 +205,4 @@ class RateLimit:
         if self._dispatched < quota:
             return 0
         self._end_ns = self._start_ns + self._dispatched * self.slice_ns // quota
-        return self._end_ns - now
+        return max(0, self._end_ns - now)

@@ -120,6 +120,9 @@ class BackupJob(BlockJob):
         if self.in_flight.full:
             await self.in_flight.changed()
             return True
+        if self.copies.pending.count and (delay := self.limit.delay_ns(0)):
+            await self.sleep_ns(delay)  # whoever wakes the job before that makes it look again, and no faster
+            return True
         piece = self._next_piece()
         if piece is None:
             other = self.copies.overlapping(0, self.copies.pending.size)
@@ -131,9 +134,8 @@ class BackupJob(BlockJob):
         self._reach = min(4 * self._reach, _MAX_REACH) if piece.content is not Content.DATA else self.copies.chunk
         operation = self.in_flight.begin(piece.offset, piece.length)
         self.spawn(self._copy(operation, piece), f"copy at {piece.offset}")
-        delay = self.limit.delay_ns(piece.length if piece.content is not Content.UNWANTED else 0)
-        if delay and self.copies.pending.count:
-            await self.sleep_ns(delay)
+        if piece.content is not Content.UNWANTED:
+            self.limit.delay_ns(piece.length)
         return True
 
     def _next_piece(self) -> Piece | None:
@@ -150,6 +152,8 @@ class BackupJob(BlockJob):
             self._bug = bug
         finally:
             self.in_flight.end(operation)
+            if self._failure is not None:
+                self.wake()  # a slow job has nothing more to wait for
 
     async def _answer_failure(self) -> None:
         await self.in_flight.all_background_ended()

@@ -180,6 +180,7 @@ class ScanningJob(BlockJob):
         match self._failed(error, is_read=is_read):
             case ErrorAction.REPORT:
                 self._failure = error
+                self.wake()  # a slow job has nothing more to wait for
             case ErrorAction.IGNORE if self.ignored_is_skipped:
                 self._finished(part)
             case ErrorAction.IGNORE:

@@ -115,8 +115,9 @@ class StreamJob(ScanningJob):
         return self.device
 
     async def part_at(self, offset: int, end: int) -> Piece:
-        """See `ScanningJob`: work is what a lower layer holds."""
-        extent = await requests.chain_status(self.device, offset, end - offset, base=self.base, want_zero=False)
+        """See `ScanningJob`: work is what a layer below the device's image holds. Filters above that image are not asked."""
+        image = self.runner.graph.skip_filters(self.device)
+        extent = await requests.chain_status(image, offset, end - offset, base=self.base, want_zero=False)
         needed = extent.present and extent.depth > 0
         length = min(extent.length, STEP) if needed else extent.length
         if (hit := self.runner.trace.stream_one_iteration) is not None:

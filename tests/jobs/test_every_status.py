@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from chains import SIZE, Chain, chain
+from chains import NAMES, SIZE, Chain, Faulty, chain
 from qblock.actions.action import perform
 from qblock.actions.backups import StartBlockdevBackup
 from qblock.errors import CommandError, QBlockError
@@ -184,3 +184,39 @@ async def _ended(made: Chain, job: BlockJob) -> None:
     if job.status is S.CONCLUDED:
         await tell(made, job, "dismiss")
     assert job.status is S.NULL
+
+
+def test_a_backup_that_is_woken_goes_no_faster_than_its_speed(tmp_path: Path) -> None:
+    """A pause, a resume and a speed that is hardly another one make no hole in the limit; a higher speed does at once."""
+
+    async def main() -> None:
+        async with chain(tmp_path) as made:
+            job, jobs = await brought_to(made, "backup", S.RUNNING), made.system.jobs
+            done = job.progress_done
+            await jobs.pause(job)
+            await jobs.resume(job)
+            jobs.set_speed(job, 2)
+            await asyncio.sleep(1)
+            assert job.progress_done == done > 0
+            jobs.set_speed(job, 0)
+            await jobs.wait(job)
+            assert job.error is None
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slow_job_whose_request_fails_ends_at_once(kind: str, tmp_path: Path) -> None:
+    """It does not sleep for hours first, for what it was about to copy."""
+
+    async def main() -> None:
+        async with chain(tmp_path) as made:
+            for name in NAMES:
+                Faulty(made.node(name))
+            before = asyncio.get_running_loop().time()
+            job = await KINDS[kind](made, speed=1)
+            await made.system.jobs.wait(job)
+            assert isinstance(job.error, OSError)
+            assert asyncio.get_running_loop().time() - before < 1
+
+    run(main)
