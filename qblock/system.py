@@ -35,7 +35,7 @@ from qblock.objects import ObjectTable
 from qblock.opening import Opener, OpenPolicy
 from qblock.registry import DriverRegistry
 from qblock.requests import flush
-from qblock.runstate import RunControl
+from qblock.runstate import RunControl, RunState
 from qblock.streams import tell
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class BlockSystem:
         )  # fmt: skip
         run.before_resume.append(system._forget_errors)
         run.on_change.append(system._let_devices_go)
+        run.on_change.append(system._rest_after_error)
         run.on_reset.append(devices.reset)
         return system
 
@@ -170,12 +171,19 @@ class BlockSystem:
             backend.close()
         else:
             backend.name = ""
+            backend.on_read_error = backend.on_write_error = "report"
         await self.opener.close_orphans()
 
     def _forget_errors(self) -> None:
-        """What has stopped the guest is tried again: the I/O status of all disks is ok."""
+        """What has stopped the guest is tried again: the I/O status of all drives is ok. A disk without a drive keeps it."""
         for backend in self.graph.backends:
-            backend.io_status = IO_OK
+            if backend.name:
+                backend.io_status = IO_OK
+
+    def _rest_after_error(self, running: bool) -> None:
+        """A machine that an error has stopped comes to rest as one that is stopped by a command."""
+        if not running and self.run.state is RunState.IO_ERROR:
+            self.later(self.come_to_rest(), "the machine comes to rest after an error")
 
     def _let_devices_go(self, running: bool) -> None:
         """A guest that runs lets go of what was told to leave."""

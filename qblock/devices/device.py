@@ -174,24 +174,30 @@ class GuestDevice:
 
     # ---------------------------------------------------------------------------------------------------------- error actions
 
+    @property
+    def io_status(self) -> str | None:
+        """How an error has stopped the machine last, as query-block shows it; None where no policy lets one do so."""
+        backend = self.backend
+        may_stop = backend.on_write_error in ("enospc", "stop") or backend.on_read_error == "stop"
+        return backend.io_status if self.traits.io_status and may_stop else None
+
     def _act_on(self, operation: Operation, error: BlockIOError) -> Literal["report", "ignore", "stop"]:
         """What becomes of a failed request; says so, and stops the machine when that is to be done."""
         is_read = operation == "read"
         nospace = error.errno == errno.ENOSPC
         action = _ACTIONS[self.backend.on_read_error if is_read else self.backend.on_write_error][nospace]
-        if not self.traits.error_actions or error.errno == errno.ENOMEDIUM:
+        if not self.traits.error_actions or self.backend.root is None:
             return "report"
         if action == "stop" and self.backend.io_status == IO_OK:
             self.backend.io_status = IO_NOSPACE if nospace else IO_FAILED
-        edge = self.backend.root
         self.emit(
             "BLOCK_IO_ERROR",
             {
                 "device": self.backend.name,
-                **({} if edge is None else {"node-name": edge.node.node_name}),
+                "node-name": self.backend.node.node_name,
                 "operation": "read" if is_read else "write",
                 "action": action,
-                "nospace": nospace,
+                **({} if self.io_status is None else {"nospace": nospace}),
                 "reason": _reason(error),
             },
         )

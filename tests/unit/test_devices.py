@@ -17,8 +17,11 @@ from qblock.devices.models import MODELS, find_model, help_lines
 from qblock.devices.plugging import let_go, plug, read_request, unplug
 from qblock.devices.tree import Device
 from qblock.errors import BlockIOError, CommandError, DeviceNotFound, InvalidParameter, PermissionConflict
+from qblock.jobs.mirror import MirrorRequest, start_blockdev_mirror
+from qblock.jobs.new_copy import SyncMode
 from qblock.runstate import TRANSITIONS, RunState
 from qblock.system import BlockSystem
+from qblock.testing.jobbench import eventually
 from qblock.testing.simloop import run
 
 Work = Callable[[BlockSystem], Awaitable[None]]
@@ -254,6 +257,7 @@ async def failing(system: BlockSystem, driver: str, code: int, **values: Any) ->
         ({"rerror": "ignore"}, errno.EIO, "ignore"),
         ({"rerror": "stop"}, errno.EIO, "stop"),
         ({"rerror": "enospc"}, errno.ENOSPC, "stop"),
+        ({"rerror": "stop"}, errno.ENOMEDIUM, "stop"),
         ({"rerror": "enospc"}, errno.EIO, "report"),
     ],
 )
@@ -283,7 +287,49 @@ def test_a_failed_read_is_reported_ignored_or_stops_the_machine(policy: dict[str
     }  # fmt: skip
     assert [name for name, _ in events[1:]] == (["STOP", "RESUME"] if action == "stop" else [])
     stopped = "nospace" if code == errno.ENOSPC else "failed"
-    assert statuses == ([stopped, "ok"] if action == "stop" else ["ok", "ok"])
+    assert statuses == [stopped if action == "stop" else "ok"] * 2  # cont forgives drives only
+
+
+def test_only_a_disk_whose_errors_may_stop_the_machine_has_an_io_status() -> None:
+    """Nor does its BLOCK_IO_ERROR tell whether the storage was full. A drive that is taken away stops nothing any more."""
+
+    async def work(system: BlockSystem) -> None:
+        disk = await failing(system, "virtio-blk-pci", errno.ENOSPC, werror="ignore")
+        await disk.write_from(0, memoryview(bytes(512)))
+        assert disk.io_status is None
+        await system.drive_add("if=none,id=drive,file.driver=null-co,format=raw")
+        other = add(system, "virtio-blk-pci", drive="drive", id="e").disk
+        assert other is not None and other.io_status == "ok"
+        other.backend.io_status = "failed"
+        system.run.resume()
+        assert other.io_status == "ok"
+        await system.drive_del("drive")
+        assert other.io_status is None
+        with pytest.raises(BlockIOError):
+            await other.write_from(0, memoryview(bytes(512)))
+
+    events = with_board("pc", work)
+    assert [(name, data.get("nospace")) for name, data in events if name == "BLOCK_IO_ERROR"] == [("BLOCK_IO_ERROR", None)]
+
+
+def test_a_machine_that_an_error_stops_comes_to_rest() -> None:
+    """As after the command stop: a ready job shows that no request is under way, and all images are durable."""
+
+    async def work(system: BlockSystem) -> None:
+        disk = await failing(system, "virtio-blk-pci", errno.EIO, werror="stop")
+        for name in ("s", "t"):
+            await add_node(system, name, driver="memory", size=1 << 20)
+        request = MirrorRequest(job_id="j", sync=SyncMode.FULL)
+        job = await start_blockdev_mirror(system, device="s", target="t", request=request)
+        await eventually(lambda: job.is_ready)
+        write = asyncio.ensure_future(disk.write_from(0, memoryview(bytes(512))))
+        await eventually(lambda: system.run.state is RunState.IO_ERROR)
+        await settled()
+        system.run.resume()
+        await write
+
+    names = [data.get("status", name) for name, data in with_board("pc", work)]
+    assert names[names.index("BLOCK_IO_ERROR") :][:5] == ["BLOCK_IO_ERROR", "STOP", "standby", "ready", "RESUME"]
 
 
 def test_a_full_storage_stops_the_guest_that_writes_and_other_errors_do_not() -> None:

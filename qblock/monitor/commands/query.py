@@ -63,7 +63,7 @@ def _block_info(backend: BlockBackend, reports: NodeReports) -> BlockInfo:
         locked=device is not None and device.locked,
         inserted=inserted,
         tray_open=device.tray_open if device is not None and device.has_tray else None,
-        io_status=cast(IoStatusName, backend.io_status) if device is not None and device.traits.io_status else None,
+        io_status=None if device is None else cast(IoStatusName | None, device.io_status),
     )
 
 
