@@ -54,6 +54,19 @@ def skip_implicit(node: BlockDriverState) -> BlockDriverState:
     return node
 
 
+def may_be_replaced(source: BlockDriverState, wanted: BlockDriverState) -> bool:
+    """Whether a copy of ``source`` may take the place of ``wanted`` without a change of what anybody sees.
+
+    It shows just what ``source`` does (through filters), or is a child that votes there, and nobody else uses it.
+    """
+    node = source
+    while node is not wanted and (edge := node.filtered) is not None:
+        node = edge.node
+    if node is wanted:
+        return True
+    return node.driver.mends_children and [edge.parent for edge in wanted.parents] == [node]
+
+
 def cow_node(node: BlockDriverState) -> BlockDriverState | None:
     """The node directly below the backing link of ``node`` (looked for through filters), itself possibly a filter."""
     edge = skip_filters(node).backing

@@ -90,6 +90,9 @@ class Driver(abc.ABC):
     zero_initialised: ClassVar[bool] = False
     """True when a freshly created image is known to read as zeroes."""
 
+    mends_children: ClassVar[bool] = False
+    """True when what the node shows does not depend on any one child: a copy of it may take the place of each of them."""
+
     names_whole_nodes: ClassVar[bool] = False
     """True when a file name that begins with the driver's name means a node of the driver, and not the storage of an image."""
 

@@ -57,6 +57,7 @@ class QuorumDriver(Driver):
 
     name: ClassVar[str] = "quorum"
     options_class: ClassVar[type[DriverOptions]] = QuorumOptions
+    mends_children: ClassVar[bool] = True
     supports_write_zeroes: ClassVar[bool] = True
     supports_reopen: ClassVar[bool] = False
 

@@ -14,6 +14,7 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.blockers import OpType
+from qblock.chain import may_be_replaced
 from qblock.drain import drained
 from qblock.errors import CommandError, InvalidParameter
 from qblock.jobs.mirror_job import MirrorJob
@@ -287,14 +288,11 @@ def _check_sizes(request: MirrorRequest) -> None:
 
 
 def check_replaces(system: BlockSystem, source: BlockDriverState, name: str) -> None:
-    """Raise unless the node ``name`` shows just what ``source`` shows (through filters), so that a copy may take its place."""
+    """Raise unless a copy of ``source`` may take the place of the node ``name``."""
     wanted = system.graph.find_node(name)
-    node: BlockDriverState | None = source
-    while node is not None and node is not wanted:
-        node = node.filtered.node if node.filtered is not None else None
-    if node is None:
+    if not may_be_replaced(source, wanted):
         raise CommandError(
-            f"Node '{name}' cannot be replaced by a copy of '{source.node_name}': it may show other data than the source"
+            f"Node '{name}' cannot be replaced by a copy of '{source.node_name}': somebody could see other data then"
         )
     if wanted.length != source.length:
         raise CommandError(f"Node '{name}' cannot be replaced: its size differs from that of '{source.node_name}'")

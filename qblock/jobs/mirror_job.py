@@ -34,8 +34,9 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from qblock import requests
+from qblock.chain import may_be_replaced
 from qblock.dirty import DirtyBitmap
-from qblock.errors import CommandError, PermissionConflict, QBlockError
+from qblock.errors import BlockIOError, CommandError, PermissionConflict, QBlockError
 from qblock.jobs.copying import IO_FAILURES, SLICE_NS, BufferPool, InFlight, Operation, io_error
 from qblock.jobs.job import BlockJob
 from qblock.jobs.mirror_guest import GuestRequests
@@ -519,11 +520,17 @@ class MirrorJob(BlockJob):
         plan = self.plan
         node = self.target_edge.node
         self._replacement = node if self._should_complete else None
+        if self._should_complete and plan.replaces is not None:
+            self._check_replaced(self.runner.graph.find_node(plan.replaces))
         if self._should_complete and plan.backing_at_end is BackingAtEnd.HEADER:
             await self.runner.opener.open_backing_chain(node)
             await self.undisturbed()
         with Transaction() as change, self.runner.graph.deferred_permissions(change):
             self.dismantle(node, change, switch=self._should_complete)
+
+    def _check_replaced(self, wanted: BlockDriverState) -> None:
+        if not may_be_replaced(self.source, wanted):
+            raise BlockIOError(errno.EPERM, f"Node '{wanted.node_name}' cannot be replaced any more: others use it now")
 
     def dismantle(self, target: BlockDriverState, change: Transaction, *, switch: bool) -> None:
         """Take the job's parts out of the graph, and with ``switch`` put the target in the place of the source."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qmp_pair import DAEMONS, both, do, io
+from qmp_pair import DAEMONS, both, do, io, wait
 from test_filters_vs_qemu import LOOK, NULL, add, file, machine
 
 pytestmark = pytest.mark.qemu
@@ -113,4 +113,35 @@ ERRORS: dict[str, list[dict[str, Any]]] = {
 def test_errors_and_events(name: str, tmp_path: Path) -> None:
     """Which events tell of which failures."""
     real, ours = both(machine(), tmp_path, [*ERRORS[name], do("query-name")], FILES)
+    assert real == ours
+
+
+def mending(*more: Any, device: str = "q", replaces: str = "x0", **members: Any) -> list[dict[str, Any]]:
+    """A copy of the quorum takes the place of one of its children; ``more`` is told before it does."""
+    return [
+        do("blockdev-mirror", job_id="j", device=device, target="x3", sync="full", replaces=replaces, **members),
+        *more, wait("BLOCK_JOB_READY"), do("job-complete", id="j"), wait("BLOCK_JOB_COMPLETED"), *LOOK,
+    ]  # fmt: skip
+
+
+NODES = [add("file", f"x{number}", filename=name) for number, name in enumerate("abce")]
+VOTERS = [*NODES, quorum("x0", "x1", "x2")]
+ONE_MORE = add("quorum", "q2", children=["x0"], vote_threshold=1)
+FAILING = [do("blockdev-mirror", job_id="j", device="q", target="x3", sync="full", replaces="x0")]
+REPLACES: dict[str, list[dict[str, Any]]] = {
+    "a child": [*VOTERS, *mending()],
+    "a child, while it is written to": [*VOTERS, *mending(copy_mode="write-blocking")],
+    "a child that others use": [*VOTERS, ONE_MORE, *FAILING],
+    "a child that others read": [*VOTERS, add("raw", "r", file="x0", read_only=True), *FAILING],
+    "a child that others have come to use": [*VOTERS, *mending(ONE_MORE)],
+    "a grandchild": [*NODES, ONE_MORE, quorum("q2", "x1", "x2"), *FAILING],
+    "a child below a filter": [*VOTERS, add("compress", "over", file="q"), *FAILING],
+    "a child, seen through a filter": [*VOTERS, add("copy-on-read", "over", file="q"), *mending(device="over")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPLACES)
+def test_a_copy_of_a_quorum_takes_the_place_of_a_bad_child(name: str, tmp_path: Path) -> None:
+    """This is how a child is mended; but nobody who uses it besides the quorum may be shown other data."""
+    real, ours = both(DAEMONS, tmp_path, REPLACES[name], [*FILES, ["truncate", "-s", "1M", "e"]])
     assert real == ours

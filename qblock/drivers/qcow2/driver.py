@@ -468,14 +468,18 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, DescribedDriver):
         await make_empty(await self._writing(0, 0), has_snapshots=bool(self._snapshots.snapshots))
 
     async def _reload(self) -> None:
-        """What is known of the tables is void: read them again."""
-        header = await self._read_header()
-        await self._build(header, cache_sizes(self.options, header))
-        if self.node.to_check:
-            await self._begin_mending()
-        elif not self.node.read_only:
-            await self._prepare_writing()
-            await self._activate()
+        """What is known of the tables is void: read them again. If that fails, the node gives nothing any more."""
+        try:
+            header = await self._read_header()
+            await self._build(header, cache_sizes(self.options, header))
+            if self.node.to_check:
+                await self._begin_mending()
+            elif not self.node.read_only:
+                await self._prepare_writing()
+                await self._activate()
+        except BaseException as error:
+            self._file.give_up(error)
+            raise
 
     # ---------------------------------------------------------------------------------------------------- backing link
 

@@ -207,6 +207,13 @@ class ImageFile:
         if self.node.poisoned is None:
             self.node.poisoned = cause
 
+    def give_up(self, cause: BaseException) -> None:
+        """The file is sound, but what is known of it is not: from now on the node gives nothing, until it is opened anew."""
+        self.writable = False
+        detail = f"the tables of '{self.name}' have changed and could not be read again: {cause}"
+        self.node.poisoned = FatalDamage(errno.EIO, detail)
+        self.cached_tables.clear()
+
     def check_writable(self) -> None:
         """Raise when writes must be refused."""
         if not self.writable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import Callable
 from random import Random
@@ -18,6 +19,7 @@ from qblock.drivers.qcow2.snapshotting import next_id
 from qblock.errors import BlockIOError, CommandError, CorruptImage
 from qblock.snapshots import SnapshotInfo, find_by_id_or_name, find_described, find_snapshot, list_lines
 from qblock.testing.formats import FormatBench
+from qblock.testing.jobbench import Faults, JobBench, driver_of
 from qblock.testing.schedules import Seeded
 from qblock.testing.simloop import run
 from qblock.units import KiB, MiB
@@ -79,6 +81,54 @@ async def filled(content: bytes, number: int) -> int:
     driver = snapshots_of(bench)
     await driver.view_snapshot(driver.snapshots()[number])
     return len((await disk.read(0, disk.length)).rstrip(b"\0"))
+
+
+@pytest.mark.parametrize("action", ["create", "apply", "delete"])
+def test_a_read_that_fails_while_a_snapshot_changes_loses_nothing(action: str) -> None:
+    """The header may be switched already when the new tables cannot be read: nobody may go on with the old ones then."""
+
+    async def main(nth: int) -> bool:
+        bench = JobBench(None)
+        storage = await bench.node("storage", 0)
+        await bench.system.opener.create_image("qcow2", {"file": "storage", "size": 64 * KiB, "cluster-size": 4096})
+        options = {"driver": "qcow2", "node-name": "image", "file": "storage"}
+        node = await bench.system.opener.open_blockdev(options)
+        driver, disk, kept = node.driver, bench.disk(node), b"1" * 8192
+        assert isinstance(driver, SupportsSnapshots)
+        await disk.write(0, kept)
+        first = await driver.create_snapshot("first")
+        await disk.write(4096, b"2" * 4096)
+        await disk.flush()
+        now = await disk.read(0, 8192)
+        driver_of(storage).faults = Faults("read", nth, nth)
+        failed = False
+        try:
+            await {"create": driver.create_snapshot, "apply": driver.apply_snapshot, "delete": driver.delete_snapshot}[action](
+                "second" if action == "create" else first  # type: ignore[arg-type]
+            )
+        except BlockIOError:
+            failed = True
+        driver_of(storage).faults, written = Faults(), False
+        with contextlib.suppress(BlockIOError):
+            await disk.write(12288, b"3" * 4096)
+            await disk.flush()
+            written = True
+        disk.close()
+        await bench.system.opener.close_node(node)
+        node = await bench.system.opener.open_blockdev(options)
+        assert isinstance(node.driver, SupportsCheck)
+        assert not (await node.driver.check(CheckFix.NONE)).corruptions
+        content = await (again := bench.disk(node)).read(0, 64 * KiB)
+        again.close()
+        assert content[:8192] in ((kept, now) if action == "apply" else (now,))
+        assert not written or content[12288:16384] == b"3" * 4096
+        await bench.close()
+        return failed
+
+    nth = 1
+    while run(lambda number=nth: main(number)):  # type: ignore[misc]
+        nth += 1
+    assert nth > 3
 
 
 def test_unallocated_parts_of_a_snapshot_show_the_backing_node() -> None:
