@@ -103,28 +103,62 @@ DOMAIN: Final = """
   </devices>
 </domain>
 """
-LIFE: Final = (
+BACKUP: Final = """
+<domainbackup mode='push'>
+  {increment}
+  <disks>
+    <disk name='vda' type='file'><target file='{dir}/{name}'/><driver type='qcow2'/></disk>
+    <disk name='hdc' backup='no'/>
+  </disks>
+</domainbackup>
+"""
+CHECKPOINT: Final = """
+<domaincheckpoint>
+  <name>{name}</name>
+  <disks><disk name='vda' checkpoint='bitmap'/><disk name='hdc' checkpoint='no'/></disks>
+</domaincheckpoint>
+"""
+BEGINNING: Final = (
     "define {dir}/machine.xml",
     "start machine --paused",
     "domblklist machine",
+)
+SNAPSHOTS: Final = (
     "snapshot-create-as machine s1 --disk-only --no-metadata --diskspec vda,file={dir}/one --diskspec hdc,snapshot=no",
     "snapshot-create-as machine s2 --disk-only --no-metadata --diskspec vda,file={dir}/two --diskspec hdc,snapshot=no",
+    "snapshot-create-as machine s3 --disk-only --no-metadata --diskspec vda,file={dir}/three --diskspec hdc,snapshot=no",
     "snapshot-create-as machine whole",
     "snapshot-create-as machine later",
     "snapshot-revert machine whole",
     "snapshot-delete machine later",
     "snapshot-delete machine whole",
+)
+JOBS: Final = (
+    "blockcommit machine vda --top {dir}/two --base {dir}/one --wait",
     "blockcommit machine vda --active --base {dir}/one --pivot --wait",
     "blockpull machine vda --wait",
     "blockcopy machine vda --dest {dir}/copied --format qcow2 --pivot --wait --transient-job",
+    "blockcopy machine vda --dest {dir}/given-up --format qcow2 --wait --transient-job",
+    "blockjob machine vda --info",
+    "blockjob machine vda --abort",
+)
+DISKS: Final = (
     "attach-disk machine {dir}/add.qcow2 vdb --subdriver qcow2 --serial ADDED",
     "blockresize machine vdb 32M",
+    "attach-disk machine {dir}/sdb.qcow2 sda --subdriver qcow2 --targetbus scsi",
+    "detach-disk machine sda",
     "change-media machine hdc --eject",
+    "change-media machine hdc {dir}/cd2.iso --insert",
+    "blkdeviotune machine vda --total-iops-sec 1000 --write-bytes-sec 100000000",
+    "blkdeviotune machine vda",
+    "domblkthreshold machine vda 1048576",
+    "domblkerror machine",
     "domblkinfo machine vda",
+    "domblkstat machine vda",
+    "domstats machine --block",
     "resume machine",
     "suspend machine",
     "domblklist machine",
-    "destroy machine",
 )
 
 
@@ -148,18 +182,74 @@ def test_libvirt_runs_a_domain_whose_emulator_is_ours() -> None:
         _run_domain(Path(folder))
 
 
-def _run_domain(tmp_path: Path) -> None:
-    make_images(tmp_path, ["qemu-img"])
-    (tmp_path / "etc").mkdir()
-    (tmp_path / "etc" / "qemu.conf").write_text(SETTINGS)
-    emulator = tmp_path / "emulator"
+END: Final = "that was all"
+
+
+class Virsh:
+    """A shell of libvirt's that is told one line after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        argv = ["virsh", "-q", "-c", f"qemu:///embed?root={folder}"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, bufsize=0)
+
+    def __call__(self, line: str) -> str:
+        """What it answers, which must be no error."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        line = line.replace("{dir}", str(self.folder))
+        spaced = END.replace(" ", "  ")  # it repeats what it is told, but says it with single spaces
+        self.process.stdin.write(f"{line}\necho {spaced}\n".encode())
+        answer = ""
+        while END not in answer:
+            said = self.process.stdout.read(4096)
+            assert said, (line, answer)
+            answer += said.decode()
+        assert "error:" not in answer, (line, answer)
+        return answer.partition(line)[2].partition("virsh #")[0]
+
+    def close(self) -> None:
+        """End it, and its domains with it."""
+        self.process.communicate(b"quit\n", timeout=60)
+
+
+def _run_domain(folder: Path) -> None:
+    make_images(folder, ["qemu-img"])
+    (folder / "etc").mkdir()
+    (folder / "etc" / "qemu.conf").write_text(SETTINGS)
+    emulator = folder / "emulator"
     emulator.write_text(f'#!/bin/sh\nexec {sys.executable} -m qblock.tools.system "$@"\n')
     emulator.chmod(0o755)
-    (tmp_path / "machine.xml").write_text(DOMAIN.replace("{dir}", str(tmp_path)))
-    lines = "".join(f"{line}\n" for line in LIFE).replace("{dir}", str(tmp_path))
-    virsh = ["virsh", "-c", f"qemu:///embed?root={tmp_path}"]
-    done = subprocess.run(virsh, input=lines, capture_output=True, text=True, timeout=600, check=False)
-    assert "error:" not in done.stdout + done.stderr, done.stdout + done.stderr
-    assert f"vda      {tmp_path}/copied" in done.stdout
-    assert f"vdb      {tmp_path}/add.qcow2" in done.stdout
-    assert _described(tmp_path / "add.qcow2")["virtual-size"] == 32 << 20
+    (folder / "machine.xml").write_text(DOMAIN.replace("{dir}", str(folder)))
+    virsh = Virsh(folder)
+    try:
+        for line in (*BEGINNING, *SNAPSHOTS, *JOBS):
+            virsh(line)
+        _back_up(virsh, "everything", "first", "")
+        _back_up(virsh, "changes", "second", "<incremental>first</incremental>")
+        assert virsh("checkpoint-list machine --name").split() == ["first", "second"]
+        for name in ("first", "second"):
+            virsh(f"checkpoint-delete machine {name}")
+        answers = [virsh(line) for line in DISKS]
+        virsh("destroy machine")
+    finally:
+        virsh.close()
+    assert f"{folder}/copied" in answers[-1] and f"{folder}/add.qcow2" in answers[-1] and "sda" not in answers[-1]
+    assert "total_iops_sec : 1000" in answers[DISKS.index("blkdeviotune machine vda")]
+    assert "block.0.threshold=1048576" in answers[DISKS.index("domstats machine --block")]
+    assert _described(folder / "add.qcow2")["virtual-size"] == 32 << 20
+
+
+def _back_up(virsh: Virsh, name: str, checkpoint: str, increment: str) -> None:
+    """A backup with a checkpoint, to its end."""
+    words = {"{dir}": str(virsh.folder), "{name}": name, "{increment}": increment}
+    backup = BACKUP
+    for word, value in words.items():
+        backup = backup.replace(word, value)
+    (virsh.folder / "backup.xml").write_text(backup)
+    (virsh.folder / "checkpoint.xml").write_text(CHECKPOINT.replace("{name}", checkpoint))
+    virsh("backup-begin machine {dir}/backup.xml {dir}/checkpoint.xml")
+    while "None" not in virsh("domjobinfo machine"):
+        pass
+    assert "Completed" in virsh("domjobinfo machine --completed")
+    assert _described(virsh.folder / name)["format"] == "qcow2"

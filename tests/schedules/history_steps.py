@@ -198,6 +198,7 @@ class JobSteps(HistoryMachine):
     ) -> None:
         """This is the moment that the backup must show."""
         job, target, sync, mode, below = told
+        chain = self.chain(disk)
         view = disk.guest.capture()
         if sync == "none":
             self.keeping[job] = view
@@ -209,7 +210,9 @@ class JobSteps(HistoryMachine):
             self.known_targets[job] = target
             return
         self.views[target] = view
-        if sync == "top":
+        if sync == "top" and [node.node_name for node in chain[1:2]] != [name for name in [below] if name]:
+            self.views[target] = None  # a snapshot in the same transaction: something else is on top than was meant
+        elif sync == "top":
             self.tops.setdefault(disk.id, []).append(target)
         known.failed = lambda: self.views.update({target: None})
         if tracked is None:
