@@ -169,8 +169,9 @@ def _lacks() -> str | None:
     folders: Iterable[Path] = Path("/usr/lib").glob("*/libvirt/connection-driver")
     if not any((folder / "libvirt_driver_qemu.so").exists() for folder in folders):
         return "libvirt's driver for QEMU is not installed (Debian: libvirt-daemon-driver-qemu)"
-    if subprocess.run(["id", "libvirt-qemu"], capture_output=True, check=False).returncode:
-        return "there is no user libvirt-qemu, which libvirt looks for (Debian: libvirt-daemon-system makes it)"
+    for kind in ("passwd", "group"):
+        if subprocess.run(["getent", kind, "libvirt-qemu"], capture_output=True, check=False).returncode:
+            return f"there is no {kind} entry libvirt-qemu, which libvirt looks for (Debian: libvirt-daemon-system makes it)"
     return None
 
 

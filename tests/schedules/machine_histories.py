@@ -277,10 +277,10 @@ class MachineHistory(JobSteps):
         for disk, content in zip(disks, contents, strict=True):
             for driver in self.files.values():
                 driver.faults = Faults()
-            seen = await self.shown(self.source(disk))
-            if seen is None:  # it has given up the image
-                assert not done and disk.guest.poisoned
+            device = self.device(disk)
+            if device is None or disk.guest.poisoned:
                 continue
+            seen = await device.backend.read(0, device.length)
             assert seen == content or (not done and disk.guest.capture().agrees(seen)), f"{disk.id} has not gone back"
             self.written_below(self.chain(disk)[0])
             disk.guest.begin(seen)
