@@ -385,6 +385,13 @@ def parse_options(text: str, *, implied_key: str | None = None) -> tuple[dict[st
         raise CommandError(f"this is not JSON: {error}: {_shown(text)}") from None
 
 
+def parse_opts(text: str, *, implied_key: str | None = None) -> tuple[dict[str, Any], bool]:
+    """What an option holds: JSON, or as `split_opts` reads it; and whether the values are text. Raises `CommandError`."""
+    if text.lstrip().startswith("{"):
+        return parse_options(text)
+    return dict(split_opts(text, implied_key=implied_key)), True
+
+
 def split_items(text: str) -> list[str]:
     """What stands between the commas of such a text; a doubled comma is one that belongs to an item."""
     # The last match is the empty one at the end of the text.
@@ -402,6 +409,25 @@ def split_keyval(text: str, *, implied_key: str | None = None) -> dict[str, str]
             key, value = implied_key, item
         if not all(key.split(".")):
             raise CommandError(f"'{key:.{_SHOWN}}' is not a key: a part of it is empty")
+        flat[key] = value
+    return flat
+
+
+def split_opts(text: str, *, implied_key: str | None = None) -> dict[str, str]:
+    """The same of a text as older options (``-drive``, ``-chardev``, ``-device``) take it: a word alone is a switch.
+
+    ``server`` is ``server=on``, ``nowait`` is ``wait=off``.
+    """
+    flat: dict[str, str] = {}
+    for index, item in enumerate(split_items(text)):
+        key, equals, value = item.partition("=")
+        if not equals:
+            if not index and implied_key is not None:
+                key, value = implied_key, item
+            else:
+                key, value = (item[2:], "off") if item.startswith("no") else (item, "on")
+        if not key:
+            raise CommandError(f"There is nothing before '{item:.{_SHOWN}}' that it could be the value of")
         flat[key] = value
     return flat
 

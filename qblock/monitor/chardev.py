@@ -6,13 +6,13 @@ Differs from QEMU: abstract unix sockets, TLS, telnet, websockets and reconnecti
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias, cast
 
 import attrs
 
 from qblock.errors import CommandError, InvalidParameter
+from qblock.options import split_items, split_opts
 
 
 @attrs.frozen
@@ -85,7 +85,6 @@ class ChardevOptions:
     wait: bool = True
 
 
-_ITEM: Final = re.compile(r"(?:[^,]|,,)+")
 _SOCKET: Final = frozenset({"path", "host", "port", "fd", "server", "wait"})
 _PLAIN: Final = frozenset({"null", "pty", "vc"})
 
@@ -121,14 +120,9 @@ def parse_short(text: str, label: str) -> ChardevOptions:
 
     A comma in the path is written twice.
     """
-    first, *rest = [item.replace(",,", ",") for item in _ITEM.findall(text)] or [""]
+    first, *rest = split_items(text) or [""]
     kind, _, where = first.partition(":")
-    given: dict[str, object] = {}
-    for part in rest:
-        key, found, value = part.partition("=")
-        given[key.removeprefix("no") if not found and key.startswith("no") else key] = (
-            value if found else "off" if key.startswith("no") else "on"
-        )
+    given: dict[str, object] = dict(split_opts(",".join(item.replace(",", ",,") for item in rest)))
     _refuse_others(given, frozenset({"server", "wait"}))
     if kind == "unix":
         return _socket(label, given | {"path": where})

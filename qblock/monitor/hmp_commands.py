@@ -9,6 +9,7 @@ from qblock.errors import DeviceNotFound, NodeBusy, QBlockError
 from qblock.monitor import drives, hmp_render
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.hmp_command import HmpCall, PlainError, hmp_command
+from qblock.options import split_opts
 
 # ------------------------------------------------------------------------------------------------------------- looking
 
@@ -269,7 +270,7 @@ async def drive_add(call: HmpCall) -> None:
         if call.flag("node"):
             await drives.add_node(call.context, options)
         else:
-            await call.context.system.drive_add(options)
+            await call.context.system.drive_add(split_opts(options))
             call.say("OK")
     except QBlockError as error:
         raise PlainError(str(error)) from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qblock.errors import CommandError, InvalidParameter, QBlockError
-from qblock.options import parse_options
+from qblock.options import parse_options, parse_opts
 from qblock.streams import tell
 from qblock.tools.arguments import Arguments, UsageError
 from qblock.tools.background import in_background, remove_file, write_pid
@@ -206,7 +206,7 @@ class _Setup:
     def _chardev(self, text: str) -> None:
         from qblock.monitor.chardev import chardev_from
 
-        options = chardev_from(parse_options(text, implied_key="backend")[0])
+        options = chardev_from(parse_opts(text, implied_key="backend")[0])
         if options.label in self.chardevs:
             raise CommandError(f"there are two character devices called '{options.label}'")
         self.chardevs[options.label] = options
@@ -214,7 +214,7 @@ class _Setup:
     async def _monitor(self, text: str) -> None:
         from qblock.monitor.server import MonitorServer
 
-        options, _ = parse_options(text, implied_key="chardev")
+        options, _ = parse_opts(text, implied_key="chardev")
         label = options.pop("chardev", None)
         mode = options.pop("mode", "control")
         options.pop("id", None)

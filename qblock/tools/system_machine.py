@@ -20,7 +20,7 @@ from qblock.clock import Clock, LoopClock, RealClock, VirtualTime
 from qblock.devices.board import Board, connect_flash
 from qblock.devices.drives import parse_drive
 from qblock.devices.plugging import plug, read_request
-from qblock.errors import CommandError, InvalidParameter, QBlockError
+from qblock.errors import CommandError, InvalidParameter
 from qblock.jobs.machine_snapshots import load_all
 from qblock.monitor.chardev import ChardevOptions, PlainAddress, chardev_from, parse_short
 from qblock.monitor.lines import DeafSession, HumanSession, QtestSession
@@ -29,12 +29,12 @@ from qblock.monitor.repl_commands import install
 from qblock.monitor.reports import Report, Reports
 from qblock.monitor.server import MonitorServer
 from qblock.monitor.session import MonitorSession
-from qblock.options import parse_options, split_keyval
+from qblock.options import parse_options, parse_opts, split_keyval, split_opts
 from qblock.streams import tell
 from qblock.tools.background import Ready, remove_file, write_pid
 from qblock.tools.console import end_program
 from qblock.tools.machine_run import first_of
-from qblock.tools.system_options import DISKS, Given
+from qblock.tools.system_options import DISKS, About, Given
 from qblock.tools.system_plan import Plan
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class _Setup:
     plan: Plan
     chardevs: dict[str, _Chardev] = attrs.field(factory=dict)
     _virtio: list[str] = attrs.field(factory=list)
+    _monitors: set[str] = attrs.field(factory=set)
 
     async def carry_out(self) -> bool:
         """Do all of it; True at the end. Errors begin with the option that they are about."""
@@ -136,7 +137,7 @@ class _Setup:
         await self._devices()
         system.board.started = True
         for option in self.plan.given:
-            with _About(option):
+            with About(option):
                 self._attach(option)
         self._attach_defaults()
         await self._each("loadvm", lambda option: load_all(system, option.value))
@@ -150,41 +151,43 @@ class _Setup:
     async def _each(self, name: str, act: Callable[[Given], Any]) -> None:
         for option in self.plan.given:
             if option.name == name:
-                with _About(option):
+                with About(option):
                     await act(option)
 
     def _prepare(self) -> None:
         """What needs no order: actions, defaults of -global, character devices, descriptors."""
         for option in self.plan.given:
-            with _About(option):
+            with About(option):
                 match option.name:
                     case "no-reboot":
                         self.machine.hub.actions.reboot = "shutdown"
                     case "no-shutdown":
                         self.machine.hub.actions.shutdown = "pause"
                     case "action":
-                        self._action(option.value)
+                        self._action(option.members())
                     case "global":
                         self.machine.system.board.defaults.append(_global(option.value))
                     case "add-fd":
-                        self._add_fd(split_keyval(option.value))
+                        self._add_fd(option.members())
                     case "chardev":
-                        self._chardev(chardev_from(parse_options(option.value, implied_key="backend")[0]))
+                        self._chardev(chardev_from(option.members()))
 
-    def _action(self, text: str) -> None:
+    def _action(self, members: Mapping[str, str]) -> None:
         actions = self.machine.hub.actions
-        for key, value in split_keyval(text).items():
+        for key, value in members.items():
             match key, value:
                 case "reboot", "reset" | "shutdown":
                     actions.reboot = value
                 case "shutdown", "poweroff" | "pause":
                     actions.shutdown = value
-                case "panic" | "watchdog", _:
-                    pass  # there is neither
+                case "panic", "pause" | "shutdown" | "exit-failure" | "none":
+                    pass  # no guest panics
+                case "watchdog", "reset" | "shutdown" | "poweroff" | "inject-nmi" | "pause" | "debug" | "none":
+                    pass  # nor is there one that could bite
                 case _:
-                    raise InvalidParameter(key, "takes reset or shutdown (reboot), poweroff or pause (shutdown)")
+                    raise InvalidParameter(key, f"does not take '{value}'; see -help")
 
-    def _add_fd(self, members: Mapping[str, Any]) -> None:
+    def _add_fd(self, members: Mapping[str, str]) -> None:
         """A descriptor that the program was started with, for a set; ours is a duplicate."""
         if members.keys() - {"opaque"} != {"fd", "set"}:
             raise CommandError("it takes fd=FD,set=SET[,opaque=TEXT]")
@@ -202,8 +205,10 @@ class _Setup:
         self.machine.system.env.fdsets.add(duplicate, number, None if opaque is None else str(opaque))
 
     def _name(self) -> str | None:
-        text = self.plan.last("name")
-        return None if text is None else str(split_keyval(text, implied_key="guest").get("guest", "")) or None
+        """What the last -name that gives one says."""
+        given = [option.members() for option in self.plan.given if option.name == "name"]
+        names = [members["guest"] for members in given if "guest" in members]
+        return names[-1] or None if names else None
 
     async def _object(self, option: Given) -> None:
         options, strings = parse_options(option.value, implied_key="qom-type")
@@ -214,10 +219,10 @@ class _Setup:
     async def _drives(self) -> None:
         for option in self.plan.given:
             if option.name == "drive":
-                with _About(option):
-                    await self._drive(split_keyval(option.value, implied_key="file"))
+                with About(option):
+                    await self._drive(split_opts(option.value))
             elif option.name in DISKS:
-                with _About(option):
+                with About(option):
                     await self._drive({"file": option.value, **DISKS[option.name]})
         for kind in self.plan.default_drives:
             await self._default_drive(kind)
@@ -258,14 +263,14 @@ class _Setup:
         """Devices and the virtio disks of drives, in the order of the command line."""
         virtio = iter(self._virtio)
         for option in self.plan.given:
-            with _About(option):
+            with About(option):
                 if option.name == "device":
-                    self._device(*parse_options(option.value, implied_key="driver"))
+                    self._device(*parse_opts(option.value, implied_key="driver"))
                 elif option.name == "drive" and self._is_virtio(option):
                     self._device({"driver": "virtio-blk-pci", "drive": next(virtio)}, strings=True)
 
     def _is_virtio(self, option: Given) -> bool:
-        return split_keyval(option.value, implied_key="file").get("if") == "virtio"
+        return split_opts(option.value).get("if") == "virtio"
 
     def _device(self, options: Mapping[str, Any], strings: bool) -> None:
         system = self.machine.system
@@ -288,7 +293,7 @@ class _Setup:
         """Monitors and other users of character devices."""
         match option.name:
             case "mon":
-                self._mon(split_keyval(option.value, implied_key="chardev"))
+                self._mon(option.members())
             case "qmp":
                 self._short(option.value, "compat_monitor").user = MonitorSession
             case "qmp-pretty":
@@ -320,17 +325,16 @@ class _Setup:
             raise CommandError(f"the character device '{label}' is in use already")
         return chardev
 
-    def _mon(self, members: Mapping[str, Any]) -> None:
+    def _mon(self, members: Mapping[str, str]) -> None:
         given = dict(members)
         chardev = self._claim(str(given.pop("chardev", "")))
-        given.pop("id", None)
+        if (name := given.pop("id", None)) is not None:
+            if name in self._monitors:
+                raise CommandError(f"there are two monitors called '{name}'")
+            self._monitors.add(name)
         mode, pretty = given.pop("mode", "readline"), given.pop("pretty", "off")
-        for name in given:
-            raise InvalidParameter(name, "is unexpected: -mon takes chardev, mode and pretty")
         if mode not in ("readline", "control"):
             raise InvalidParameter("mode", f"takes readline or control, not '{mode}'")
-        if pretty not in ("on", "off"):
-            raise InvalidParameter("pretty", f"takes on or off, not '{pretty}'")
         if mode == "control":
             chardev.user = partial(MonitorSession, pretty=pretty == "on")
         elif pretty == "on":
@@ -377,17 +381,3 @@ def _global(text: str) -> tuple[str, str, str]:
     if not (equals and dot and driver and prop):
         raise CommandError("it takes DRIVER.PROPERTY=VALUE")
     return driver, prop, value
-
-
-@attrs.frozen
-class _About:
-    """Errors inside begin with the option that they are about."""
-
-    option: Given
-
-    def __enter__(self) -> None:
-        """Nothing to do."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, QBlockError):
-            raise CommandError(f"{self.option}: {error}") from error

@@ -14,6 +14,9 @@ from typing import Final
 
 import attrs
 
+from qblock.errors import CommandError, QBlockError
+from qblock.monitor.commandline import check_members
+from qblock.options import split_opts
 from qblock.tools.arguments import UsageError
 
 VALUED: Final = frozenset(
@@ -36,7 +39,7 @@ IDLE_VALUED: Final = frozenset(
     {
         "acpitable", "append", "audio", "audiodev", "bios", "boot", "compat", "cpu", "D", "d", "debugcon", "dfilter", "display",
         "dtb", "echr", "fsdev", "fw_cfg", "icount", "initrd", "iscsi", "k", "kernel", "L", "mem-path", "msg", "numa",
-        "option-rom", "overcommit", "plugin", "qtest-log", "rotate", "rtc", "sandbox", "smbios", "spice", "tb-size", "tpmdev",
+        "option-rom", "overcommit", "plugin", "qtest-log", "rotate", "rtc", "sandbox", "smbios", "spice", "tpmdev",
         "usbdevice", "virtfs", "vnc", "watchdog-action",
     }
 )  # fmt: skip
@@ -78,6 +81,27 @@ DISKS: Final[Mapping[str, Mapping[str, str]]] = {
 """Short options, and the members of ``-drive`` that they stand for beside the file."""
 
 
+GROUPS: Final[Mapping[str, tuple[str, str | None]]] = {
+    "action": ("action", None),
+    "add-fd": ("add-fd", None),
+    "chardev": ("chardev", "backend"),
+    "fw_cfg": ("fw_cfg", "name"),
+    "icount": ("icount", "shift"),
+    "iscsi": ("iscsi", None),
+    "m": ("memory", "size"),
+    "mon": ("mon", "chardev"),
+    "msg": ("msg", None),
+    "name": ("name", "guest"),
+    "option-rom": ("option-rom", "romfile"),
+    "overcommit": ("overcommit", None),
+    "rtc": ("rtc", None),
+    "sandbox": ("sandbox", "enable"),
+}
+"""Options whose members are known, as query-command-line-options lists them: under which name, and what a first word alone is."""
+_SECTIONS: Final = {"boot-opts": "boot", "memory": "m", "smp-opts": "smp"}
+"""Options that are called otherwise in files of options."""
+
+
 @attrs.frozen
 class Given:
     """One option as it was given, without its dashes; ``value`` is empty for a flag."""
@@ -85,8 +109,29 @@ class Given:
     name: str
     value: str = ""
 
+    def members(self) -> dict[str, str]:
+        """The members of one of `GROUPS`; raises `CommandError`, and `InvalidParameter` for what it has not."""
+        group, implied = GROUPS[self.name]
+        members = split_opts(self.value, implied_key=implied)
+        check_members(group, members)
+        return members
+
     def __str__(self) -> str:
         return f"-{self.name} {self.value}".rstrip()
+
+
+@attrs.frozen
+class About:
+    """Errors inside begin with the option that they are about."""
+
+    option: Given
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, QBlockError):
+            raise CommandError(f"{self.option}: {error}") from error
 
 
 def parse_options(argv: Sequence[str]) -> list[Given]:
@@ -165,7 +210,7 @@ def _sections(path: str, text: str) -> Iterator[Given]:
         if section := _SECTION.fullmatch(line):
             if group:
                 yield Given(group, ",".join(members))
-            group, name = section[1], section[2]
+            group, name = _SECTIONS.get(section[1], section[1]), section[2]
             if group not in VALUED | IDLE_VALUED or group in ("set", "readconfig"):
                 raise UsageError(f"-readconfig: line {number} of '{path}': there is no option -{group}")
             members = [] if name is None else [f"id={escape(name)}"]

@@ -16,7 +16,7 @@ from qblock.devices.machine_types import Identity, MachineType, machine_type
 from qblock.errors import CommandError, InvalidParameter
 from qblock.options import split_keyval
 from qblock.tools.system_help import ACCELERATORS
-from qblock.tools.system_options import Given
+from qblock.tools.system_options import GROUPS, About, Given
 from qblock.units import parse_size
 
 _DISPLAYS: Final = frozenset(
@@ -62,6 +62,10 @@ class Plan:
     @classmethod
     def of(cls, given: Sequence[Given]) -> Plan:
         """Read the options; raises `CommandError` and `InvalidParameter`."""
+        for option in given:
+            if option.name in GROUPS:
+                with About(option):
+                    option.members()
         properties = _machine(given)
         kind = machine_type(properties.pop("type", "pc"))
         board = BOARDS[kind.board]
@@ -116,7 +120,7 @@ def _identity(given: Sequence[Given], kind: MachineType) -> Identity:
             except ValueError:
                 raise CommandError(f"{option}: this is no UUID") from None
         elif option.name == "m":
-            size = split_keyval(option.value, implied_key="size").get("size", found.memory >> 20)
+            size = option.members().get("size", found.memory >> 20)
             try:
                 found = attrs.evolve(found, memory=parse_size(str(size), default_unit="M"))
             except ValueError as error:

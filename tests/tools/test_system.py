@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from qblock.options import split_opts
 from qblock.tools.arguments import UsageError
 from qblock.tools.system import main
 from qblock.tools.system_options import FLAGS, IDLE_FLAGS, IDLE_VALUED, REFUSED, VALUED, Given, parse_options
@@ -121,6 +122,33 @@ def test_mistakes_end_with_code_1(argv: list[str], capsys: pytest.CaptureFixture
     """Before anything is served."""
     assert main(["-nodefaults", "-S", *argv]) == 1
     assert capsys.readouterr().err.startswith("qblock-system: ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-name", "x,nosuch=1"], ["-m", "64,nosuch=1"], ["-m", "64,slots"], ["-rtc", "nosuch=1"], ["-msg", "timestamp=x"],
+        ["-sandbox", "nosuch"], ["-action", "panic=nosuch"], ["-overcommit", "nosuch=1"], ["-chardev", "null,id=1"],
+        ["-tb-size", "5"], ["-chardev", "null,id=c", "-chardev", "null,id=d", "-mon", "c,id=m", "-mon", "d,id=m"],
+        ["-drive", "disk.img"],
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_checked_all_the_same(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistake in an option is a mistake, as in the real program."""
+    assert main(["-nodefaults", "-S", *argv]) == 1
+    assert capsys.readouterr().err.startswith("qblock-system: ")
+
+
+def test_a_word_alone_is_a_switch(tmp_path: Path) -> None:
+    """Older scripts say ``server,nowait``; a comma in a value is written twice, and the first word may stand for its option."""
+    assert split_opts("socket,path=a,,b,server,nowait,", implied_key="backend") == {
+        "backend": "socket", "path": "a,b", "server": "on", "wait": "off",
+    }  # fmt: skip
+    with running(tmp_path, "-S", "-chardev", "socket,id=c,path=q,server,nowait", "-mon", "c,mode=control,pretty"):
+        client = Client(tmp_path / "q")
+        assert client.line() == "{\n"
+        client.lines.close()
+        client.socket.close()
 
 
 def test_defaults_give_way_to_what_was_asked_for() -> None:
