@@ -144,6 +144,7 @@ class Board:
         if not places.buses:
             raise CommandError(f"This machine has no place for a drive with if={interface}")
         taken = self.taken(interface)
+        unit = None if unit is not None and unit < 0 else unit
         if index is not None and index >= 0:
             if bus or unit is not None:
                 raise InvalidParameter("index", "stands for 'bus' and 'unit' together; give it, or them")
@@ -182,6 +183,7 @@ class Board:
         self._make_pci_bus(system, fittings)
         if fittings is None:
             return
+        system.devices.processors = fittings.cpu
         for step in self.kind.unattached:
             self._make(system, step, fittings)
         for place in self.taken("pflash").values():

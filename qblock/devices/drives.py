@@ -31,11 +31,12 @@ from qblock.throttle_limits import DRIVE_NAMES, NO_LIMITS, ThrottleLimits, chang
 if TYPE_CHECKING:
     from qblock.system import BlockSystem
 
-CacheMode = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
+CacheMode = Literal["writeback", "none", "off", "writethrough", "directsync", "unsafe"]
 
 CACHE_MODES: Final[Mapping[str, tuple[bool, bool, bool]]] = {
     # mode: (bypass the page cache, ignore flushes, durable on completion)
     "writeback": (False, False, False),
+    "off": (True, False, False),
     "none": (True, False, False),
     "writethrough": (False, False, True),
     "directsync": (True, False, True),
@@ -85,9 +86,14 @@ class DriveOptions:
         return self.media == "cdrom"
 
     @property
+    def wants_read_only(self) -> bool:
+        """Whether nothing may be written to the disk."""
+        return self.readonly or self.read_only or self.is_cdrom
+
+    @property
     def opens_read_only(self) -> bool:
-        """Whether nothing may be written to the image."""
-        return self.readonly or self.read_only or self.is_cdrom or self.snapshot
+        """Whether nothing may be written to the image: with ``snapshot`` it goes to the temporary one."""
+        return self.wants_read_only or self.snapshot
 
 
 MAX_INTERVAL: Final = (1 << 32) - 1
@@ -177,7 +183,7 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions, *, connect: boo
         raise CommandError(f"A drive with if={drive.interface} cannot be added any more; use if=none and device_add")
     if drive.interface in UNPOLICED and (drive.werror or drive.rerror):
         raise InvalidParameter("werror" if drive.werror else "rerror", f"is not for drives with if={drive.interface}")
-    name = drive.id or board.name_for(drive.interface, place, is_cdrom=drive.is_cdrom)
+    name = drive.id if drive.id is not None else board.name_for(drive.interface, place, is_cdrom=drive.is_cdrom)
     check_identifier(name, parameter="id")
     system.graph.check_name_is_free(name, kind="device")
     node = await _open_medium(system, drive)
@@ -224,10 +230,10 @@ def prepare_medium(system: BlockSystem, node: BlockDriverState, *, filename: str
 
 async def _open_medium(system: BlockSystem, drive: DriveOptions) -> BlockDriverState | None:
     node = await _open_image(system, drive)
-    return node if node is None or not drive.snapshot else await _put_above(system, node)
+    return node if node is None or not drive.snapshot else await _put_above(system, node, read_only=drive.wants_read_only)
 
 
-async def _put_above(system: BlockSystem, node: BlockDriverState) -> BlockDriverState:
+async def _put_above(system: BlockSystem, node: BlockDriverState, *, read_only: bool) -> BlockDriverState:
     """A temporary image above ``node``, which goes when it is closed: its file has lost its name already."""
     handle, path = tempfile.mkstemp(prefix="vl.", dir=os.environ.get("TMPDIR", "/var/tmp"))
     os.close(handle)
@@ -235,7 +241,9 @@ async def _put_above(system: BlockSystem, node: BlockDriverState) -> BlockDriver
     node.monitor_owned = True  # until the image above uses it
     try:
         await system.opener.create_image("qcow2", {"file": file, "size": node.length})
-        options = {"driver": "qcow2", "file": file, "backing": node.node_name, "cache": {"no-flush": "on"}}
+        options = {
+            "driver": "qcow2", "file": file, "backing": node.node_name, "cache": {"no-flush": True}, "read-only": read_only,
+        }  # fmt: skip
         return await system.opener.open_described(options)
     finally:
         node.monitor_owned = False

@@ -52,12 +52,14 @@ class BusSpec:
     """Buses that a device brings: ``count`` of a kind.
 
     They are named after the device's id (``scsi0.0``), with ``named_as_device`` like it (``rp``), or by kind and number.
+    ``units`` is how many devices (targets of a SCSI bus) there is room for, ``luns`` how many logical units a target can have.
     """
 
     kind: str
     count: int = 1
     named_as_device: bool = False
     units: int | None = None
+    luns: int = 256
 
 
 @attrs.frozen
@@ -124,8 +126,10 @@ def _virtio(
     ]
 
 
-def _scsi_controller(name: str, properties: tuple[Property, ...], desc: str = "", alias: str = "") -> DeviceModel:
-    return DeviceModel(name, STORAGE, "PCI", desc, alias, properties, (BusSpec("SCSI"),))
+def _scsi_controller(
+    name: str, properties: tuple[Property, ...], desc: str = "", alias: str = "", *, targets: int, luns: int
+) -> DeviceModel:
+    return DeviceModel(name, STORAGE, "PCI", desc, alias, properties, (BusSpec("SCSI", units=targets, luns=luns),))
 
 
 def _usb_controller(name: str, properties: tuple[Property, ...], desc: str = "") -> DeviceModel:
@@ -147,22 +151,23 @@ _DISKS: Final = (
     ),
     DeviceModel("nvme-ns", STORAGE, "nvme-bus", "Virtual NVMe namespace", "", sets.NVME_NS, disk=_NVME),
     DeviceModel(
-        "usb-storage", STORAGE, "usb-bus", "", "", sets.USB_STORAGE, (BusSpec("SCSI", units=1),), "{bus}/legacy[0]", _DISK,
+        "usb-storage", STORAGE, "usb-bus", "", "", sets.USB_STORAGE, (BusSpec("SCSI", units=1, luns=1),), "{bus}/legacy[0]",
+        _DISK,
     ),
 )  # fmt: skip
 
 _CONTROLLERS: Final = (
-    *_virtio("virtio-scsi-pci", "virtio-scsi", sets.VIRTIO_SCSI_PCI, buses=(BusSpec("SCSI"),)),
-    _scsi_controller("am53c974", sets.AM53C974, "AMD Am53c974 PCscsi-PCI SCSI adapter"),
-    _scsi_controller("dc390", sets.AM53C974, "Tekram DC-390 SCSI adapter"),
-    _scsi_controller("lsi53c810", sets.PCI),
-    _scsi_controller("lsi53c895a", sets.PCI, alias="lsi"),
-    _scsi_controller("megasas", sets.MEGASAS, "LSI MegaRAID SAS 1078"),
-    _scsi_controller("megasas-gen2", sets.MEGASAS_GEN2, "LSI MegaRAID SAS 2108"),
-    _scsi_controller("mptsas1068", sets.MPTSAS1068, "LSI SAS 1068"),
-    _scsi_controller("pvscsi", sets.PVSCSI),
-    DeviceModel("usb-bot", STORAGE, "usb-bus", "", "", sets.USB, (BusSpec("SCSI"),)),
-    DeviceModel("usb-uas", STORAGE, "usb-bus", "", "", sets.USB_UAS, (BusSpec("SCSI"),)),
+    *_virtio("virtio-scsi-pci", "virtio-scsi", sets.VIRTIO_SCSI_PCI, buses=(BusSpec("SCSI", units=256, luns=16384),)),
+    _scsi_controller("am53c974", sets.AM53C974, "AMD Am53c974 PCscsi-PCI SCSI adapter", targets=8, luns=8),
+    _scsi_controller("dc390", sets.AM53C974, "Tekram DC-390 SCSI adapter", targets=8, luns=8),
+    _scsi_controller("lsi53c810", sets.PCI, targets=8, luns=1),
+    _scsi_controller("lsi53c895a", sets.PCI, alias="lsi", targets=8, luns=1),
+    _scsi_controller("megasas", sets.MEGASAS, "LSI MegaRAID SAS 1078", targets=65, luns=256),
+    _scsi_controller("megasas-gen2", sets.MEGASAS_GEN2, "LSI MegaRAID SAS 2108", targets=65, luns=256),
+    _scsi_controller("mptsas1068", sets.MPTSAS1068, "LSI SAS 1068", targets=9, luns=2),
+    _scsi_controller("pvscsi", sets.PVSCSI, targets=65, luns=1),
+    DeviceModel("usb-bot", STORAGE, "usb-bus", "", "", sets.USB, (BusSpec("SCSI", units=1, luns=16),)),
+    DeviceModel("usb-uas", STORAGE, "usb-bus", "", "", sets.USB_UAS, (BusSpec("SCSI", units=1, luns=256),)),
     DeviceModel("nvme-subsys", STORAGE, None, "Virtual NVMe subsystem", "", sets.NVME_SUBSYS),
     DeviceModel("ich9-ahci", STORAGE, "PCI", "", "ahci", sets.ICH9_AHCI, (BusSpec("IDE", 6, units=1),)),
     DeviceModel("piix3-ide", STORAGE, "PCI", "", "", sets.PCI, (BusSpec("IDE", 2),)),
@@ -192,6 +197,10 @@ _BRIDGES: Final = frozenset(
     {"i82801b11-bridge", "ioh3420", "pcie-pci-bridge", "pxb-pcie", "x3130-upstream", "xio3130-downstream"}
 )
 """Inert ones that bring a PCI bus all the same, so that disks can be behind them."""
+
+
+PORTS: Final = frozenset({"ioh3420", "pcie-root-port", "xio3130-downstream"})
+"""Ports of PCI Express, which have room for one device; a virtio device there speaks the new version only."""
 
 
 def _inert() -> list[DeviceModel]:

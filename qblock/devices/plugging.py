@@ -37,6 +37,8 @@ SCSI_TARGETS: Final = 256
 PCI_SLOTS: Final = 32
 PCI_FUNCTIONS: Final = 8
 MAX_BLOCK_SIZE: Final = 2 << 20
+MAX_SIZE: Final = (1 << 32) - 1
+MAX_MIN_IO: Final = (1 << 16) - 1
 
 
 @attrs.frozen
@@ -200,7 +202,7 @@ def _check_boot_index(tree: DeviceTree, request: Request) -> None:
 def _number(request: Request, name: str) -> int | None:
     """A number given for a property; None when it was left out, or is the default that stands for "any"."""
     value = request.values.get(name)
-    return value if isinstance(value, int) and value not in (-1, (1 << 32) - 1) else None
+    return value if isinstance(value, int) and value not in (-1, MAX_SIZE) else None
 
 
 def _anywhere(bus: Bus, request: Request) -> tuple[int, ...]:
@@ -228,6 +230,10 @@ def _scsi_place(bus: Bus, request: Request) -> tuple[int, ...]:
     targets = bus.units or SCSI_TARGETS
     if channel is None:
         channel = 0
+    if channel:
+        raise CommandError(f"The bus '{bus.name}' has no channel {channel}: there is channel 0")
+    if lun is not None and lun >= bus.luns:
+        raise CommandError(f"A target of the bus '{bus.name}' has no logical unit {lun}: there are {bus.luns}")
     if target is not None and target >= targets:
         raise CommandError(f"The bus '{bus.name}' has no target {target}: there are {targets}")
     if target is None:
@@ -289,6 +295,7 @@ def _connect_disk(system: BlockSystem, device: Device, traits: DiskTraits) -> No
     values, name = device.values, device.model.name
     _check_serial(values, device.model)
     _check_sizes(values)
+    _check_geometry(values, model=name)
     backend, made = _backend_for(system, device, traits)
     settings = (backend.writethrough, backend.on_read_error, backend.on_write_error, backend.description)
     before = backend.perm, backend.shared
@@ -393,5 +400,24 @@ def _check_sizes(values: Mapping[str, Value]) -> None:
     for name, size in sizes.items():
         if not 512 <= size <= MAX_BLOCK_SIZE or size & (size - 1):
             raise InvalidParameter(name, f"must be a power of two from 512 to {MAX_BLOCK_SIZE}, not {size}")
-    if sizes["logical_block_size"] > sizes["physical_block_size"]:
+    logical = sizes["logical_block_size"]
+    if logical > sizes["physical_block_size"]:
         raise InvalidParameter("logical_block_size", "must not be larger than 'physical_block_size'")
+    for name in ("min_io_size", "opt_io_size", "discard_granularity"):
+        size = int(values.get(name, 0))
+        if not 0 <= size <= MAX_SIZE:
+            raise InvalidParameter(name, f"must be at most {MAX_SIZE}, not {size}")
+        if size != MAX_SIZE and size % logical:
+            raise InvalidParameter(name, f"must be a multiple of the logical block size of {logical} bytes, not {size}")
+    if int(values.get("min_io_size", 0)) // logical > MAX_MIN_IO:
+        raise InvalidParameter("min_io_size", f"must be at most {MAX_MIN_IO} logical blocks")
+
+
+def _check_geometry(values: Mapping[str, Value], *, model: str) -> None:
+    """Cylinders, heads and sectors: none, or all three."""
+    limits = {"cyls": 65535, "heads": 16 if model == "ide-hd" else 255, "secs": 255}
+    given = {name: int(values.get(name, 0)) for name in limits}
+    if any(given.values()):
+        for name, limit in limits.items():
+            if not 1 <= given[name] <= limit:
+                raise InvalidParameter(name, f"must be from 1 to {limit} when a geometry is given, not {given[name]}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from qblock.devices.models import BACKEND, PORTS
 from qblock.devices.properties import INTEGERS, Property, Value
 from qblock.devices.property_sets import PCI, VIRTIO_PCI
 from qblock.errors import QBlockError
@@ -31,6 +32,11 @@ _WORDS: Final[Mapping[str, Mapping[str, Value]]] = {
 }
 """What a disk tells of itself unless it is told otherwise."""
 
+_FLOPPIES: Final[Mapping[str, frozenset[int]]] = {
+    "144": frozenset({720, 800, 820, 830, 1040, 1120, 1440, 1600, 1680, 1722, 1743, 1760, 1840, 1920}),
+    "120": frozenset({160, 180, 320, 360, 410, 1200, 1476}),
+}
+"""Sizes in KiB of the disks that go into the smaller kinds of floppy drives."""
 _VIRTIO: Final = frozenset(
     {
         "any_layout", "event_idx", "indirect_desc", "iommu_platform", "iothread", "notify_on_empty", "packed", "queue_reset",
@@ -54,6 +60,10 @@ def settled_values(tree: DeviceTree, device: Device) -> dict[str, Value]:
     for size in ("logical_block_size", "physical_block_size"):
         if size in values:
             values[size] = values[size] or _SECTOR
+    if device.model.inner == BACKEND:
+        values |= _virtio_values(tree, device, values)
+    if values.get("drive-type") == "auto":
+        values["drive-type"] = _floppy_type(device)
     if name in _DISCARD and "discard_granularity" not in device.values:
         values["discard_granularity"] = _DISCARD[name]
     if values.get("cyls") == values.get("heads") == values.get("secs") == 0:
@@ -62,9 +72,29 @@ def settled_values(tree: DeviceTree, device: Device) -> dict[str, Value]:
         values["bios-chs-trans"] = "none" if int(values["cyls"]) <= _BIOS_CYLINDERS else "lba"
     if name.startswith("ide-") and not values["serial"]:
         values["serial"] = f"QM{tree.ide_number(device) + 1:05}"
-    if not values.get("device_id", True) and device.disk is not None:
+    if "device_id" in values and "device_id" not in device.values and device.disk is not None:
         values["device_id"] = values["serial"] or device.disk.backend.name
     return values
+
+
+def _virtio_values(tree: DeviceTree, device: Device, values: Mapping[str, Value]) -> dict[str, Value]:
+    """How many queues and interrupts a virtio device has: a queue for each processor; and whether it speaks the old version."""
+    settled: dict[str, Value] = {}
+    name, others = ("num-queues", 1) if "num-queues" in values else ("num_queues", 3)
+    queues = device.values.get(name, tree.processors)
+    settled[name] = queues
+    if "vectors" not in device.values:
+        settled["vectors"] = int(queues) + others
+    if values.get("disable-legacy") == "auto":
+        is_port = device.bus is not None and device.bus.owner is not None and device.bus.owner.model.name in PORTS
+        settled["disable-legacy"] = "on" if is_port else "off"
+    return settled
+
+
+def _floppy_type(device: Device) -> Value:
+    """The kind of drive that a medium of that size goes into; the largest for what is no floppy disk."""
+    size = 0 if device.disk is None or device.disk.root is None else device.disk.length
+    return next((kind for kind, sizes in _FLOPPIES.items() if size >> 10 in sizes), "288")
 
 
 def _default(prop: Property) -> Value:

@@ -31,7 +31,8 @@ UNATTACHED: Final = "/machine/unattached"
 class Bus:
     """A bus with what is on it.
 
-    ``units`` is how many devices there is room for; ``owner`` is None for the board's own, whose ``path`` the board knows.
+    ``units`` is how many devices there is room for, ``luns`` how many logical units a target can have; ``owner`` is None for the
+    board's own, whose ``path`` the board knows.
     ``reserved`` are the places that the board's devices have taken, and whether others may share their slots.
     """
 
@@ -41,6 +42,7 @@ class Bus:
     units: int | None
     hotplug: bool
     path: str
+    luns: int = 1
     reserved: Mapping[tuple[int, ...], bool] = attrs.field(factory=dict)
     children: list[Device] = attrs.field(factory=list, init=False)
 
@@ -91,11 +93,12 @@ class Device:
 
 @attrs.define(eq=False)
 class DeviceTree:
-    """All devices of one machine. Iterating gives the disks."""
+    """All devices of one machine. Iterating gives the disks. ``processors`` is how many it has, as far as devices are told."""
 
     _emit: Callable[[str, Mapping[str, Json]], None]
     devices: list[Device] = attrs.field(factory=list, init=False)
     roots: list[Bus] = attrs.field(factory=list, init=False)
+    processors: int = attrs.field(default=1, init=False)
     _numbers: dict[str, int] = attrs.field(factory=dict, init=False)
 
     def __iter__(self) -> Iterator[GuestDevice]:
@@ -190,7 +193,7 @@ class DeviceTree:
         units = spec.units if spec.units is not None else kind.units
         if owner is not None:
             below = (owner.model.inner == BACKEND and owner.inner_path) or owner.path
-        bus = Bus(name, spec.kind, owner, units, kind.hotplug if hotplug is None else hotplug, f"{below}/{name}")
+        bus = Bus(name, spec.kind, owner, units, kind.hotplug if hotplug is None else hotplug, f"{below}/{name}", spec.luns)
         (self.roots if owner is None else owner.buses).append(bus)
         return bus
 

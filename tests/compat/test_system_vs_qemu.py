@@ -62,7 +62,9 @@ DRIVES = (
     f"-nodefaults -device ahci,id=sata -device ide-cd,bus=sata.3 -drive {DISK} -device nvme,drive=x,serial=1,id=n",
     f"-nodefaults -drive {DISK} -set drive.x.werror=stop -device virtio-blk,drive=x,id=v,write-cache=off",
     "-nodefaults -machine pc,pflash0=f -blockdev driver=raw,file.driver=file,file.filename=f.raw,node-name=f",
+    "-nodefaults -drive file=a.qcow2,if=ide,unit=-1,cache=off,snapshot,read-only=on",
     # refused
+    "-nodefaults -drive file=a.qcow2,if=none,id=",
     "-nodefaults -hdc c.iso -cdrom c.iso",
     "-nodefaults -drive file=a.qcow2,if=ide,readonly=on",
     "-nodefaults -drive file=a.qcow2,if=floppy,werror=stop",

@@ -56,6 +56,47 @@ def add(system: BlockSystem, driver: str, *, hot: bool = False, **values: Any) -
 # ---------------------------------------------------------------------------------------------------------- models and buses
 
 
+@pytest.mark.parametrize(
+    ("controller", "places"),
+    [
+        ("lsi", {"scsi-id": 8, "lun": 1}), ("am53c974", {"scsi-id": 8, "lun": 8}), ("mptsas1068", {"scsi-id": 9, "lun": 2}),
+        ("megasas", {"scsi-id": 65, "lun": 256}), ("pvscsi", {"scsi-id": 65, "lun": 1}),
+        ("virtio-scsi-pci", {"scsi-id": 256, "lun": 16384}),
+    ],
+)  # fmt: skip
+def test_a_scsi_controller_has_as_many_places_as_the_real_one(controller: str, places: Mapping[str, int]) -> None:
+    """The first place that there is not is refused, the one before it is there."""
+
+    async def work(system: BlockSystem) -> None:
+        add(system, controller)
+        for name, end in places.items():
+            with pytest.raises(CommandError, match=f" {end}: there are"):
+                plug(system, read_request({"driver": "scsi-cd", name: end}, strings=False), hot=True)
+            plug(system, read_request({"driver": "scsi-cd", name: end - 1, "channel": 0}, strings=False), hot=True)
+        with pytest.raises(CommandError, match="channel 1"):
+            add(system, "scsi-cd", channel=1)
+
+    with_board("pc", work)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cyls": 5}, {"cyls": 5, "heads": 17, "secs": 1}, {"cyls": 65536, "heads": 1, "secs": 1}, {"min_io_size": 1000},
+        {"min_io_size": 65536 * 512}, {"opt_io_size": 1 << 32}, {"discard_granularity": 1},
+    ],
+)  # fmt: skip
+def test_sizes_that_no_disk_has_are_refused(values: Mapping[str, int]) -> None:
+    """A geometry is complete and within its limits; sizes are multiples of a block."""
+
+    async def work(system: BlockSystem) -> None:
+        await add_node(system, "n")
+        with pytest.raises(InvalidParameter):
+            plug(system, read_request({"driver": "ide-hd", "drive": "n", **values}, strings=False), hot=False)
+
+    with_board("pc", work)
+
+
 def test_every_model_can_be_found_by_its_alias_and_is_in_the_help() -> None:
     """Nothing is offered that help does not show."""
     lines = help_lines()
