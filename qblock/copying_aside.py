@@ -89,7 +89,7 @@ class CopyAside:
 
     ``compress`` stores clusters packed; ``offload`` copies inside the storage where that can be done; with
     ``skip_unallocated`` only what the uppermost layer of the source holds is copied. ``progress`` is called when a piece has
-    ended, with the bytes that it has copied.
+    ended, with the bytes that it has copied, in whole clusters.
     """
 
     def __init__(self, source: BdrvChild, target: BdrvChild) -> None:
@@ -102,7 +102,7 @@ class CopyAside:
         self.skip_unallocated = False
         self.progress: Callable[[int], None] = lambda count: None
         self.in_flight = 0
-        """Bytes of the pieces that are being copied."""
+        """Bytes of the pieces that are being copied, in whole clusters."""
         self._pieces: list[Piece] = []
         self._buffers: list[memoryview] = []
         self._room = asyncio.Semaphore(_BUFFERS)
@@ -124,7 +124,9 @@ class CopyAside:
 
     @property
     def chunk(self) -> int:
-        """The most data that one piece should have; zeroes may be longer."""
+        """The most data that one piece should have; zeroes may be longer. Zeroes in what is packed are found by the cluster."""
+        if self.compress and self.target.node.detect_zeroes != "off":
+            return self.cluster
         return max(self.cluster, _MAX_OFFLOADED if self.offload else MAX_BUFFERED)
 
     # ------------------------------------------------------------------------------------------------------- pieces
@@ -142,7 +144,7 @@ class CopyAside:
         piece = Piece(run.offset, min(run.length, align_up(end, self.cluster) - run.offset))
         self.pending.reset(piece.offset, piece.length)
         self._pieces.append(piece)
-        self.in_flight += piece.length
+        self.in_flight += self._counted(piece)
         return piece
 
     def forget(self, offset: int, length: int) -> None:
@@ -151,10 +153,10 @@ class CopyAside:
 
     def _end(self, piece: Piece, *, copied: bool) -> None:
         self._pieces.remove(piece)
-        self.in_flight -= piece.length
+        self.in_flight -= self._counted(piece)
         if not copied:
             self.pending.mark(piece.offset, piece.length)
-        self.progress(piece.length if copied and piece.content is not Content.UNWANTED else 0)
+        self.progress(self._counted(piece) if copied and piece.content is not Content.UNWANTED else 0)
         wake_waiters(piece.waiters)
 
     async def look(self, piece: Piece) -> None:
@@ -200,12 +202,17 @@ class CopyAside:
                 return piece
         return None
 
+    def _counted(self, piece: Piece) -> int:
+        """Bytes of a piece as progress: as in QEMU the last cluster of the disk counts as a whole one."""
+        return align_up(piece.length, self.cluster)
+
     def _shorten(self, piece: Piece, length: int) -> None:
         """Give the end of a piece back."""
         if length < piece.length:
             self.pending.mark(piece.offset + length, piece.length - length)
-            self.in_flight -= piece.length - length
+            self.in_flight -= self._counted(piece)
             piece.length = length
+            self.in_flight += self._counted(piece)
             wake_waiters(piece.waiters)
 
     # ------------------------------------------------------------------------------------------------------ copying

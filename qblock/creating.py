@@ -106,6 +106,11 @@ class OpenerCreateContext:
         return NodeTarget(opener, backend)
 
 
+def is_plain(fmt: str) -> bool:
+    """Whether an image of the format is nothing but the file."""
+    return fmt in ("raw", "file")
+
+
 async def create_image_file(
     opener: Opener, filename: str, fmt: str, *, size: int, backing: BackingLink | None, announce: Callable[[str], None]
 ) -> None:
@@ -115,7 +120,7 @@ async def create_image_file(
     nothing is announced or made when the name or the format will not do, and a file that was not there before is removed again.
     """
     path = _path_of(opener, filename)
-    plain = fmt in ("raw", "file")  # nothing but the file
+    plain = is_plain(fmt)
     _creating_class(opener, "file" if plain else fmt)
     shown: dict[str, Json] = {"size": size}
     options: dict[str, Json] = {"size": size}

@@ -299,8 +299,10 @@ class DirtyBitmap:
         self._dirty = len(self._bits)
 
     def sha256(self) -> str:
-        """SHA-256 in hexadecimal over `to_bytes` of everything, as ``x-debug-block-dirty-bitmap-sha256`` shows it."""
-        digest = hashlib.sha256()
+        """SHA-256 in hexadecimal over `to_bytes` of everything, as ``x-debug-block-dirty-bitmap-sha256`` shows it: over one word
+        of zeroes for an empty disk.
+        """
+        digest = hashlib.sha256(b"" if self.granules else bytes(WORD_BITS // 8))
         for first in range(0, self.granules, _SERIAL_STEP):
             digest.update(self.to_bytes(first, _SERIAL_STEP))
         return digest.hexdigest()

@@ -96,6 +96,9 @@ class Driver(abc.ABC):
     names_whole_nodes: ClassVar[bool] = False
     """True when a file name that begins with the driver's name means a node of the driver, and not the storage of an image."""
 
+    names_storage: ClassVar[bool] = False
+    """True when a file name that begins with the driver's name means the storage of an image, though the driver is a filter."""
+
     encrypted: bool = False
     """True when what the node shows is stored encrypted."""
 

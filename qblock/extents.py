@@ -33,7 +33,8 @@ class Zero:
 
 @attrs.frozen(slots=True)
 class Unallocated:
-    """Not allocated in this node: read from its backing node, or zeroes when there is none.
+    """Not allocated in this node: read from its backing node, or zeroes when there is none. In a node of a driver that knows no
+    backing nodes: held nowhere, and what is read is undefined.
 
     ``offset`` as in `Data` when space is preallocated for it all the same (a part of a cluster of which other parts are data).
     """

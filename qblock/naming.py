@@ -167,9 +167,9 @@ def _flat_rules(key: str, rules: Iterable[Mapping[str, Json]]) -> dict[str, Json
 
 def link_to(node: BlockDriverState, *, text: str | None = None) -> BackingLink:
     """What a header is to say of ``node`` as its backing: ``text``, or the name of the node, and the name of its driver."""
-    return BackingLink(text or filename_of(node), format_of(node))
+    return BackingLink(text or filename_of(node), node.driver.name)
 
 
 def format_of(node: BlockDriverState) -> str:
-    """The format of an image, as headers name it."""
+    """The format of an image: raw for storage without one."""
     return "raw" if node.driver.is_protocol else node.driver.name

@@ -121,7 +121,8 @@ class Opener:
             inherited, read_only=read_only, force_share=force_share, describe_only=not data_file, to_check=to_check
         )
         extra = unflatten_dotted(options or {})
-        if node_name:
+        if node_name is not None:
+            check_node_name(node_name)
             extra["node-name"] = node_name
         layer = await self._open_named(filename, fmt, flags, extra, data_file=data_file)
         if not backing:
@@ -355,6 +356,11 @@ class Opener:
         name = filename.partition(":")[0]
         known = has_protocol(filename) and name in self.registry.names()
         return name if known and self.registry.get(name).names_whole_nodes else None
+
+    def protocol_of(self, filename: str) -> str:
+        """The driver of the storage that a file name stands for."""
+        parsed = parse_json_filename(filename)
+        return str((self._storage_of(filename) if parsed is None else parsed)["driver"])
 
     def _storage_of(self, filename: str, depth: int = 0) -> dict[str, Json]:
         """Options of the storage that a file name stands for: a file, or what the driver of its protocol makes of it."""

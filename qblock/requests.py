@@ -148,10 +148,7 @@ async def write_from(edge: BdrvChild, offset: int, buffer: memoryview, *, fua: b
 async def _write_carefully(edge: BdrvChild, offset: int, buffer: memoryview, *, fua: bool) -> None:
     node = edge.node
     length = len(buffer)
-    if not length:
-        return
-    if node.detect_zeroes != "off" and node.driver.supports_write_zeroes and all_zero(buffer):
-        await write_zeroes(edge, offset, length, may_unmap=node.detect_zeroes == "unmap", fua=fua)
+    if not length or await _write_detected_zeroes(edge, offset, buffer, fua=fua):
         return
     enter(node)
     try:
@@ -164,6 +161,15 @@ async def _write_carefully(edge: BdrvChild, offset: int, buffer: memoryview, *, 
             await flush(node)
     finally:
         leave(node)
+
+
+async def _write_detected_zeroes(edge: BdrvChild, offset: int, buffer: memoryview, *, fua: bool) -> bool:
+    """Write ``buffer`` as zeroes if it is nothing else, and the node is to look for that; False: it is to be written."""
+    node = edge.node
+    if node.detect_zeroes == "off" or not node.driver.supports_write_zeroes or not all_zero(buffer):
+        return False
+    await write_zeroes(edge, offset, len(buffer), may_unmap=node.detect_zeroes == "unmap", fua=fua)
+    return True
 
 
 async def write_zeroes(
@@ -197,7 +203,7 @@ async def write_compressed(edge: BdrvChild, offset: int, buffer: memoryview) -> 
     node = edge.node
     if not node.driver.supports_compressed:
         raise BlockIOError(errno.ENOTSUP)
-    if not len(buffer):
+    if not len(buffer) or await _write_detected_zeroes(edge, offset, buffer, fua=False):
         return
     enter(node)
     try:
@@ -257,7 +263,7 @@ async def discard(edge: BdrvChild, offset: int, length: int) -> None:
         try:
             await discard_pieces(node.driver, offset, length)
         finally:
-            _finish(node, request, offset, length)
+            _finish(node, request, offset, length, whole_blocks=False)
     finally:
         leave(node)
 
@@ -299,16 +305,24 @@ async def _begin(edge: BdrvChild, offset: int, length: int, *, whole_blocks: boo
     return await begin_write(node, offset, end, serialising=False)
 
 
-def _finish(node: BlockDriverState, request: TrackedRequest | None, offset: int, length: int) -> None:
-    """Book a change of the range that has ended, also when it failed: it may have changed a part."""
+def _finish(
+    node: BlockDriverState, request: TrackedRequest | None, offset: int, length: int, *, whole_blocks: bool = True
+) -> None:
+    """Book a change of the range that has ended, also when it failed: it may have changed a part. As in QEMU, blocks that were
+    written back whole count as changed.
+    """
     end = offset + length
     node.write_generation += 1
     if end > node.wr_highest_offset:
         node.wr_highest_offset = end
     if end > node.length:
         refresh_length(node)
-    for bitmap in node.dirty_bitmaps:
-        bitmap.set(offset, length)
+    if node.dirty_bitmaps:
+        alignment = node.driver.limits.request_alignment if whole_blocks else 1
+        start = align_down(offset, alignment)
+        covered = min(align_up(end, alignment), max(node.length, end)) - start
+        for bitmap in node.dirty_bitmaps:
+            bitmap.set(start, covered)
     finish_write(node, request)
 
 

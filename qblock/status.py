@@ -29,10 +29,10 @@ class ChainExtent:
     """Which layer of a chain answers for a run of ``length`` bytes, and with what.
 
     ``depth`` counts layers from 0 at the top (filters are no layers). ``present``: some layer down to the base holds it;
-    otherwise it reads as zeroes, unless the search stopped at a base. ``data`` and ``zero`` may both be set: space is taken,
-    but reads as zeroes. ``offset`` is the byte offset in ``file`` where plain data lie; ``node`` is the layer.
-    ``cut_off``: ``node`` ends before, so this is zero whatever longer layers further down hold there; it counts as held by
-    that layer, because who moves data between layers must move it, too.
+    otherwise it reads as zeroes, unless the search stopped at a base or nobody holds anything (null-co). ``data`` and ``zero``
+    may both be set: space is taken, but reads as zeroes. ``offset`` is the byte offset in ``file`` where plain data lie;
+    ``node`` is the layer. ``cut_off``: ``node`` ends before, so this is zero whatever longer layers further down hold there; it
+    counts as held by that layer, because who moves data between layers must move it, too.
     """
 
     length: int
@@ -248,7 +248,7 @@ async def is_zero(node: BlockDriverState, offset: int, length: int) -> bool:
 def _held_by_nobody(extent: Unallocated, layer: BlockDriverState, depth: int) -> ChainExtent:
     """The chain's answer where its last layer has nothing, though perhaps space for it."""
     return ChainExtent(
-        extent.length, depth, present=False, zero=True, data=False, offset=extent.offset, node=layer,
+        extent.length, depth, present=False, zero=_reads_zero(layer, extent), data=False, offset=extent.offset, node=layer,
         file=_space_of(layer, extent),
     )  # fmt: skip
 
@@ -312,7 +312,8 @@ async def _refined_status(node: BlockDriverState, offset: int, length: int, *, w
 
 
 def _reads_zero(node: BlockDriverState, extent: Extent) -> bool:
-    return isinstance(extent, Zero) or (isinstance(extent, Unallocated) and node.backing is None)
+    nothing = isinstance(extent, Unallocated) and node.backing is None
+    return isinstance(extent, Zero) or (nothing and node.driver.supports_backing)
 
 
 async def _driver_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool) -> Extent:

@@ -117,6 +117,7 @@ class BlkdebugDriver(FilterDriver):
     """
 
     name: ClassVar[str] = "blkdebug"
+    names_storage: ClassVar[bool] = True
     options_class: ClassVar[type[DriverOptions]] = BlkdebugOptions
     supports_copy_range: ClassVar[bool] = False
     wants_debug_events: ClassVar[bool] = True

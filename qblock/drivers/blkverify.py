@@ -35,6 +35,7 @@ class BlkverifyDriver(FilterDriver):
     """Compares ``test`` with ``raw``."""
 
     name: ClassVar[str] = "blkverify"
+    names_storage: ClassVar[bool] = True
     options_class: ClassVar[type[DriverOptions]] = BlkverifyOptions
     supports_write_zeroes: ClassVar[bool] = False
     supports_discard: ClassVar[bool] = False

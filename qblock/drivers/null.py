@@ -13,7 +13,7 @@ from attrs import frozen
 
 from qblock.driver import Driver, Json, NodeInfo
 from qblock.errors import CommandError, InvalidParameter
-from qblock.extents import Data, Extent, Zero
+from qblock.extents import Extent, Unallocated, Zero
 from qblock.options import DriverOptions, option
 from qblock.units import GiB
 from qblock.zeroes import fill_zero
@@ -65,8 +65,8 @@ class NullDriver(Driver):
         await self._wait()
 
     async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
-        """See `Driver`: zero with ``read-zeroes``."""
-        return Zero(length, offset) if self.options.read_zeroes else Data(length, offset)
+        """See `Driver`: zero with ``read-zeroes``, else nothing is held and what is read is undefined."""
+        return Zero(length, offset) if self.options.read_zeroes else Unallocated(length)
 
     def allocated_size(self) -> int | None:
         """See `Driver`: nothing is kept."""

@@ -85,8 +85,11 @@ class IoShell:
         assert self.backend is not None
         return self.backend
 
-    async def execute(self, line: str) -> int:
-        """Run one line; 0 when it did what it says, 1 when not. Words are separated by blanks, there is no quoting."""
+    async def execute(self, line: str, *, complain: Callable[[str], None] | None = None) -> int:
+        """Run one line; 0 when it did what it says, 1 when not. Words are separated by blanks, there is no quoting.
+
+        What the block layer refuses is said by ``complain``, or else goes to ``err``.
+        """
         words = line.split()
         if not words:
             return 0
@@ -98,7 +101,10 @@ class IoShell:
         except AlreadySaid:
             return 1
         except QBlockError as error:
-            self.err(f"{self.program}: {error}")
+            if complain is not None:
+                complain(str(error))
+            else:
+                self.err(f"{self.program}: {error}")
             return 1
         return 0
 

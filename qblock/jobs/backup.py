@@ -213,6 +213,7 @@ class PreparedBackup:
             implicit=False, change=change,
         )  # fmt: skip
         node = driver.node
+        node.read_only = False  # whatever the source: it writes to the target
         with graph.deferred_permissions(change):
             graph.attach(node, self.target, name="target", role=ChildRole.DATA, change=change)
             graph.append(node, onto=source, change=change)

@@ -123,7 +123,7 @@ async def prepare_drive_mirror(
     backend.insert(node)
     mirror = PreparedMirror(
         system, source, backend, request, txn=txn,
-        zero_target=request.sync is SyncMode.FULL and not (target.is_made and node.driver.zero_initialised),
+        zero_target=full and not (target.is_made and node.driver.zero_initialised),
         backing_at_end=BackingAtEnd.SOURCE_CHAIN if target.is_made else BackingAtEnd.HEADER,
         backing_node=layer_below,
     )  # fmt: skip

@@ -40,7 +40,7 @@ from qblock.errors import BlockIOError, CommandError, PermissionConflict, QBlock
 from qblock.jobs.copying import IO_FAILURES, SLICE_NS, BufferPool, InFlight, Operation, io_error
 from qblock.jobs.job import BlockJob
 from qblock.jobs.mirror_guest import GuestRequests
-from qblock.jobs.mirror_plan import BackingAtEnd, MirrorPlan
+from qblock.jobs.mirror_plan import BackingAtEnd, Method, MirrorPlan
 from qblock.jobs.mirror_semisync import GuestFlushes
 from qblock.jobs.state import ErrorAction, IoStatus, OnError
 from qblock.ranges import ByteRange
@@ -361,8 +361,8 @@ class MirrorJob(BlockJob):
         self._cursor = run.end
         delay, offset, end, only_zeroes = 0, run.offset, run.end, True
         while offset < end and not self.force_cancelled:
-            length, as_zero = await self._next_request(offset, end - offset)
-            if not as_zero:
+            length, method = await self._next_request(offset, end - offset)
+            if method is Method.COPY:
                 only_zeroes = False
                 self._unflushed += length
                 if self._reach > self.plan.buf_size:
@@ -370,9 +370,9 @@ class MirrorJob(BlockJob):
             while self.in_flight.full or self.in_flight.conflict(offset, length):
                 await self._conflict_ended(offset)
             operation = self.in_flight.begin(offset, length)
-            work = self._zero(operation) if as_zero else self._copy(operation)
+            work = self._copy(operation) if method is Method.COPY else self._empty(operation, method)
             self.spawn(self._watched(operation, work), f"copy at {offset}")
-            delay = self.limit.delay_ns(0 if as_zero and self._zeroes_cheaply else length)
+            delay = self.limit.delay_ns(0 if method is not Method.COPY and self._zeroes_cheaply else length)
             offset += length
         if offset < run.end:  # data found, where only zeroes may be taken in long runs; or cancelled
             self.bitmap.mark(offset, run.end - offset)
@@ -391,14 +391,16 @@ class MirrorJob(BlockJob):
         with contextlib.suppress(*IO_FAILURES):  # the flush before READY fails as well, and tells
             await requests.flush(self.target_edge.node)
 
-    async def _next_request(self, offset: int, length: int) -> tuple[int, bool]:
-        """How many of ``length`` bytes the next request is to take, and whether as zeroes."""
+    async def _next_request(self, offset: int, length: int) -> tuple[int, Method]:
+        """How many of ``length`` bytes the next request is to take, and how."""
         assert self._buffers is not None
+        piece, cluster = self._buffers.piece, self.target_edge.node.driver.info().cluster_size
         try:
             extent = await requests.chain_status(self.source, offset, length)
         except IO_FAILURES:
-            return min(length, self._buffers.piece), False  # reading will tell
-        return (extent.length, True) if extent.zero else (min(extent.length, self._buffers.piece), False)
+            return min(length, piece), Method.COPY  # reading will tell
+        count, method = self.plan.next_request(extent, offset, piece=piece, target_cluster=cluster)
+        return min(count, length), method
 
     async def _watched(self, operation: Operation, work: Coroutine[Any, Any, None]) -> None:
         """Do the work of an operation; nobody may take a bug in it for success."""
@@ -449,10 +451,13 @@ class MirrorJob(BlockJob):
             return
         self.advance(operation.length)
 
-    async def _zero(self, operation: Operation) -> None:
+    async def _empty(self, operation: Operation, method: Method) -> None:
         offset, length = operation.offset, operation.length
         try:
-            await requests.write_zeroes(self.target_edge, offset, length, may_unmap=self.plan.unmap)
+            if method is Method.ZERO:
+                await requests.write_zeroes(self.target_edge, offset, length, may_unmap=self.plan.unmap)
+            else:
+                await requests.discard(self.target_edge, offset, length)
         except IO_FAILURES as error:
             self._copy_failed(operation, error)
             self.target_failed(error)

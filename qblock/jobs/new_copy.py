@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from qblock.creating import create_image_file
-from qblock.driver import BackingLink
-from qblock.errors import CommandError, NodeNotFound
-from qblock.naming import format_of
+from qblock.creating import create_image_file, is_plain
+from qblock.errors import CommandError
+from qblock.naming import link_to
 from qblock.node import BlockDriverState
 
 if TYPE_CHECKING:
@@ -59,20 +58,17 @@ async def make_target(
 ) -> str | None:
     """Make the file, as long as ``source`` and with ``backing`` named in its header, unless it is there.
 
-    Returns the format to open it by; None: to be probed.
+    Returns the driver to open it by; None: to be probed. Where the source is storage without a format, no format is looked for.
     """
     if not target.is_made:
-        return target.format
-    fmt = target.format or format_of(source)
+        is_storage = source.driver.is_protocol or source.driver.names_storage
+        return target.format or (system.opener.protocol_of(target.filename) if is_storage else None)
+    fmt = target.format or source.driver.name
     link = None
     if backing is not None:
-        image = system.graph.skip_filters(backing)
-        name = image.driver.filename()
-        if name is None:
-            raise NodeNotFound(image.node_name, detail="No file name for a header to name the backing node by:")
-        link = BackingLink(name, format_of(image))
-        if fmt == "raw":
-            raise CommandError("A raw image cannot have a backing file; choose another format or sync=full")
+        if is_plain(fmt):
+            raise CommandError(f"A {fmt} image cannot have a backing file; choose another format or sync=full")
+        link = link_to(system.graph.skip_filters(backing))
     await create_image_file(
         system.opener, target.filename, fmt, size=source.length, backing=link, announce=system.announce
     )

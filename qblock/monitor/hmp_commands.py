@@ -293,9 +293,9 @@ async def drive_del(call: HmpCall) -> None:
     since="1.5",
 )
 async def qemu_io(call: HmpCall) -> None:
-    """Runs the command; what it prints goes to the program's standard output, as in QEMU."""
-    line = call.text("command") or ""
-    if not await call.context.hub.io.run(call.text("device") or "", line, is_qdev=call.flag("qdev")):
+    """Runs the command; as in QEMU what it prints goes to the program's standard output, and here only what is refused."""
+    name, line = call.text("device") or "", call.text("command") or ""
+    if not await call.context.hub.io.run(name, line, is_qdev=call.flag("qdev"), complain=call.say):
         call.fail()
 
 

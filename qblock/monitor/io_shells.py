@@ -1,8 +1,9 @@
 """HMP's ``qemu-io``: commands of qemu-io on the disks of a running machine.
 
-Models hmp-block.md section 1. What it prints goes to the program's standard output. Requests of aio commands on a drive or a
-device are still under way when the command is done, until they have been answered or are let go from a breakpoint. A node gets
-a backend for the one command, at whose end everything on the node comes to rest: jobs pause there, as they do in QEMU.
+Models hmp-block.md section 1. What it prints goes to the program's standard output, what is refused to the monitor. Requests
+of aio commands on a drive or a device are still under way when the command is done, until they have been answered or are let
+go from a breakpoint. A node gets a backend for the one command, at whose end everything on the node comes to rest: jobs pause
+there, as they do in QEMU.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class _Visit:
-    """A shell on a backend that is somebody else's, and what that had before; ``commands`` are being executed."""
+    """A shell on a backend that is somebody else's; ``commands`` are being executed."""
 
     shell: IoShell
-    perm: Perm
-    shared: Perm
     commands: int = 0
 
 
@@ -42,33 +41,34 @@ class IoShells:
         self._out = out
         self._visits: dict[BlockBackend, _Visit] = {}
 
-    async def run(self, name: str, line: str, *, is_qdev: bool) -> bool:
+    async def run(self, name: str, line: str, *, is_qdev: bool, complain: Callable[[str], None]) -> bool:
         """Execute ``line`` on the drive or node ``name``, or (``is_qdev``) on the guest device of that id or path.
 
-        Returns whether it has done what it says. Raises `CommandError` when there is nothing of that name.
+        Returns whether it has done what it says; ``complain`` says what was refused. Raises `CommandError` when there is
+        nothing of that name.
         """
         backend = self._find_backend(name, is_qdev=is_qdev)
         if backend is None:
-            return await self._run_on_node(name, line)
+            return await self._run_on_node(name, line, complain)
         visit = self._visits.get(backend)
         if visit is None:
             shell = self._shell(backend, lambda: self._look_after(backend))
-            visit = self._visits[backend] = _Visit(shell, backend.perm, backend.shared)
+            visit = self._visits[backend] = _Visit(shell)
         visit.commands += 1
         try:
-            return await visit.shell.execute(line) == 0
+            return await visit.shell.execute(line, complain=complain) == 0
         finally:
             visit.commands -= 1
             self._look_after(backend)
 
-    async def _run_on_node(self, name: str, line: str) -> bool:
+    async def _run_on_node(self, name: str, line: str, complain: Callable[[str], None]) -> bool:
         system = self._system
         node = system.graph.find_node(name)
         backend = BlockBackend(system.graph, perm=Perm.NONE, shared=Perm.ALL, description="the qemu-io command")
         try:
             backend.insert(node)
             shell = self._shell(backend, lambda: None)
-            done = await shell.execute(line)
+            done = await shell.execute(line, complain=complain)
             await shell.finish_all()
             for _ in range(2):  # as the events of jobs tell
                 async with drained(node):
@@ -94,12 +94,12 @@ class IoShells:
         return [job.concluded for job in self._system.jobs.jobs if not job.concluded.done()]
 
     def _look_after(self, backend: BlockBackend) -> None:
-        """When nothing is left to do on ``backend``, give back what was taken for it."""
+        """When nothing is left to do on ``backend``, forget the shell."""
         visit = self._visits.get(backend)
         if visit is None or visit.commands or visit.shell.pending:
             return
         del self._visits[backend]
-        _give_back(backend, visit.perm, visit.shared)
+        _keep_permissions(backend)
 
     def _find_backend(self, name: str, *, is_qdev: bool) -> BlockBackend | None:
         """The backend of a drive or of a guest device; None when ``name`` is a node."""
@@ -113,11 +113,13 @@ class IoShells:
         return None
 
 
-def _give_back(backend: BlockBackend, perm: Perm, shared: Perm) -> None:
-    """Hold what was held before the command; but its ``reopen`` may have taken writing away for good, or have brought it back."""
+def _keep_permissions(backend: BlockBackend) -> None:
+    """What a command has taken stays taken, as in QEMU; but its ``reopen`` may have taken writing away, or brought it back."""
     node = backend.root.node if backend.root is not None else None
+    perm, shared = backend.perm, backend.shared
     if backend.device is not None:
-        perm, shared = backend.device.permissions_on(node)
+        takes, shares = backend.device.permissions_on(node)
+        perm, shared = perm | takes, shared & shares
     if node is not None and node.read_only:
         perm &= ~(ANY_WRITE | Perm.RESIZE)
     if (backend.perm, backend.shared) != (perm, shared):

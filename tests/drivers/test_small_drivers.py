@@ -16,7 +16,7 @@ from qblock.drivers.memory import MemoryDriver, MemoryOptions
 from qblock.drivers.null import NullAioDriver, NullCoDriver, NullOptions
 from qblock.drivers.raw import RawDriver, RawOptions, looks_like_an_image
 from qblock.errors import BlockIOError, CommandError
-from qblock.extents import Data, Zero
+from qblock.extents import Unallocated, Zero
 from qblock.node import BlockDriverState
 from qblock.permissions import ChildRole, Perm
 from qblock.testing.nodes import NodeBench
@@ -196,7 +196,7 @@ def test_null_keeps_nothing(driver: type[NullCoDriver], read_zeroes: bool) -> No
         assert buffer == (bytes(512) if read_zeroes else b"y" * 512)
         await backend.write_zeroes(0, 512)
         await backend.flush()
-        expected = Zero(512, 0) if read_zeroes else Data(512, 0)
+        expected = Zero(512, 0) if read_zeroes else Unallocated(512)
         assert await requests.block_status(node, 0, 512) == expected
         assert node.driver.allocated_size() == 0
 

@@ -18,11 +18,13 @@ from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, DuplicateName, NodeBusy, NodeNotFound, PermissionConflict, QBlockError
 from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror, start_drive_mirror
 from qblock.jobs.mirror_job import MirrorJob
+from qblock.jobs.mirror_plan import MirrorPlan
 from qblock.jobs.new_copy import NewImageMode, SyncMode, TargetFile
 from qblock.jobs.state import JobStatus
 from qblock.node import BlockDriverState
 from qblock.opening import OpenPolicy
 from qblock.permissions import ChildRole, Perm
+from qblock.status import ChainExtent
 from qblock.system import BlockSystem
 from qblock.testing.jobbench import eventually
 from qblock.testing.simloop import run
@@ -521,3 +523,27 @@ def test_quit_while_copying_closes_everything(tmp_path: Path) -> None:
         assert made.story[-4:] == ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]
 
     run(main)
+
+
+def test_a_mirror_copies_granules_whole_and_zeroes_only_whole_clusters_of_the_target() -> None:
+    """What the source has at 0, and what is asked of the target: which decides how small the copy is."""
+    plan = MirrorPlan(scan=True, base=None, granularity=64 * KiB, buf_size=MiB)
+
+    def asked(kind: str, length: int, offset: int = 0, *, cluster: int = 64 * KiB) -> tuple[int, str]:
+        present, zero, data = {"data": (True, False, True), "zero": (True, True, False), "space": (True, True, True),
+                               "nothing": (False, True, False), "undefined": (False, False, False)}[kind]  # fmt: skip
+        extent = ChainExtent(length, 0, present, zero, data)
+        count, method = plan.next_request(extent, offset, piece=256 * KiB, target_cluster=cluster)
+        return count, method.value
+
+    assert asked("data", MiB) == (256 * KiB, "copy")
+    assert asked("space", MiB) == (256 * KiB, "copy")
+    assert asked("data", 100 * KiB) == (64 * KiB, "copy")
+    assert asked("zero", MiB + 512) == (MiB, "zero")
+    assert asked("nothing", MiB) == (MiB, "zero")
+    assert asked("undefined", MiB) == (MiB, "discard")
+    assert asked("zero", 60 * KiB) == (64 * KiB, "copy")
+    assert asked("zero", MiB, cluster=2 * MiB) == (256 * KiB, "copy")
+    assert asked("zero", 2 * MiB, cluster=2 * MiB) == (2 * MiB, "zero")
+    assert asked("zero", MiB, 64 * KiB, cluster=0) == (MiB, "zero")
+    assert asked("zero", MiB, 4 * KiB) == (60 * KiB, "copy")

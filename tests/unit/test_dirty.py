@@ -240,3 +240,8 @@ def test_bits_of_a_bitmap_of_more_than_2_to_the_32_granules_are_serialised() -> 
     other = DirtyBitmap((1 << 33) * 512, 512)
     other.load_bytes(1 << 32, bitmap.to_bytes(1 << 32, 64))
     assert other.count == bitmap.count
+
+
+def test_the_sum_of_an_empty_disks_bitmap_is_that_of_one_word() -> None:
+    """As the real program has it: two programs can tell by it that both have nothing."""
+    assert DirtyBitmap(0, 64 * KiB).sha256() == hashlib.sha256(bytes(8)).hexdigest()

@@ -15,6 +15,7 @@ from qblock.drivers.memory import MemoryOptions
 from qblock.errors import BlockIOError, ImagePoisoned
 from qblock.node import BdrvChild, BlockDriverState
 from qblock.permissions import ChildRole, Perm
+from qblock.ranges import ByteRange
 from qblock.testing.nodes import FaultyMemoryDriver, LayerDriver, NodeBench
 from qblock.testing.simloop import run
 from qblock.units import KiB, MiB
@@ -457,5 +458,21 @@ def test_a_failure_at_any_call_leaves_no_trace_in_the_books(operation: str, nth:
         assert (node.in_flight, node.untracked_writes, node.serialising, node.tracked) == (0, 0, 0, {})
         await requests.write_from(edge, 100, view(b"y" * 600))
         assert await content(edge, 100, 600) == b"y" * 600
+
+    run(main)
+
+
+def test_blocks_that_are_written_in_part_are_dirty_as_a_whole() -> None:
+    """They are read and written back whole; a discard leaves what it does not cover alone, so it counts as it was asked for."""
+
+    async def main() -> None:
+        driver, edge = await faulty(NodeBench(), limits=Limits(request_alignment=4096), discard_unmap=True)
+        bitmap = DirtyBitmap(64 * KiB, 512)
+        edge.node.dirty_bitmaps.append(bitmap)
+        await requests.write_from(edge, 8 * KiB + 512, view(b"x" * 512))
+        assert [*bitmap.iterate()] == [ByteRange(8 * KiB, 4 * KiB)]
+        bitmap.clear()
+        await requests.discard(edge, 20 * KiB + 512, 512)
+        assert bitmap.count == (512 if driver.supports_discard else 0)
 
     run(main)

@@ -197,7 +197,7 @@ class ClusterMap:
     async def _write_table(self, old: int) -> int:
         size, refcounts = self.geometry.cluster_size, self.refcounts
         assert refcounts is not None
-        claim = await refcounts.allocate(1)
+        claim = await refcounts.allocate(1, for_table=True)
         try:
             if old:
                 self.file.event("l2_alloc_cow_read")

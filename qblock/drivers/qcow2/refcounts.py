@@ -193,10 +193,13 @@ class Refcounts:
         self.cache.mark_dirty(cached, at, at + 1)
         return True
 
-    async def allocate(self, count: int) -> Claim:
-        """Claim up to ``count`` adjacent free clusters (at least one). ``BlockIOError(EFBIG)`` when the format has no more."""
+    async def allocate(self, count: int, *, for_table: bool = False) -> Claim:
+        """Claim up to ``count`` adjacent free clusters (at least one). ``BlockIOError(EFBIG)`` when the format has no more.
+
+        ``for_table``: an L2 table must not lie at the beginning of the file, whatever is protected.
+        """
         self.file.event("cluster_alloc")
-        return await self._claim(None, count)
+        return await self._claim(None, count, for_table=for_table)
 
     async def allocate_contiguous(self, count: int) -> Claim:
         """Claim exactly ``count`` adjacent clusters, for a table."""
@@ -216,7 +219,7 @@ class Refcounts:
             virgin = virgin and piece.virgin
         return Claim(start << self.geometry.cluster_bits, count, virgin)
 
-    async def _claim(self, position: int | None, count: int) -> Claim:
+    async def _claim(self, position: int | None, count: int, *, for_table: bool = False) -> Claim:
         """Claim free clusters at or behind ``position``; None: wherever the hint is by then, which is moved along."""
         at_hint = position is None
         slice_clusters = 1 << self._slice_bits
@@ -241,7 +244,7 @@ class Refcounts:
             self.cache.mark_dirty(cached, at, at + got)
             if where == self.hint:
                 self.hint = base + at + got
-            return await self._checked_claim(base + at, got)
+            return await self._checked_claim(base + at, got, for_table=for_table)
 
     async def _provide(self, cluster: int) -> None:
         """Load the slice that covers ``cluster``, or make its block."""
@@ -252,11 +255,13 @@ class Refcounts:
         else:
             await self._add_block(cluster)
 
-    async def _checked_claim(self, first: int, got: int) -> Claim:
+    async def _checked_claim(self, first: int, got: int, *, for_table: bool) -> Claim:
         file, bits = self.file, self.geometry.cluster_bits
         host, end = first << bits, (first + got) << bits
         virgin = host >= file.virgin
         file.virgin = max(file.virgin, end)
+        if for_table and not first:
+            await file.fatal("the header's cluster is counted as free")
         if file.overlaps(host, end - host):
             # A refcount that says "free" of metadata is damage; using the cluster would destroy more.
             await file.check_overlap(host, end - host)

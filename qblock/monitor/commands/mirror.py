@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import attrs
 
 from qblock.actions.mirrors import StartBlockdevMirror, StartDriveMirror
+from qblock.errors import InvalidParameter
 from qblock.jobs.mirror import (
     CopyMode,
     MirrorRequest,
@@ -16,6 +19,8 @@ from qblock.jobs.state import OnError
 from qblock.monitor.command import CommandContext, command
 from qblock.options import option, required
 from qblock.system import BlockSystem
+
+_UINT32_MAX: Final = (1 << 32) - 1
 
 
 @attrs.frozen
@@ -64,6 +69,8 @@ class BlockdevMirrorArguments:
 def _request(
     args: DriveMirrorArguments | BlockdevMirrorArguments, *, unmap: bool, filter_node_name: str | None
 ) -> MirrorRequest:
+    if not 0 <= args.granularity <= _UINT32_MAX:  # before a target is made; what is wrong with the others is told after that
+        raise InvalidParameter("granularity", f"must be from 0 to {_UINT32_MAX}, not {args.granularity}")
     return MirrorRequest(
         sync=args.sync,
         job_id=args.job_id,
