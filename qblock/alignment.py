@@ -8,56 +8,56 @@ block is written, the caller holds the whole block as a serialising request. Off
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qblock.errors import BlockIOError
-from qblock.units import align_down
+from qblock.units import align_down, align_up
 from qblock.zeroes import ZERO_PIECE, zero_view
 
 if TYPE_CHECKING:
     from qblock.driver import Driver
 
 
-def _runs(offset: int, end: int, alignment: int) -> Iterator[tuple[int, int, int | None]]:
-    """A range in parts (start, stop, base): runs of whole blocks, and parts of the block at ``base``."""
-    start = offset
-    while start < end:
-        base = align_down(start, alignment)
-        whole = start == base and end - start >= alignment
-        stop = align_down(end, alignment) if whole else min(base + alignment, end)
-        yield start, stop, None if whole else base
-        start = stop
-
-
 async def read_aligned(driver: Driver, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer``; blocks that are asked for in part are read whole into a buffer of their own."""
+    """Fill ``buffer``; if blocks are asked for in part, all of them are read into a buffer of their own."""
     alignment = driver.limits.request_alignment
-    for start, stop, base in _runs(offset, offset + len(buffer), alignment):
-        piece = buffer[start - offset : stop - offset]
-        if base is None:
-            await _read_split(driver, start, piece)
-            continue
-        block = memoryview(bytearray(alignment))
-        await driver.read_into(base, block)
-        piece[:] = block[start - base : stop - base]
+    end = offset + len(buffer)
+    start, stop = align_down(offset, alignment), align_up(end, alignment)
+    if (start, stop) == (offset, end):
+        await _read_split(driver, offset, buffer)
+        return
+    blocks = memoryview(bytearray(stop - start))
+    await _read_split(driver, start, blocks)
+    buffer[:] = blocks[offset - start : end - start]
 
 
 async def write_aligned(driver: Driver, offset: int, buffer: memoryview) -> None:
-    """Write all of ``buffer``; blocks that are changed in part are read, changed and written back."""
+    """Write all of ``buffer``; blocks at its ends that are changed in part are read first, and all is written at once."""
     alignment = driver.limits.request_alignment
-    for start, stop, base in _runs(offset, offset + len(buffer), alignment):
-        piece = buffer[start - offset : stop - offset]
-        if base is None:
-            await _write_split(driver, start, piece)
-            continue
-        block = memoryview(bytearray(alignment))
-        part = "head" if start > base else "tail"
+    end = offset + len(buffer)
+    start, stop = align_down(offset, alignment), align_up(end, alignment)
+    if (start, stop) == (offset, end):
+        await _write_split(driver, offset, buffer)
+        return
+    blocks = memoryview(bytearray(stop - start))
+    parts = [name for name, is_part in (("head", start < offset), ("tail", end < stop)) if is_part]
+    if len(blocks) <= len(parts) * alignment:  # nothing lies between the ends, so that one read does
+        await _read_parts(driver, parts, start, blocks)
+    elif "head" in parts:
+        await _read_parts(driver, ["head"], start, blocks[:alignment])
+    if "tail" in parts and len(blocks) > len(parts) * alignment:
+        await _read_parts(driver, ["tail"], stop - alignment, blocks[-alignment:])
+    blocks[offset - start : end - start] = buffer
+    await _write_split(driver, start, blocks)
+
+
+async def _read_parts(driver: Driver, parts: Sequence[str], start: int, blocks: memoryview) -> None:
+    for part in parts:
         driver.debug_event(f"pwritev_rmw_{part}")
-        await driver.read_into(base, block)
+    await driver.read_into(start, blocks)
+    for part in parts:
         driver.debug_event(f"pwritev_rmw_after_{part}")
-        block[start - base : stop - base] = piece
-        await driver.write_from(base, block)
 
 
 async def zero_aligned(driver: Driver, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None:
@@ -65,6 +65,8 @@ async def zero_aligned(driver: Driver, offset: int, length: int, *, may_unmap: b
     limits = driver.limits
     alignment = limits.request_alignment
     end = offset + length
+    if no_fallback and (offset % alignment or end % alignment):
+        raise _needs_a_buffer(driver)
     start = min(-(-offset // alignment) * alignment, end)
     stop = max(align_down(end, alignment), start)
     if start > offset:
@@ -77,9 +79,11 @@ async def zero_aligned(driver: Driver, offset: int, length: int, *, may_unmap: b
 
 
 async def discard_pieces(driver: Driver, offset: int, length: int) -> None:
-    """Pass a discard to the driver in pieces; a piece that it does not support is left as it is."""
+    """Pass a discard to the driver in pieces; a part of a block, and a piece that it does not support, are left as they are."""
     limits = driver.limits
-    for at, count in pieces(offset, length, unit=limits.discard_alignment, maximum=limits.max_discard):
+    start, stop = align_up(offset, limits.request_alignment), align_down(offset + length, limits.request_alignment)
+    unit = max(limits.discard_alignment, limits.request_alignment)
+    for at, count in pieces(start, stop - start, unit=unit, maximum=limits.max_discard):
         try:
             await driver.discard(at, count)
         except BlockIOError as error:
@@ -118,9 +122,13 @@ async def _zero_piece(driver: Driver, offset: int, length: int, *, may_unmap: bo
         else:
             return
     if no_fallback:
-        raise BlockIOError(errno.ENOTSUP, f"Node '{driver.node.node_name}' cannot write zeroes without a buffer")
+        raise _needs_a_buffer(driver)
     for at, count in pieces(offset, length, unit=driver.limits.request_alignment, maximum=ZERO_PIECE):
         await _write_split(driver, at, zero_view(count))
+
+
+def _needs_a_buffer(driver: Driver) -> BlockIOError:
+    return BlockIOError(errno.ENOTSUP, f"Node '{driver.node.node_name}' cannot write zeroes without a buffer")
 
 
 async def _read_split(driver: Driver, offset: int, buffer: memoryview) -> None:

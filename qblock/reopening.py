@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -96,12 +96,11 @@ def _described(opener: Opener, given: Mapping[str, Json], path: str, *, strings:
         raise InvalidParameter(f"{path}.driver", f"cannot be changed: node '{name}' is a {node.driver.name} node")
     if "force-share" in given or "force-share" in node.options_given:
         raise InvalidParameter(f"{path}.force-share", f"cannot be changed, nor be given again: node '{name}' is open")
-    if not spec.driver.supports_reopen:
-        raise CommandError(f"Node '{name}' cannot be given other options: {spec.driver.name} has none that can change")
     children: dict[str, BlockDriverState | None] = {}
     for field in child_fields(spec.driver):
         if (child := _wanted_child(opener, node, field, spec)) is not _Kept.KEPT:
             children[field.wire] = child
+    _check_support(node, replaced=children)
     # Children are compared as nodes above, so they do not count as changed options here.
     same = {
         field.attribute: getattr(node.driver.options, field.attribute)
@@ -146,6 +145,22 @@ def _wanted_child(
     return wanted
 
 
+def _check_support(node: BlockDriverState, *, replaced: Collection[str] = ()) -> None:
+    """Raise unless ``node``, and all that was opened with it but for ``replaced`` children, can be opened again."""
+    if not node.driver.supports_reopen:
+        raise CommandError(
+            f"Node '{node.node_name}' cannot be given other options: {node.driver.name} has none that can change"
+        )
+    for name, edge in node.children.items():
+        if name not in replaced and _came_with_parent(edge.node):
+            _check_support(edge.node)
+
+
+def _came_with_parent(node: BlockDriverState) -> bool:
+    """Whether it was described in the node above, and nobody else uses it."""
+    return not node.monitor_owned and len(node.parents) == 1
+
+
 def _names_backing(node: BlockDriverState) -> bool:
     driver = node.driver
     return isinstance(driver, SupportsBacking) and driver.backing_link() is not None
@@ -171,7 +186,7 @@ def _followers(node: BlockDriverState, changes: Mapping[str, Any]) -> list[_Step
     while edges:
         edge, wanted = edges.pop()
         below = edge.node
-        if edge.role is ChildRole.FILTERED or below.monitor_owned or len(below.parents) > 1:
+        if edge.role is ChildRole.FILTERED or not _came_with_parent(below):
             continue
         own = _own_flags(below)
         if edge.role is ChildRole.BACKING:

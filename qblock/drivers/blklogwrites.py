@@ -15,6 +15,7 @@ with whole sectors.
 from __future__ import annotations
 
 import enum
+import errno
 import struct
 from collections.abc import Coroutine
 from typing import Any, ClassVar, Final
@@ -23,7 +24,7 @@ from attrs import evolve, frozen
 
 from qblock import requests
 from qblock.environment import Environment
-from qblock.errors import CorruptImage, InvalidParameter
+from qblock.errors import BlockIOError, CorruptImage, InvalidParameter
 from qblock.filtering import FilterDriver, outcomes
 from qblock.node import BdrvChild, BlockDriverState
 from qblock.options import ChildRef, DriverOptions, child, option
@@ -138,9 +139,11 @@ class BlklogwritesDriver(FilterDriver):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
     ) -> None:
-        """See `Driver`: logged as a write of zeroes."""
+        """See `Driver`: logged as a write of zeroes. It is not tried without a fallback."""
+        if no_fallback:
+            raise BlockIOError(errno.ENOTSUP, f"Node '{self.node.node_name}' logs zeroes as data, and needs a buffer for them")
         place = self._enter(offset, length, data_length=length)
-        work = super().write_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback, fua=fua)
+        work = super().write_zeroes(offset, length, may_unmap=may_unmap, fua=fua)
         await _both(self._log(place, length), work)
 
     async def discard(self, offset: int, length: int) -> None:

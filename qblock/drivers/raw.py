@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from attrs import frozen
 
 from qblock import requests
+from qblock.chain import skip_filters
 from qblock.driver import Driver, Json, Limits, Measurement, NodeInfo, Progress, no_progress
 from qblock.errors import BlockIOError, CommandError, InvalidParameter
-from qblock.extents import Data, Extent
+from qblock.extents import Data, Extent, Unallocated
 from qblock.options import ChildRef, DriverOptions, child, option
 from qblock.permissions import ChildRole, Perm, PermissionPair, default_child_permissions
 from qblock.units import align_up
@@ -152,8 +153,16 @@ class RawDriver(Driver):
         await requests.discard(self._edge, offset + self.options.offset, length)
 
     async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:
-        """See `Driver`: all of it is data, and the border looks for holes of the storage."""
-        return Data(length, offset + self.options.offset)
+        """See `Driver`: all of it is data, and the border looks for holes of the storage; or what an image as storage lacks, is
+        lacking here. Where that image has a backing file there are data (7.2 calls them neither held nor zero).
+        """
+        place, image = offset + self.options.offset, skip_filters(self._edge.node)
+        if image.driver.is_protocol:
+            return Data(length, place)
+        extent = await requests.block_status(self._edge.node, place, length, want_zero=want_zero)
+        if isinstance(extent, Unallocated) and image.backing is None:
+            return Unallocated(extent.length)
+        return Data(extent.length, place)
 
     async def copy_range(self, offset: int, target: BdrvChild, target_offset: int, length: int) -> None:
         """See `Driver`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,76 @@ def test_names_of_images_tell_the_backing_image_only_when_it_is_not_that_of_the_
     """Management software opens images by these names again."""
     real, ours = both(DAEMONS, tmp_path, NAMED, CHAIN)
     assert real == ours
+
+
+LOG_BELOW = (
+    "driver=blkdebug,discard=unmap,image.driver=blklogwrites,image.discard=unmap,image.file.driver=file,image.file.filename=disk,"
+    "image.file.discard=unmap,image.log.driver=file,image.log.filename=log"
+)
+RAGGED = (
+    "write -P 9 0 1M", "write -P 1 1000 100k", "write -P 2 5000 100", "write -P 3 8191 2", "discard 0 1M", "discard 512 512",
+    "discard 65 300000", "discard 1000 100", "write -z 100 100", "write -z -u 65 300000", "write -z -n 65536 65536",
+    "write -z -n 100 100", "writev -P 6 100000 511 513", "flush", "read -v 1000 300",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        "align=512,opt-discard=512", "align=4096,opt-discard=16384,max-discard=32768",
+        "align=4096,opt-discard=4096,max-transfer=4096",
+        "align=512,opt-discard=2048,opt-write-zero=2048,max-write-zero=4096",
+    ],
+)  # fmt: skip
+def test_requests_come_in_the_same_pieces(limits: str, tmp_path: Path) -> None:
+    """What lies below writes the same log: each piece of each request, in its order, with its content."""
+    results = []
+    for name, program in (("real", ["qemu-io"]), ("ours", [sys.executable, "-m", "qblock.tools.io"])):
+        place = tmp_path / name
+        place.mkdir()
+        (place / "disk").write_bytes(bytes(1 << 20))
+        (place / "log").touch()
+        commands = [part for line in RAGGED for part in ("-c", line)]
+        command = [*program, "-t", "writeback", "-d", "unmap", "--image-opts", *commands, f"{LOG_BELOW},{limits}"]
+        done = subprocess.run(command, cwd=place, check=False, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if " ops; " not in line]
+        results.append((lines, (place / "disk").read_bytes(), (place / "log").read_bytes()))
+    assert results[0] == results[1]
+    assert "write failed: Operation not supported" in results[0][0]
+
+
+QUORUM_INSIDE = {
+    "driver": "quorum", "node-name": "in", "vote-threshold": 1,
+    "children": [{"driver": "raw", "file": file("r.raw"), "node-name": "a"}, {"driver": "null-co", "size": 1 << 20}],
+}  # fmt: skip
+REOPENED = [
+    do("object-add", qom_type="throttle-group", id="g"), add("throttle", "t", throttle_group="g", file=QUORUM_INSIDE),
+    do("blockdev-reopen", options=[{"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "in"}]),
+    do("blockdev-reopen", options=[{"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "a"}]),
+    do("blockdev-reopen", options=[{"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "in"}]),
+    add("file", "f", filename="s.raw"), add("copy-before-write", "c", file="f", target={**NULL, "size": 1 << 20}),
+    do("blockdev-reopen", options=[{"driver": "copy-before-write", "node-name": "c", "file": "f", "target": "f"}]),
+    add("snapshot-access", "s", file="c"),
+    do("blockdev-reopen", options=[{"driver": "snapshot-access", "node-name": "s", "file": "c"}]), do("query-named-block-nodes"),
+]  # fmt: skip
+
+
+def test_filters_that_cannot_be_reopened(tmp_path: Path) -> None:
+    """Neither themselves nor with the node that they were opened for."""
+    real, ours = both(DAEMONS, tmp_path, REOPENED, [*IMAGES, ["truncate", "-s", "1M", "s.raw"]])
+    assert real == ours
+
+
+def test_a_raw_window_on_an_image_tells_what_the_image_lacks(tmp_path: Path) -> None:
+    """As not held and zero: copying it need not read it."""
+    for make in IMAGES:
+        subprocess.run(make, cwd=tmp_path, check=True)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q 1M 64k", "i.qcow2"], cwd=tmp_path, check=True)
+    name = "driver=raw,offset=65536,size=4M,file.driver=qcow2,file.file.driver=file,file.file.filename=i.qcow2"
+    maps = []
+    for program in (["qemu-img"], [sys.executable, "-m", "qblock.tools.img"]):
+        line = [*program, "map", "--output=json", "--image-opts", name]
+        done = subprocess.run(line, cwd=tmp_path, check=True, capture_output=True, text=True)
+        maps.append([{key: value for key, value in part.items() if key != "offset"} for part in json.loads(done.stdout)])
+    assert maps[0] == maps[1]
+    assert [part["present"] for part in maps[0]] == [False, True, False]
