@@ -112,6 +112,10 @@ class Graph:
         if change is not None:
             change.add(abort=partial(self.nodes.pop, name))
 
+    def list_last(self, node: BlockDriverState) -> None:
+        """Let ``node`` stand behind all nodes in ``nodes``, as the newest one: as in QEMU one is newer than its own storage."""
+        self.nodes[node.node_name] = self.nodes.pop(node.node_name)
+
     def remove_node(self, node: BlockDriverState, change: Transaction | None = None) -> None:
         """Forget a node that has no parents any more; its own children are the caller's to detach."""
         assert not node.parents, f"{node!r} is still used by {node.parents}"

@@ -180,6 +180,8 @@ class Opener:
                 elif ref is not None and field.role is not ChildRole.BACKING:
                     child = await self._open_child(ref, standalone=field.standalone)
                     self._attach(node, child, name, field.role)
+                if name == "file":
+                    self.graph.list_last(node)
             await self._open_data_file(node, spec.flags, wanted=data_file)
             if (hit := self.env.trace.bdrv_open_common) is not None:
                 hit(node=node.node_name, filename=node.driver.filename() or "", driver=node.driver.name)

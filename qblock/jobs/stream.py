@@ -234,8 +234,11 @@ def _check(system: BlockSystem, node: BlockDriverState, request: StreamRequest) 
     if request.bottom is not None and (request.base is not None or request.base_node is not None):
         raise CommandError("'bottom' cannot be given together with 'base' or 'base-node'")
     lowest = _lowest(system, node, request)
-    if request.backing_file is not None and chain_edge(lowest) is None:
-        raise InvalidParameter("backing-file", "makes no sense when the whole chain is streamed: nothing is left below")
+    if request.backing_file is not None:
+        if chain_edge(lowest) is None:
+            raise InvalidParameter("backing-file", "makes no sense when the whole chain is streamed: nothing is left below")
+        if request.bottom is not None:
+            raise InvalidParameter("backing-file", "cannot be given together with 'bottom': say by 'base-node' what is left below")
     for layer in system.graph.whole_chain(node):
         system.graph.check_op(layer, OpType.STREAM)
         if layer is lowest:

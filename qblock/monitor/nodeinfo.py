@@ -16,7 +16,6 @@ from qblock.chain import chain_edge, skip_implicit, snapshot_node
 from qblock.devices.timed_stats import TimedStats
 from qblock.driver import SupportsSnapshots
 from qblock.filenames import combine_filename
-from qblock.jobs.job_filter import JobFilter
 from qblock.monitor.replies import (
     BlockdevCacheInfo,
     BlockDeviceInfo,
@@ -54,31 +53,8 @@ _COUNTERS: Final = tuple(
 
 
 def nodes_oldest_first(graph: Graph) -> list[BlockDriverState]:
-    """All nodes in QEMU's order of creation: a node's child ``file``, if opened with it, comes before it, with all below it; its
-    other children come after it. Those that are being opened or closed are not among them.
-    """
-    order: dict[BlockDriverState, None] = {}
-    for root in graph.nodes.values():
-        if root.closed:
-            continue
-        pending = [(root, False)]  # and whether its storage has been entered
-        while pending:
-            node, has_storage = pending.pop()
-            if node in order:
-                continue
-            below = {name: edge.node for name, edge in node.children.items() if _opened_with_parent(edge.node)}
-            storage = below.pop("file", None)
-            if storage is not None and not has_storage and storage not in order:
-                pending += [(node, True), (storage, False)]
-                continue
-            order[node] = None
-            if node is not root:
-                pending += [(child, False) for child in list(below.values())[::-1]]
-    return list(order)
-
-
-def _opened_with_parent(node: BlockDriverState) -> bool:
-    return not node.monitor_owned and not isinstance(node.driver, JobFilter)
+    """All nodes in QEMU's order of creation, but for those that are being opened or closed."""
+    return [node for node in graph.nodes.values() if not node.closed]
 
 
 def _below(node: BlockDriverState, *, for_device: bool) -> BlockDriverState | None:
