@@ -166,6 +166,15 @@ async def drained(*nodes: BlockDriverState) -> AsyncIterator[None]:
         drained_end(nodes)
 
 
+async def pause_above(node: BlockDriverState, *, times: int) -> None:
+    """Have ``times`` drained sections on ``node``, one after the other, in which nothing is done: QEMU makes some changes of the
+    graph in more steps than we do, and jobs above show every section as a pause.
+    """
+    for _ in range(times):
+        async with drained(node):
+            pass
+
+
 @asynccontextmanager
 async def drained_all(graph: Graph) -> AsyncIterator[None]:
     """A drained section on all nodes that ``graph`` has at the start of the block."""

@@ -202,7 +202,6 @@ class _Exchange:
         block = block_all(root, "drive-reopen is about to close it")
         try:
             await drain_all(self.system.graph)
-            await self.system.jobs.resumed()
             self._tell_drained()
             await self._flush(root)
             self._refuse_shared(block)

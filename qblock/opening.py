@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 import attrs
 
 from qblock.backend import BlockBackend
-from qblock.drain import wait_idle
+from qblock.drain import pause_above, wait_idle
 from qblock.driver import BackingLink, Driver, Json, SupportsBacking, SupportsDataFile
 from qblock.environment import Environment
 from qblock.errors import BlockIOError, CommandError, CorruptImage, InvalidParameter, NodeNotFound, QBlockError
@@ -179,6 +179,8 @@ class Opener:
                     self._attach(node, storage, name, field.role)
                 elif ref is not None and field.role is not ChildRole.BACKING:
                     child = await self._open_child(ref, standalone=field.standalone)
+                    if name == "file" and isinstance(ref, NodeReference):
+                        await pause_above(child, times=2)
                     self._attach(node, child, name, field.role)
                 if name == "file":
                     self.graph.list_last(node)

@@ -214,7 +214,6 @@ class BlockSystem:
         flushed is left so: who needs that flushes it, and is told.
         """
         await drain_all(self.graph)
-        await self.jobs.resumed()
         for node in list(self.graph.nodes.values()):
             if not node.closed:
                 with contextlib.suppress(QBlockError, OSError):

@@ -120,7 +120,6 @@ async def _perform(system: BlockSystem, actions: Sequence[Action], *, grouped: b
         await drained_begin(watched)
     begun: list[Action] = []
     try:
-        await system.jobs.resumed()
         await _prepare(actions, begun, JobTransaction() if grouped else None)
         for index, action in enumerate(actions):
             if (hit := system.env.trace.transaction_commit) is not None:
@@ -135,7 +134,6 @@ async def _perform(system: BlockSystem, actions: Sequence[Action], *, grouped: b
         for action in begun:  # their jobs go on in the order in which they were started
             action.clean()
         drained_end(watched)
-        await system.jobs.resumed()
 
 
 async def _prepare(actions: Sequence[Action], begun: list[Action], group: JobTransaction | None) -> None:

@@ -123,10 +123,9 @@ class Job(abc.ABC):
         """Rest here while paused, then raise `JobCancelled` if a forced cancel was requested."""
         if self._onlookers:
             self.notice()
-        while self.pause_count or self.paused:
+        while self.pause_count:
             await self.before_pause()
-            if self.pause_count or self.paused:
-                await self._pause()
+            await self._pause()
         if self.force_cancelled:
             raise JobCancelled
 
@@ -211,32 +210,31 @@ class Job(abc.ABC):
         self._sleep.wake()
 
     def remove_pause(self) -> None:
-        """One reason less; without any the job goes on."""
+        """One reason less; without any the job goes on, and shows that at once."""
         assert self.pause_count > 0
         self.pause_count -= 1
         if not self.pause_count:
+            if self.paused:
+                self.paused = False
+                self.runner.transition(self, GOING_ON[self.status])
             self.wake()
 
     def rest(self) -> None:
-        """Be paused from now on; the next pause point is to find it so, and wait until no reason is left."""
+        """Be paused from now on, for as long as there is a reason; the next pause point waits until none is left."""
         self.paused = True
         self.runner.transition(self, PAUSED_FORM[self.status])
         self.at_rest()
 
     async def _pause(self) -> None:
-        """Be paused until no reason is left. The caller's loop looks again: a new reason may come with the wake-up."""
-        if not self.paused:
-            self.rest()
-        try:
-            while self.pause_count:
-                self.notice()
-                self._rest = asyncio.get_running_loop().create_future()
-                await self._rest
-        finally:
-            self._rest = None
-            self.paused = False
-            self.runner.transition(self, GOING_ON[self.status])
+        """Be paused until no reason is left. A new one may have come since the wake-up: then the job has paused once more."""
+        while self.pause_count:
+            if not self.paused:
+                self.rest()
             self.notice()
+            self._rest = asyncio.get_running_loop().create_future()
+            await self._rest
+        self._rest = None
+        self.notice()
 
     def at_rest(self) -> None:
         """Called when the job has just come to rest or to its end (drained sections may be waiting for that)."""

@@ -255,12 +255,6 @@ class JobRunner:
         if job.status is JobStatus.CONCLUDED:
             self._dismiss(job)
 
-    async def resumed(self) -> None:
-        """Wait until the jobs that a drained section had paused go on, as far as nothing else pauses them."""
-        for job in self.jobs.copy():
-            while job.paused and not job.pause_count:
-                await job.noticed()
-
     # -------------------------------------------------------------------------------------------------------- queries
 
     def query_jobs(self) -> list[dict[str, Json]]:
@@ -418,9 +412,9 @@ class JobRunner:
             self._fail(culprit)
         for member in txn.newest_first():
             await member.undisturbed()  # two that drained one node at once would wait for each other
+            self._fail(member)
             await member.settle()
             await member.undisturbed()
-            self._fail(member)
             member.abort()
             await self._conclude(member, "BLOCK_JOB_CANCELLED" if member.cancelled else "BLOCK_JOB_COMPLETED")
 
@@ -435,7 +429,6 @@ class JobRunner:
     async def _conclude(self, job: Job, event: str) -> None:
         """Clean up, drop the nodes that nobody holds any more, then the final events."""
         job.clean()
-        await self.resumed()
         await job.afterwards()
         await self.opener.close_orphans()
         failed = job.error is not None and event == "BLOCK_JOB_COMPLETED"

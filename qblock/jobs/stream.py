@@ -20,7 +20,7 @@ from qblock.backend import BlockBackend
 from qblock.blockers import OpType
 from qblock.chain import chain_edge
 from qblock.copying_down import Piece
-from qblock.drain import drained
+from qblock.drain import drained, pause_above
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.jobs.scanning import STEP, ScanningJob
@@ -186,6 +186,7 @@ class StreamJob(ScanningJob):
 
     async def afterwards(self) -> None:
         """See `Job`: a device that was read-only is so again."""
+        await pause_above(self.device, times=2 if self.error is not None else 3)
         if self.was_read_only:
             try:
                 await self.runner.opener.reopen(self.device, read_only=True)
@@ -208,16 +209,12 @@ async def start_stream(
     node = graph.lookup(device)
     _check(system, node, request)
     job_id = graph.device_name(node) if request.job_id is None else request.job_id
-    system.jobs.check_id(job_id)
+    request = attrs.evolve(request, job_id=job_id)
     was_read_only = node.read_only
     if was_read_only:
         await system.opener.reopen(node, read_only=False)
     try:
-        async with drained(node):
-            lowest = _check(system, node, request)
-            job = _set_up(
-                system, node, kind, attrs.evolve(request, job_id=job_id), lowest=lowest, was_read_only=was_read_only
-            )
+        job = await _set_up(system, node, kind, request, was_read_only=was_read_only)
     except BaseException:
         if was_read_only:
             await system.opener.reopen(node, read_only=True)
@@ -275,37 +272,56 @@ def _lowest(system: BlockSystem, node: BlockDriverState, request: StreamRequest)
     return lowest
 
 
-def _set_up(
-    system: BlockSystem,
-    node: BlockDriverState,
-    kind: type[StreamJob],
-    request: StreamRequest,
-    *,
-    lowest: BlockDriverState,
-    was_read_only: bool,
+async def _set_up(
+    system: BlockSystem, node: BlockDriverState, kind: type[StreamJob], request: StreamRequest, *, was_read_only: bool
 ) -> StreamJob:
-    """Insert the filter and give the job its nodes; all or nothing."""
+    """Insert the filter and give the job its nodes; all or nothing. As in QEMU only the former is a drained section."""
     name = request.filter_node_name
     with Transaction() as change:
         driver = system.opener.make_filter(
             StreamTop, DriverOptions(), node_name=name, above=node, implicit=name is None, change=change
         )
-        top = driver.node
-        system.graph.append(top, onto=node, change=change)
+    try:
+        with system.graph.holding([driver.node]):
+            async with drained(node):
+                lowest = _check(system, node, request)
+                with Transaction() as change:
+                    system.graph.append(driver.node, onto=node, change=change)
         job = kind(
             system.jobs, request,
             filter_driver=driver, lowest=lowest, was_read_only=was_read_only,
         )  # fmt: skip
-        system.jobs.create(job)
-        change.add(abort=partial(system.jobs.abandon, job))
-        change.add(abort=partial(system.graph.remove_backend, job.reader))
-        job.reader.insert(top, change)
-        job.set_speed(request.speed)
-        job.hold("main node", top, Perm.NONE, Perm.ALL, change=change)
-        for layer in system.graph.whole_chain(node):
-            name = "active node" if layer is node else "intermediate node"
-            job.hold(name, layer, Perm.NONE, job.others_at(layer), change=change)
-            if layer is lowest:
-                break
-        job.freeze(change)
+        with Transaction() as change:
+            _take_nodes(job, change)
+    except BaseException:
+        await _take_out(system, driver.node)
+        raise
     return job
+
+
+async def _take_out(system: BlockSystem, filter_node: BlockDriverState) -> None:
+    """Take out a filter for which there is no job after all."""
+    if filter_node.filtered is None:
+        system.graph.remove_node(filter_node)
+        return
+    async with drained(filter_node.filtered.node):
+        with Transaction() as change:
+            system.graph.drop(filter_node, change)
+    await system.opener.close_orphans()
+
+
+def _take_nodes(job: StreamJob, change: Transaction) -> None:
+    """List the job and give it what it works with."""
+    system, top = job.runner, job.filter.node
+    change.add(abort=partial(system.graph.remove_backend, job.reader))
+    system.create(job)
+    change.add(abort=partial(system.abandon, job))
+    job.reader.insert(top, change)
+    job.set_speed(job.request.speed)
+    job.hold("main node", top, Perm.NONE, Perm.ALL, change=change)
+    for layer in system.graph.whole_chain(job.device):
+        name = "active node" if layer is job.device else "intermediate node"
+        job.hold(name, layer, Perm.NONE, job.others_at(layer), change=change)
+        if layer is job.lowest:
+            break
+    job.freeze(change)
