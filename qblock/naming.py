@@ -165,9 +165,12 @@ def _flat_rules(key: str, rules: Iterable[Mapping[str, Json]]) -> dict[str, Json
     return {f"{key}.{index}.{name}": value for index, rule in enumerate(rules) for name, value in rule.items()}
 
 
-def link_to(node: BlockDriverState, *, text: str | None = None) -> BackingLink:
-    """What a header is to say of ``node`` as its backing: ``text``, or the name of the node, and the name of its driver."""
-    return BackingLink(text or filename_of(node), node.driver.name)
+def link_to(node: BlockDriverState, *, text: str | None = None) -> BackingLink | None:
+    """What a header is to say of ``node`` as its backing: ``text``, or the name of the node, and the name of its driver; nothing
+    if the text is empty.
+    """
+    name = filename_of(node) if text is None else text
+    return BackingLink(name, node.driver.name) if name else None
 
 
 def format_of(node: BlockDriverState) -> str:

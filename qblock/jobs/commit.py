@@ -156,7 +156,7 @@ class CommitJob(ScanningJob):
                 self.release(change)
             self._dismantle(change, below=self.place.base)
 
-    async def _rewrite_link(self, overlay: BlockDriverState, link: BackingLink) -> None:
+    async def _rewrite_link(self, overlay: BlockDriverState, link: BackingLink | None) -> None:
         if not isinstance(overlay.driver, SupportsBacking):
             return
         if overlay.read_only:

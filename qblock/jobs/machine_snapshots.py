@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import attrs
 
 from qblock.blockers import OpType
-from qblock.chain import skip_filters
+from qblock.chain import snapshot_node
 from qblock.drain import drained_all
 from qblock.driver import SupportsSnapshots, SupportsVmState
 from qblock.errors import CommandError, NodeBusy, QBlockError
@@ -63,7 +63,7 @@ def disks_of_machine(system: BlockSystem) -> list[SnapshottedDisk]:
 
 
 def _snapshotted(node: BlockDriverState) -> SnapshottedDisk:
-    driver = skip_filters(node).driver
+    driver = snapshot_node(node).driver
     if node.read_only:
         raise CommandError(f"Device '{node.node_name}' is read-only: no snapshot of it can be made or loaded")
     if not isinstance(driver, SupportsSnapshots):
@@ -199,7 +199,7 @@ def _loadable(system: BlockSystem, disk: SnapshottedDisk, tag: str) -> SnapshotI
     if found is None:
         raise CommandError(f"There is no snapshot '{tag}' of the device '{disk.node.node_name}'")
     system.graph.check_op(disk.node, OpType.INTERNAL_SNAPSHOT)
-    if skip_filters(disk.node).dirty_bitmaps:
+    if snapshot_node(disk.node).dirty_bitmaps:
         raise NodeBusy(disk.node.node_name, "its dirty bitmaps, which would not see what changes")
     return found
 

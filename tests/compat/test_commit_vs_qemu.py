@@ -81,6 +81,10 @@ SCRIPTS: dict[str, Script] = {
         *CHAIN, commit(top="mid.qcow2", base="base.qcow2", backing_file="x", filter_node_name="f", auto_finalize=False),
         PENDING, *LOOK, do("job-finalize", id="j"), *LOOK,
     ],
+    "inner, and a stream, with an empty text for the header": [
+        *CHAIN, commit(top_node="mid", backing_file="", auto_dismiss=False), CONCLUDED, do("job-dismiss", id="j"), GRAPH,
+        do("query-named-block-nodes"), do("block-stream", job_id="s", device="top", bottom="top", backing_file="base.qcow2"),
+    ],
     "inner, cancelled while pending": [
         *CHAIN, commit(top_node="mid", auto_finalize=False, auto_dismiss=False), PENDING, do("job-cancel", id="j"),
         CONCLUDED, *LOOK,
