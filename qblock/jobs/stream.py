@@ -235,7 +235,7 @@ def _check(system: BlockSystem, node: BlockDriverState, request: StreamRequest) 
         if chain_edge(lowest) is None:
             raise InvalidParameter("backing-file", "makes no sense when the whole chain is streamed: nothing is left below")
         if request.bottom is not None:
-            raise InvalidParameter("backing-file", "cannot be given together with 'bottom': say by 'base-node' what is left below")
+            raise InvalidParameter("backing-file", "cannot be given together with 'bottom': name the base by 'base-node'")
     for layer in system.graph.whole_chain(node):
         system.graph.check_op(layer, OpType.STREAM)
         if layer is lowest:

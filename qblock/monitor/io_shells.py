@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from qblock.backend import BlockBackend
-from qblock.drain import drained
+from qblock.drain import pause_above
 from qblock.errors import NodeNotFound
 from qblock.iocmd.commands import COMMANDS
 from qblock.iocmd.shell import IoShell
@@ -70,10 +70,7 @@ class IoShells:
             shell = self._shell(backend, lambda: None)
             done = await shell.execute(line, complain=complain)
             await shell.finish_all()
-            for _ in range(2):  # as the events of jobs tell
-                async with drained(node):
-                    pass
-                await system.jobs.resumed()
+            await pause_above(node, times=2)
         finally:
             backend.close()
         return done == 0

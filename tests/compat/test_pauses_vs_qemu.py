@@ -1,4 +1,4 @@
-"""What a job that only waits shows of others' work below it, on the real daemon and on qblock: each drained section as a pause."""
+"""What a job that only waits shows of the work of others below it, on the real daemon and on qblock: sections as pauses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ BELOW = {
 @pytest.mark.parametrize("what", BELOW)
 def test_a_mirror_that_is_ready_shows_as_many_pauses(what: str, tmp_path: Path) -> None:
     """Management that follows two jobs at once must not be told of other states than by QEMU."""
-    script = [*CHAIN, OUT, mirror(), READY, *BELOW[what], do("query-named-block-nodes", flat=True), GRAPH, do("job-cancel", id="j")]
+    after = [do("query-named-block-nodes", flat=True), GRAPH, do("job-cancel", id="j")]
+    script = [*CHAIN, OUT, mirror(), READY, *BELOW[what], *after]
     real, ours = both(DAEMONS, tmp_path, script, IMAGES)
     for expected, got in zip(real, ours, strict=True):
         assert got == expected
