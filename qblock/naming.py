@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from qblock.node import BlockDriverState
 
 _COMMON: Final = frozenset(field.wire for field in fields(CommonOptions))
-_AFTER_DRIVER: Final = (
+_ORDER: Final = (
+    "opt-write-zero", "max-write-zero", "offset", "read-zeroes", "read-pattern", "throttle-group", "children", "test", "log",
+    "log-sector-size", "backing", "image", "max-transfer", "driver", "config", "opt-discard", "max-discard", "align", "raw",
     "size", "log-append", "file", "target", "filename", "blkverify", "rewrite-corrupted", "vote-threshold",
 )  # fmt: skip
-"""Options that QEMU prints behind the driver in ``json:`` names; the others come before it."""
+"""The order in which QEMU prints options in ``json:`` names; what is not listed comes before."""
 _RULES: Final = ("inject-error", "set-state")
 """Options that are lists of objects; QEMU gives each of their members a dotted key."""
-_BEHIND_CHILDREN: Final = ("log-sector-size",)
-"""Options that come behind the children before the driver; the others before it come in their order, then the children."""
 _SHOWN: Final[Mapping[str, frozenset[str]]] = {
     "blkdebug": frozenset({
         "align", "config", "inject-error", "max-discard", "max-transfer", "max-write-zero", "opt-discard", "opt-write-zero",
@@ -135,11 +135,9 @@ class Names:
             options[name] = text
         if shows_backing and node.driver.supports_backing:
             options.setdefault("backing", "null")
-        early = [key for key in options if key not in _AFTER_DRIVER]
-        members = {key: options[key] for key in sorted(early, key=lambda key: key in _BEHIND_CHILDREN)}
-        members["driver"] = json.dumps(node.driver.name)
-        members |= {key: options[key] for key in _AFTER_DRIVER if key in options}
-        return "{" + ", ".join(f"{json.dumps(key)}: {value}" for key, value in members.items()) + "}"
+        options["driver"] = json.dumps(node.driver.name)
+        keys = [key for key in options if key not in _ORDER] + [key for key in _ORDER if key in options]
+        return "{" + ", ".join(f"{json.dumps(key)}: {options[key]}" for key in keys) + "}"
 
 
 def filename_of(node: BlockDriverState) -> str:
