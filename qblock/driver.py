@@ -87,24 +87,22 @@ class Driver(abc.ABC):
     supports_backing: ClassVar[bool] = False
     supports_reopen: ClassVar[bool] = True
     """Whether ``blockdev-reopen`` may describe a node anew; turning read-only and back is possible without it."""
+    reopens_with: ClassVar[frozenset[str]] = frozenset()
+    """Options that can be given when an open node is described anew, though they were not given before."""
+    reopens_without: ClassVar[frozenset[str]] = frozenset()
+    """Options that can be left out then, though they were given before."""
     zero_initialised: ClassVar[bool] = False
     """True when a freshly created image is known to read as zeroes."""
-
     mends_children: ClassVar[bool] = False
     """True when what the node shows does not depend on any one child: a copy of it may take the place of each of them."""
-
     names_whole_nodes: ClassVar[bool] = False
     """True when a file name that begins with the driver's name means a node of the driver, and not the storage of an image."""
-
     names_storage: ClassVar[bool] = False
     """True when a file name that begins with the driver's name means the storage of an image, though the driver is a filter."""
-
     encrypted: bool = False
     """True when what the node shows is stored encrypted."""
-
     flushes_writes_only: ClassVar[bool] = False
     """True when a flush without a write since the last one would have nothing to do: the driver is not asked then."""
-
     probes_storage: bool = False
     """True while data of this node may lie on holes of its storage child that read as zeroes (raw, preallocated metadata):
     block status then asks the child about every data extent that has an offset."""

@@ -241,7 +241,7 @@ class SpecReader:
         self, field: Field, ref: Any, flags: NodeFlags, path: str, depth: int
     ) -> NodeSpec | NodeReference | UnprobedSpec | None:
         assert field.role is not None
-        if ref is None or (ref == "" and field.nullable and self.strings):
+        if ref is None or (ref == "" and field.nullable):
             return None
         if isinstance(ref, str):
             return NodeReference(ref, path)

@@ -243,7 +243,8 @@ class Opener:
         return await (self._open_layer(ref) if standalone else self._open_tree(ref))
 
     def _attach(self, parent: BlockDriverState, child: BlockDriverState, name: str, role: ChildRole) -> None:
-        if child.read_only and not parent.read_only and parent.auto_read_only and role is not ChildRole.BACKING:
+        fell_back = child.read_only and child.auto_read_only and not child.options_given.get("read-only")
+        if fell_back and not parent.read_only and parent.auto_read_only and role is not ChildRole.BACKING:
             parent.read_only = True
         try:
             with Transaction() as change:

@@ -5,8 +5,10 @@ Models ``bdrv_reopen`` and ``blockdev-reopen`` (semantics.md section 10.2). All 
 
 A description is complete: what it omits goes back to its default, ``discard`` excepted. What it says of read-only and of the
 cache is passed on to the children that were opened together with the node; what it omits leaves those as they are. A child is
-given by the name of a node; ``backing`` and ``file`` may name another one, whose content is not looked at. Differs from QEMU in
-that a node may be described only once, and in that an empty list is nothing to do (7.2 crashes on it).
+given by the name of a node; ``backing`` and ``file`` may name another one, whose content is not looked at. One that was opened by
+options among those of its parent can be described there again, and is reopened along with it. An option that was not given before
+is refused even with its default value, unless the driver says that it can come and go, as in QEMU. Differs from QEMU in that a
+node may be described only once, and in that an empty list is nothing to do (7.2 crashes on it).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from qblock.drain import drained_begin, drained_end
 from qblock.driver import Json, SupportsBacking
 from qblock.errors import BlockIOError, CommandError, InvalidParameter, NodeNotFound
 from qblock.node import BlockDriverState
-from qblock.nodespec import NodeFlags, NodeReference, NodeSpec, SpecReader, child_fields
+from qblock.nodespec import NO_FLAGS, NodeFlags, NodeReference, NodeSpec, SpecReader, child_fields
 from qblock.options import Field, fields
 from qblock.permissions import ChildRole
 from qblock.requests import flush, refresh_length
@@ -41,7 +43,8 @@ _REPLACEABLE: Final = frozenset({"file", "backing"})
 class _Step:
     """What is to become of one node. ``detect_zeroes`` and ``given`` are None when only flags are switched.
 
-    ``children`` are those that change, by name; None: the child goes away.
+    ``children`` are those that change, by name; None: the child goes away. ``inherits``: what ``given`` omits of flags comes from
+    the node's parent, whose description it is in.
     """
 
     node: BlockDriverState
@@ -50,6 +53,7 @@ class _Step:
     detect_zeroes: str | None = None
     given: Mapping[str, Json] | None = None
     children: Mapping[str, BlockDriverState | None] = attrs.field(factory=dict)
+    inherits: bool = False
 
 
 async def reopen(opener: Opener, node: BlockDriverState, *, read_only: bool) -> None:
@@ -72,12 +76,13 @@ async def reopen_described(
     """
     steps: dict[BlockDriverState, _Step] = {}
     for index, given in enumerate(descriptions):
-        step = _described(opener, given, f"options[{index}]", strings=strings)
-        if step.node in steps and steps[step.node].given is not None:
-            raise InvalidParameter(f"options[{index}].node-name", f"names '{step.node.node_name}' a second time")
-        for follower in _followers(step.node, _passed_on(step)):
-            steps.setdefault(follower.node, follower)
-        steps[step.node] = step
+        path = f"options[{index}]"
+        for step in _described(opener, given, _named(opener, given, path), path, strings=strings):
+            if step.node in steps and steps[step.node].given is not None:
+                raise InvalidParameter(f"{path}.node-name", f"names '{step.node.node_name}' a second time")
+            for follower in _followers(step.node, _passed_on(step)):
+                steps.setdefault(follower.node, follower)
+            steps[step.node] = step
     await _perform(opener, list(steps.values()))
     await opener.close_orphans()
 
@@ -85,20 +90,39 @@ async def reopen_described(
 # ------------------------------------------------------------------------------------------------- what a node is to be
 
 
-def _described(opener: Opener, given: Mapping[str, Json], path: str, *, strings: bool) -> _Step:
+def _named(opener: Opener, given: Mapping[str, Json], path: str) -> BlockDriverState:
     name = given.get("node-name")
     if not isinstance(name, str):
         raise InvalidParameter(f"{path}.node-name", "is missing" if name is None else "must be a string")
-    node = opener.graph.find_node(name)
-    kept = NodeFlags(discard_unmap=node.discard_unmap, aio=node.aio)
+    return opener.graph.find_node(name)
+
+
+def _described(
+    opener: Opener,
+    given: Mapping[str, Json],
+    node: BlockDriverState,
+    path: str,
+    *,
+    strings: bool,
+    inherited: NodeFlags | None = None,
+) -> list[_Step]:
+    """What becomes of ``node`` by its description, after what becomes of the children that are described in it."""
+    name = node.node_name
+    kept = attrs.evolve(inherited or NO_FLAGS, discard_unmap=node.discard_unmap, aio=node.aio)
     spec = SpecReader(opener.registry, strings=strings).read(given, kept, path=path)
     if spec.driver is not type(node.driver):
         raise InvalidParameter(f"{path}.driver", f"cannot be changed: node '{name}' is a {node.driver.name} node")
-    if "force-share" in given or "force-share" in node.options_given:
-        raise InvalidParameter(f"{path}.force-share", f"cannot be changed, nor be given again: node '{name}' is open")
+    _check_given(node, given, path)
+    steps: list[_Step] = []
     children: dict[str, BlockDriverState | None] = {}
     for field in child_fields(spec.driver):
-        if (child := _wanted_child(opener, node, field, spec)) is not _Kept.KEPT:
+        described = given.get(field.wire)
+        if isinstance(described, Mapping) and _is_described_in(node, field.wire):
+            below, where = node.children[field.wire].node, f"{path}.{field.wire}"
+            _check_same_name(described, below, where)
+            flags = spec.flags.for_child(node.children[field.wire].role)
+            steps += _described(opener, described, below, where, strings=strings, inherited=flags)
+        elif (child := _wanted_child(opener, node, field, spec)) is not _Kept.KEPT:
             children[field.wire] = child
     _check_support(node, replaced=children)
     # Children are compared as nodes above, so they do not count as changed options here.
@@ -108,7 +132,34 @@ def _described(opener: Opener, given: Mapping[str, Json], path: str, *, strings:
         if field.role is not None
     }
     options = attrs.evolve(spec.options, **same)
-    return _Step(node, options, spec.flags, spec.common.detect_zeroes, given, children)
+    step = _Step(node, options, spec.flags, spec.common.detect_zeroes, given, children, inherits=inherited is not None)
+    return [*steps, step]
+
+
+def _check_given(node: BlockDriverState, given: Mapping[str, Json], path: str) -> None:
+    """Raise for an option that is there now and was not before, or the other way round, unless the driver does not mind."""
+    before = node.options_given
+    if "force-share" in given or "force-share" in before:
+        raise InvalidParameter(f"{path}.force-share", f"cannot be changed, nor be given again: node '{node.node_name}' is open")
+    for field in fields(type(node.driver).options_class):
+        name = field.wire
+        if field.role is not None or (name in given) is (name in before):
+            continue
+        if name not in (node.driver.reopens_with if name in given else node.driver.reopens_without):
+            was = ("not given", "cannot be now") if name in given else ("given", "must be again")
+            raise InvalidParameter(f"{path}.{name}", f"was {was[0]} when node '{node.node_name}' was opened, and {was[1]}")
+
+
+def _is_described_in(node: BlockDriverState, name: str) -> bool:
+    """Whether the child was opened by options among those of ``node``, and is still there."""
+    edge = node.children.get(name)
+    return edge is not None and isinstance(node.options_given.get(name), Mapping) and not edge.node.monitor_owned
+
+
+def _check_same_name(given: Mapping[str, Json], node: BlockDriverState, path: str) -> None:
+    before = node.options_given.get("node-name")
+    if given.get("node-name", before) != before:
+        raise InvalidParameter(f"{path}.node-name", f"cannot be changed: the node is called '{node.node_name}'")
 
 
 class _Kept(enum.Enum):
@@ -167,7 +218,7 @@ def _names_backing(node: BlockDriverState) -> bool:
 
 
 def _passed_on(step: _Step) -> dict[str, bool]:
-    """The flags that a description sets expressly, which children opened with the node take over."""
+    """The flags that a description sets expressly, or takes from one around it: children opened with the node take them over."""
     assert step.given is not None
     cache = step.given.get("cache")
     stated = {
@@ -176,7 +227,7 @@ def _passed_on(step: _Step) -> dict[str, bool]:
         "cache_direct": isinstance(cache, Mapping) and "direct" in cache,
         "cache_no_flush": isinstance(cache, Mapping) and "no-flush" in cache,
     }
-    return {name: getattr(step.flags, name) for name, is_stated in stated.items() if is_stated}
+    return {name: getattr(step.flags, name) for name, is_stated in stated.items() if is_stated or step.inherits}
 
 
 def _followers(node: BlockDriverState, changes: Mapping[str, Any]) -> list[_Step]:
@@ -232,13 +283,23 @@ async def _perform_drained(opener: Opener, steps: list[_Step], nodes: list[Block
         for step in steps:
             step.node.driver.commit_reopen(step.options, read_only=step.flags.read_only)
             if step.given is not None:
-                step.node.options_given = dict(step.given)
+                step.node.options_given = _remembered(step.node, step.given, step.children)
             if "file" in step.children:
                 refresh_length(step.node)
         for step in steps:
             await step.node.driver.settle_reopen()
     finally:
         drained_end(nodes)
+
+
+def _remembered(
+    node: BlockDriverState, given: Mapping[str, Json], moved: Mapping[str, BlockDriverState | None]
+) -> dict[str, Json]:
+    """What was given, but of children that stay, by what they were opened: they can be described by it again."""
+    opened = {
+        name: node.options_given[name] for name in node.children if name not in moved and _is_described_in(node, name)
+    }
+    return {**given, **{name: options for name, options in opened.items() if isinstance(given.get(name), str)}}
 
 
 async def _prepare(steps: Sequence[_Step]) -> None:

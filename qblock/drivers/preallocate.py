@@ -45,6 +45,7 @@ class PreallocateDriver(FilterDriver):
 
     name: ClassVar[str] = "preallocate"
     options_class: ClassVar[type[DriverOptions]] = PreallocateOptions
+    reopens_with: ClassVar[frozenset[str]] = frozenset({"prealloc-align", "prealloc-size"})
     hides_surplus: ClassVar[bool] = True
 
     options: PreallocateOptions

@@ -64,6 +64,8 @@ class RawDriver(Driver):
 
     name: ClassVar[str] = "raw"
     options_class: ClassVar[type[DriverOptions]] = RawOptions
+    reopens_with: ClassVar[frozenset[str]] = frozenset({"offset", "size"})
+    reopens_without: ClassVar[frozenset[str]] = reopens_with
     zero_initialised: ClassVar[bool] = True
     supports_write_zeroes: ClassVar[bool] = True
     supports_discard: ClassVar[bool] = True

@@ -67,7 +67,8 @@ async def reopen(shell: IoShell, name: str, args: list[str]) -> None:
 def _present_options(node: BlockDriverState) -> dict[str, Any]:
     """A complete description of the node as it is, its children by name."""
     children = {name: edge.node.node_name for name, edge in node.children.items()}
-    options = {key: value for key, value in dump(node.driver.options).items() if key not in children}
+    given = node.options_given.keys() - children.keys()
+    options = {key: value for key, value in dump(node.driver.options).items() if key in given}
     backing = {"backing": None} if node.driver.supports_backing and node.backing is None else {}
     return {
         **options,

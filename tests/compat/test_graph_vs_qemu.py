@@ -201,6 +201,39 @@ REFUSALS = [
 ]  # fmt: skip
 
 
+def raw(storage: Any, **members: Any) -> dict[str, Any]:
+    """Options of a raw node."""
+    return {"driver": "raw", "node-name": "r", "file": storage} | wire(members)
+
+
+OPENED = file("r.raw", node_name="f")
+BELOW: dict[str, Any] = {"driver": "qcow2", "node-name": "b", "file": file("base.qcow2")}
+DESCRIBED_CHILDREN = [
+    add(raw(OPENED)), add(file("top.qcow2", node_name="tf")), add({**TOP, "backing": BELOW}), NODES,
+    *(
+        reopen(raw(storage))
+        for storage in (
+            OPENED, {**OPENED, "read-only": True}, {**OPENED, "locking": "auto"}, file("r.raw"), OPENED, file("other.qcow2"),
+            {"driver": "file"}, {}, "f", "tf", None,
+        )
+    ), NODES, reopen(raw("f", size=512)), reopen(raw("f")), NODES,
+    *(
+        step
+        for backing in (
+            BELOW, {**BELOW, "lazy-refcounts": True}, {**BELOW, "read-only": False}, {"driver": "qcow2", "file": BELOW["file"]},
+            {**BELOW, "node-name": "x"}, {**BELOW, "driver": "raw"}, {}, "b", None,
+        )
+        for step in (reopen({**TOP, "backing": backing}), NODES)
+    ), add({**BELOW, "node-name": "e", "backing": ""}),
+    *(add({"driver": "null-co", "node-name": f"n{size}"} | ({"size": size} if size else {})) for size in (0, 1 << 30)),
+    *(
+        reopen({"driver": "null-co", "node-name": name} | options)
+        for name in ("n0", f"n{1 << 30}") for options in ({}, {"size": 1 << 30}, {"read-zeroes": False})
+    ),
+    *(reopen(file("r.raw", node_name="f", **options)) for options in ({"locking": "auto"}, {"drop_cache": False}, {})),
+]  # fmt: skip
+
+
 def _comparable(value: Any) -> Any:
     if isinstance(value, dict):
         if value.get("format") == "file":
@@ -214,10 +247,10 @@ _TIMES = {"date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"}
 
 @pytest.mark.qemu
 @pytest.mark.parametrize(
-    "script", [BACKING, FLAGS, INTERNAL, QUORUM, USED_OVERLAYS, PASSED_ON, REFUSALS],
+    "script", [BACKING, FLAGS, INTERNAL, QUORUM, USED_OVERLAYS, PASSED_ON, REFUSALS, DESCRIBED_CHILDREN],
     ids=[
         "other backing and file", "flags and options", "internal snapshots", "children of a quorum", "overlays in use",
-        "snapshots through filters", "odd options",
+        "snapshots through filters", "odd options", "children by their options",
     ],
 )
 def test_both_answer_alike(script: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ class FileDriver(Driver):
 
     name: ClassVar[str] = "file"
     options_class: ClassVar[type[DriverOptions]] = FileOptions
+    reopens_with: ClassVar[frozenset[str]] = frozenset({"drop-cache", "x-check-cache-dropped"})
+    reopens_without: ClassVar[frozenset[str]] = frozenset({"x-check-cache-dropped"})
     create_options_class: ClassVar[type[DriverOptions]] = FileCreateOptions
     is_protocol: ClassVar[bool] = True
     zero_initialised: ClassVar[bool] = True

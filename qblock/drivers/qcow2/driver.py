@@ -70,6 +70,13 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, DescribedDriver):
 
     name: ClassVar[str] = "qcow2"
     options_class: ClassVar[type[DriverOptions]] = Qcow2Options
+    reopens_with: ClassVar[frozenset[str]] = frozenset(
+        {
+            "cache-clean-interval", "cache-size", "encrypt", "l2-cache-entry-size", "l2-cache-size", "lazy-refcounts",
+            "overlap-check", "pass-discard-other", "pass-discard-request", "pass-discard-snapshot", "refcount-cache-size",
+        }
+    )  # fmt: skip
+    reopens_without: ClassVar[frozenset[str]] = reopens_with
     create_options_class: ClassVar[type[DriverOptions]] = Qcow2CreateOptions
     supports_backing: ClassVar[bool] = True
     zero_initialised: ClassVar[bool] = True
