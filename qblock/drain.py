@@ -177,8 +177,8 @@ async def pause_above(node: BlockDriverState, *, times: int) -> None:
 
 @asynccontextmanager
 async def drained_all(graph: Graph) -> AsyncIterator[None]:
-    """A drained section on all nodes that ``graph`` has at the start of the block."""
-    async with drained(*graph.nodes.values()):
+    """A drained section on all nodes that ``graph`` has at the start of the block; jobs show it oldest first, as in QEMU."""
+    async with drained(*reversed(graph.nodes.values())):
         yield
 
 

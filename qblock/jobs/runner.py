@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qblock.breakpoints import Caller
-from qblock.drain import drain_all
+from qblock.drain import drained_all
 from qblock.errors import CommandError, DeviceNotActive, DuplicateName, JobCancelled, JobStateError, QBlockError
 from qblock.jobs.job import BlockJob, Job
 from qblock.jobs.state import TRANSITIONS, VERBS, IoStatus, JobStatus, JobVerb
@@ -234,12 +234,19 @@ class JobRunner:
     async def cancel_all(self) -> None:
         """Force every job to its end, newest first; returns when all are gone, those that rested concluded too.
 
-        As in QEMU the requests under way come to an end first, which the jobs that run show as a pause.
+        As in QEMU the requests under way come to an end first, and the jobs that run show a pause, each until its turn comes.
         """
+        resting: set[Job] = set()
         if self.jobs:
-            await drain_all(self.graph)
+            async with drained_all(self.graph):
+                resting.update(job for job in self.jobs if job.quiesced > job.own_quiesced)
+                for job in resting:
+                    job.add_pause()
         held_back = []
         for job in reversed(self.jobs.copy()):
+            for member in resting.intersection((job, *(job.txn.jobs if job.txn is not None else ()))):
+                resting.remove(member)  # those that end together with it must not wait for a turn of their own
+                member.remove_pause()
             if job.status in VERBS[JobVerb.CANCEL]:
                 await self.cancel(job, force=True)
             if job.quiesced > job.own_quiesced:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from qmp_pair import Pair, both, outside, transcript
-from test_jobs_vs_qemu import GONE, GRAPH, IMAGES, READY, Script
+from test_jobs_vs_qemu import GONE, GRAPH, IMAGES, READY, THREE, Script
 from test_qmp_replies import do, wait
 
 SCSI: Final = ("-device", "virtio-scsi-pci,id=scsi", "-device", "scsi-hd,id=disk,drive=top")
@@ -120,13 +120,13 @@ def test_the_job_of_a_drive_goes_with_the_device(kind: str, tmp_path: Path) -> N
     assert [step["reply"] for step in ours[-3:]] == [step["reply"] for step in real[-3:]]
 
 
-@pytest.mark.parametrize("kind", ["mirror", "backup", "paused"])
+@pytest.mark.parametrize("kind", ["mirror", "backup", "paused", "three"])
 def test_stop_lets_all_requests_end_whether_the_guest_runs_or_not(kind: str, tmp_path: Path) -> None:
     """A job shows it as a short pause, each time; one that is paused shows nothing."""
     start = HELD["mirror"] if kind != "backup" else do(
         "blockdev-backup", job_id="j", device="top", target="out", sync="none"
     )  # fmt: skip
-    held = {"mirror": [READY], "backup": [], "paused": resting("mirror")}[kind]
+    held = {"mirror": [READY], "backup": [], "paused": resting("mirror"), "three": [READY, *THREE]}[kind]
     stop = do("stop")
     compare(tmp_path, (), [start, *held, stop, stop, do("query-status"), do("query-block-jobs"), do("cont"), do("cont"), stop])
 

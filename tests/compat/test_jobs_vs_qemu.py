@@ -49,7 +49,21 @@ CHAIN = [
     do("blockdev-add", driver="qcow2", node_name=name, file={"driver": "file", "filename": f"{name}.qcow2"}, **below)
     for name, below in _LAYERS
 ]  # fmt: skip
+THREE = [
+    step
+    for number in range(3)
+    for step in (
+        *(do("blockdev-add", driver="null-co", node_name=f"{side}{number}", size=1 << 20) for side in "st"),
+        do("blockdev-mirror", job_id=f"j{number}", device=f"s{number}", target=f"t{number}", sync="full"),
+        wait("BLOCK_JOB_READY", device=f"j{number}"),
+    )
+]
+"""Three jobs that are ready."""
 SCRIPTS: dict[str, Script] = {
+    "three jobs rest when all nodes are drained, and go one after the other": [
+        *THREE, OUT, do("blockdev-snapshot-sync", node_name="out", snapshot_file="s.qcow2", snapshot_node_name="s"),
+        do("job-pause", id="j1"), wait("JOB_STATUS_CHANGE", id="j1", status="standby"), do("quit"),
+    ],
     "cancelled while pending": [
         TOP, OUT, mirror(auto_finalize=False, auto_dismiss=False), READY, do("job-complete", id="j"), PENDING, *LOOK,
         do("block-job-cancel", device="j"), CONCLUDED, *LOOK, do("job-finalize", id="j"), mirror(),
