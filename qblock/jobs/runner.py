@@ -185,13 +185,15 @@ class JobRunner:
         return JobCancelled() if job.cancelled else job.error
 
     async def cancel_users(self, node: BlockDriverState) -> None:
-        """Cancel the block jobs that hold ``node``, not by force, and resume those that a person has paused for it. Returns when
-        they have ended, or rest again: waiting to be finalized, or stopped by an error.
+        """Cancel the block jobs at work that hold ``node``, not by force, and resume those that a person has paused for it.
+
+        Returns when they have ended, or rest again: waiting to be finalized, or stopped by an error. Jobs whose work was done
+        before stay as they are.
         """
         for job in self.jobs.copy():
             if not (isinstance(job, BlockJob) and any(edge.node is node for edge in job.edges)):
                 continue
-            if job.status not in VERBS[JobVerb.CANCEL]:
+            if job.run_ended or job.status not in VERBS[JobVerb.CANCEL]:
                 continue
             if job.user_paused:
                 self._lift_user_pause(job)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from qmp_pair import Pair, both, outside, transcript
-from test_jobs_vs_qemu import GONE, GRAPH, IMAGES, READY, THREE, Script
+from test_jobs_vs_qemu import GONE, GRAPH, IMAGES, PENDING, READY, THREE, Script
 from test_qmp_replies import do, wait
 
 SCSI: Final = ("-device", "virtio-scsi-pci,id=scsi", "-device", "scsi-hd,id=disk,drive=top")
@@ -105,14 +105,18 @@ def test_a_paused_job_stays_when_the_device_goes(
         assert got == expected
 
 
-@pytest.mark.parametrize("kind", ["backup", "mirror"])
-def test_the_job_of_a_drive_goes_with_the_device(kind: str, tmp_path: Path) -> None:
-    """What ``-drive`` made is taken away with its device: the job, though paused, is cancelled, or ends without a switch."""
+@pytest.mark.parametrize(("kind", "held"), [("mirror", "paused"), ("backup", "paused"), ("mirror", "pending")])
+def test_the_job_of_a_drive_goes_with_the_device(kind: str, held: str, tmp_path: Path) -> None:
+    """What ``-drive`` made is taken away with its device: the job, though paused, is cancelled, or ends without a switch.
+
+    Only one that waits to be finalized stays: its work is done, and a person is to say whether it counts.
+    """
     drive = ("-drive", "if=none,id=d,file=src.qcow2,format=qcow2,node-name=source", "-device", "virtio-scsi-pci,id=scsi")
     pair = systems(*drive, "-device", "scsi-hd,id=disk,drive=d")
-    start = do(HELD[kind]["execute"], HELD[kind]["arguments"] | {"device": "d"})
+    start = do(HELD[kind]["execute"], HELD[kind]["arguments"] | {"device": "d", "auto-finalize": held != "pending"})
+    hold = resting(kind) if held == "paused" else [READY, COMPLETE, PENDING]
     source = [["qemu-img", "create", "-q", "-f", "qcow2", "src.qcow2", "4M"], ["qemu-io", "-c", "write 0 2M", "src.qcow2"]]
-    real, ours = both(pair, tmp_path, [start, *resting(kind), DELETE, DELETED, *AFTER], IMAGES + source)
+    real, ours = both(pair, tmp_path, [start, *hold, DELETE, DELETED, *AFTER], IMAGES + source)
     events = [
         [event for step in without_progress(transcript) for event in step["events"]] for transcript in (real, ours)
     ]
