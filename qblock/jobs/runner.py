@@ -17,7 +17,7 @@ from qblock.breakpoints import Caller
 from qblock.drain import drained_all
 from qblock.errors import CommandError, DeviceNotActive, DuplicateName, JobCancelled, JobStateError, QBlockError
 from qblock.jobs.job import BlockJob, Job
-from qblock.jobs.state import TRANSITIONS, VERBS, IoStatus, JobStatus, JobVerb
+from qblock.jobs.state import ACTIVE, TRANSITIONS, VERBS, IoStatus, JobStatus, JobVerb
 from qblock.jobs.txn import JobTransaction
 from qblock.tracing import Trace
 
@@ -193,7 +193,7 @@ class JobRunner:
         for job in self.jobs.copy():
             if not (isinstance(job, BlockJob) and any(edge.node is node for edge in job.edges)):
                 continue
-            if job.run_ended or job.status not in VERBS[JobVerb.CANCEL]:
+            if job.status not in ACTIVE:
                 continue
             if job.user_paused:
                 self._lift_user_pause(job)

@@ -57,13 +57,14 @@ TRANSITIONS: Final[Mapping[JobStatus, frozenset[JobStatus]]] = {
 }
 """From each status to those that may follow it."""
 
-_ACTIVE: Final = frozenset({_S.CREATED, _S.RUNNING, _S.PAUSED, _S.READY, _S.STANDBY})
+ACTIVE: Final = frozenset({_S.CREATED, _S.RUNNING, _S.PAUSED, _S.READY, _S.STANDBY})
+"""The statuses of a job that has work before it."""
 
 VERBS: Final[Mapping[JobVerb, frozenset[JobStatus]]] = {
-    JobVerb.CANCEL: _ACTIVE | {_S.WAITING, _S.PENDING},
-    JobVerb.PAUSE: _ACTIVE,
-    JobVerb.RESUME: _ACTIVE,
-    JobVerb.SET_SPEED: _ACTIVE,
+    JobVerb.CANCEL: ACTIVE | {_S.WAITING, _S.PENDING},
+    JobVerb.PAUSE: ACTIVE,
+    JobVerb.RESUME: ACTIVE,
+    JobVerb.SET_SPEED: ACTIVE,
     JobVerb.COMPLETE: frozenset({_S.READY, _S.STANDBY}),
     JobVerb.FINALIZE: frozenset({_S.PENDING}),
     JobVerb.DISMISS: frozenset({_S.CONCLUDED}),
