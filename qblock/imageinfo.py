@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from qblock.chain import skip_filters
+from qblock.chain import skip_filters, snapshot_node
 from qblock.driver import BackingLink, SupportsBacking, SupportsSnapshots
 from qblock.filenames import combine_filename
 from qblock.naming import filename_of
@@ -87,7 +87,8 @@ def image_info(node: BlockDriverState) -> dict[str, Any]:
         result["actual-size"] = size
     if info.cluster_size:
         result["cluster-size"] = info.cluster_size
-    if isinstance(driver, SupportsSnapshots) and (snapshots := driver.snapshots()):
+    keeper = snapshot_node(node).driver
+    if isinstance(keeper, SupportsSnapshots) and (snapshots := keeper.snapshots()):
         result["snapshots"] = [snapshot.as_json() for snapshot in snapshots]
     if (specific := driver.specific_info()) is not None:
         result["format-specific"] = specific

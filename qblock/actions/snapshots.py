@@ -21,6 +21,7 @@ from qblock.drain import drained
 from qblock.driver import BackingLink, SupportsBacking
 from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.filtering import FilterDriver
+from qblock.naming import filename_of
 from qblock.node import BlockDriverState
 from qblock.nodespec import NodeFlags
 from qblock.permissions import ChildRole, Perm
@@ -73,9 +74,11 @@ class _Snapshot(Action):
 
     async def afterwards(self) -> None:
         """See `Action`: the image below is not written to any more, unless by somebody whose affair that is."""
-        if not self._node.read_only and not any(edge.role is ChildRole.FILTERED for edge in self._node.parents):
+        node = self._node
+        is_ours = node.driver.supports_reopen and not any(edge.role is ChildRole.FILTERED for edge in node.parents)
+        if is_ours and not node.read_only:
             with contextlib.suppress(QBlockError):
-                await self.system.opener.reopen(self._node, read_only=True)
+                await self.system.opener.reopen(node, read_only=True)
 
     async def abort(self) -> None:
         """See `Action`."""
@@ -138,15 +141,10 @@ class SnapshotToFile(_Snapshot):
         """An image whose header names ``node``'s image as its backing file."""
         system, fmt = self.system, self.target.format
         image = system.graph.skip_filters(node)
-        name = image.driver.filename()
-        if name is None:
-            raise CommandError(
-                f"Node '{image.node_name}' has no plain file name for the overlay's header; use blockdev-snapshot"
-            )
         driver = system.registry.get(fmt)
         if not driver.supports_backing or not issubclass(driver, SupportsBacking):
             raise CommandError(f"Images of format '{fmt}' cannot have a backing file")
-        link = BackingLink(name, image.driver.name)
+        link = BackingLink(filename_of(image), image.driver.name)
         await create_image_file(
             system.opener, self.target.filename, fmt, size=node.length, backing=link, announce=system.announce
         )
