@@ -18,13 +18,13 @@ from qblock.actions.action import Action
 from qblock.blockers import OpType
 from qblock.creating import create_image_file
 from qblock.drain import drained
-from qblock.driver import BackingLink, SupportsBacking
+from qblock.driver import SupportsBacking
 from qblock.errors import CommandError, InvalidParameter, QBlockError
 from qblock.filtering import FilterDriver
-from qblock.naming import filename_of
+from qblock.naming import link_to
 from qblock.node import BlockDriverState
 from qblock.nodespec import NodeFlags
-from qblock.permissions import ChildRole, Perm
+from qblock.permissions import Perm
 from qblock.requests import flush, refresh_length
 from qblock.transaction import Transaction
 
@@ -43,6 +43,7 @@ class _Snapshot(Action):
         self._find = find
         self._change = Transaction()
         self._node: BlockDriverState
+        self._is_filter = False
 
     @abc.abstractmethod
     async def _overlay(self, node: BlockDriverState) -> BlockDriverState:
@@ -62,6 +63,7 @@ class _Snapshot(Action):
             try:
                 self.system.graph.append(overlay, onto=node, change=self._change)
                 if isinstance(overlay.driver, FilterDriver):
+                    self._is_filter = True
                     refresh_length(overlay)
                     overlay.driver.check_place()
             except BaseException:
@@ -73,10 +75,9 @@ class _Snapshot(Action):
         self._change.commit()
 
     async def afterwards(self) -> None:
-        """See `Action`: the image below is not written to any more, unless by somebody whose affair that is."""
+        """See `Action`: the image below is not written to any more, unless what was put over it is a filter."""
         node = self._node
-        is_ours = node.driver.supports_reopen and not any(edge.role is ChildRole.FILTERED for edge in node.parents)
-        if is_ours and not node.read_only:
+        if node.driver.supports_reopen and not node.read_only and not self._is_filter:
             with contextlib.suppress(QBlockError):
                 await self.system.opener.reopen(node, read_only=True)
 
@@ -144,7 +145,7 @@ class SnapshotToFile(_Snapshot):
         driver = system.registry.get(fmt)
         if not driver.supports_backing or not issubclass(driver, SupportsBacking):
             raise CommandError(f"Images of format '{fmt}' cannot have a backing file")
-        link = BackingLink(filename_of(image), image.driver.name)
+        link = link_to(image)
         await create_image_file(
             system.opener, self.target.filename, fmt, size=node.length, backing=link, announce=system.announce
         )
