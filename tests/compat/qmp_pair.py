@@ -77,8 +77,11 @@ class Connection:
 
 
 @contextlib.contextmanager
-def running(argv: Sequence[str], place: Path) -> Iterator[Connection]:
-    """The program ``argv`` with ``place`` as its working directory, and a connection to it, greeting read."""
+def running(argv: Sequence[str], place: Path, *, killed: bool = False) -> Iterator[Connection]:
+    """The program ``argv`` with ``place`` as its working directory, and a connection to it, greeting read.
+
+    At the end it is asked to end, or (``killed``) killed.
+    """
     path = place / "qmp.sock"
     filled = [part.format(socket=path, dir=place) for part in argv]
     with subprocess.Popen(filled, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -89,7 +92,7 @@ def running(argv: Sequence[str], place: Path) -> Iterator[Connection]:
                 assert "QMP" in connection.receive()
                 yield connection
         finally:
-            process.terminate()
+            (process.kill if killed else process.terminate)()
             process.wait(30)
 
 
@@ -155,14 +158,14 @@ def outside(*argv: str) -> dict[str, Any]:
     return {"outside": argv}
 
 
-def transcript(argv: Sequence[str], place: Path, script: Sequence[Step]) -> list[Json]:
-    """What the program answers to the script: per step the events and the reply.
+def transcript(argv: Sequence[str], place: Path, script: Sequence[Step], *, killed: bool = False) -> list[Json]:
+    """What the program answers to the script: per step the events and the reply; ``killed`` as for `running`.
 
     Events of a command that a wait follows are shown with the wait, since they may come before or after the reply.
     """
     place.mkdir(exist_ok=True)
     result: list[Json] = []
-    with running(argv, place) as connection:
+    with running(argv, place, killed=killed) as connection:
         connection.execute({"execute": "qmp_capabilities"})
         seen: list[Json] = []
         for step, following in itertools.zip_longest(script, script[1:], fillvalue={}):

@@ -38,6 +38,11 @@ def verbs(name: str, other: str) -> Script:
     return [*each, merge(name, other), merge(other, name), sha(name)]
 
 
+def reopened(*, read_only: bool) -> tuple[str, dict[str, Any]]:
+    """blockdev-reopen of top, whose file is the node store."""
+    return "blockdev-reopen", {"options": [{"driver": "qcow2", "node-name": "top", "file": "store", "read-only": read_only}]}
+
+
 THREE = [
     DRIVE, bitmap("add", "p", persistent=True), bitmap("add", "q"),
     bitmap("add", "o", persistent=True, disabled=True, granularity=512), io("d", "write -P 9 1M 64k"),
@@ -60,6 +65,12 @@ IN_DAEMON: dict[str, Script] = {
         TOP, bitmap("add", "p", persistent=True), do("blockdev-del", node_name="top"), add("top", "top.qcow2", read_only=True),
         NODES, bitmap("add", "m", persistent=True), bitmap("add", "n"), bitmap("remove", "p"), *verbs("p", "n"), NODES,
         do("blockdev-del", node_name="top"), TOP, NODES, bitmap("remove", "p"), do("blockdev-del", node_name="top"), TOP, NODES,
+    ],
+    "added to what stays read-only": [
+        do("blockdev-add", driver="file", node_name="store", filename="top.qcow2"),
+        do("blockdev-add", driver="qcow2", node_name="top", file="store", read_only=True), bitmap("add", "p", persistent=True),
+        do(*reopened(read_only=True)), NODES, bitmap("add", "q"), bitmap("remove", "p"), do(*reopened(read_only=True)), bitmap("add", "p", persistent=True), do(*reopened(read_only=False)),
+        do(*reopened(read_only=True)), NODES, do("blockdev-del", node_name="top"), TOP, NODES,
     ],
 }  # fmt: skip
 IN_SYSTEM: dict[str, Script] = {

@@ -124,6 +124,34 @@ BESIDE_A_JOB = [
     together(snapshot("ov", "ov2")), together(bitmap("clear", "nope", "b")), raw(actions=[{"type": "nope", "data": {}}]),
     do("query-jobs"), NODES, do("quit"),
 ]  # fmt: skip
+BESIDE_A_BACKUP = [
+    add("top"), add("out"),
+    together(to_file("s.qcow2", node_name="top", snapshot_node_name="s"),
+             ("blockdev-backup", {"job-id": "j", "device": "top", "target": "out", "sync": "full"})),
+    wait("JOB_STATUS_CHANGE", status="null", id="j"), NODES, GRAPH,
+]  # fmt: skip
+FILTERED = [
+    step
+    for driver in ("copy-on-read", "compress", "preallocate", "raw", "quorum")
+    for step in (
+        add("top"),
+        do("blockdev-add", driver=driver, node_name="f", **(
+            {"children": ["top"], "vote_threshold": 1} if driver == "quorum" else {"file": "top"}
+        )),
+        together(to_file(f"s-{driver}.qcow2", node_name="f", snapshot_node_name="s")), NODES,
+        together(to_file(f"u-{driver}.qcow2", node_name="top", snapshot_node_name="u")), NODES,
+        *(do("blockdev-del", node_name=name) for name in ("s", "u", "f", "u", "top")), NODES,
+    )
+] + [
+    step
+    for driver in ("copy-on-read", "raw")
+    for step in (
+        add("top"), do("blockdev-add", driver=driver, node_name="f", file="top"),
+        together(("blockdev-snapshot-internal-sync", {"device": "f", "name": driver}), ABORT),
+        *(do("blockdev-snapshot-internal-sync", device=name, name=driver) for name in ("f", "f", "top")),
+        *(do("blockdev-del", node_name=name) for name in ("f", "top")),
+    )
+]  # fmt: skip
 DRIVES = [
     drive("top"), drive("out"),
     together(bitmap("add", "top", "b"), to_file("s1.qcow2", device="top"), bitmap("add", "top", "c"),
@@ -142,8 +170,9 @@ DRIVES = [
 
 @pytest.mark.parametrize(
     ("pair", "script"),
-    [(DAEMONS, SHAPE), (DAEMONS, BITMAPS), (DAEMONS, SNAPSHOTS), (DAEMONS, BESIDE_A_JOB), (SYSTEMS, DRIVES)],
-    ids=["shape", "bitmaps", "snapshots", "beside a job", "drives"],
+    [(DAEMONS, SHAPE), (DAEMONS, BITMAPS), (DAEMONS, SNAPSHOTS), (DAEMONS, BESIDE_A_JOB), (DAEMONS, BESIDE_A_BACKUP),
+     (DAEMONS, FILTERED), (SYSTEMS, DRIVES)],
+    ids=["shape", "bitmaps", "snapshots", "beside a job", "beside a backup", "filtered", "drives"],
 )
 def test_transactions_go_as_with_qemu(pair: Pair, script: list[dict[str, Any]], tmp_path: Path) -> None:
     """All or nothing, in the same order, with the same errors; and the same files are left."""

@@ -177,6 +177,11 @@ def test_hash_of_256_clear_granules_is_that_of_32_zero_bytes() -> None:
     assert bitmap.sha256() == hashlib.sha256(bytes([0, 0xFE, 1]) + bytes(29)).hexdigest()
 
 
+def test_the_bitmap_of_an_empty_disk_has_a_word() -> None:
+    """As QEMU's has, so that hashes can be compared."""
+    assert DirtyBitmap(0, 65536).sha256() == hashlib.sha256(bytes(8)).hexdigest()
+
+
 def test_sparse_dirt_on_a_huge_disk_takes_little_room() -> None:
     """200,000 random clusters of 16 TiB: memory goes by what is dirty."""
     bitmap = DirtyBitmap(16 * TiB, 64 * KiB)

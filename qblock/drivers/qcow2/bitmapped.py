@@ -7,10 +7,12 @@ change from read-only, changed to read-only, closed.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from qblock.driver import Driver
 from qblock.drivers.qcow2 import header as head
+from qblock.errors import BlockIOError
 
 if TYPE_CHECKING:
     from qblock.dirty import DirtyBitmap
@@ -119,6 +121,14 @@ class BitmappedDriver(Driver):
         """Raise ``BlockIOError(ENOTSUP)`` when a bitmap stands in the way of a disk of ``size`` bytes."""
         if any(bitmap.persistent for bitmap in self.node.dirty_bitmaps):
             self._bitmap_store().check_resize(size)
+
+    def _check_bitmaps_stored(self) -> None:
+        """Raise ``BlockIOError(EROFS)`` if the node, which is read-only and shall stay so, was given bitmaps to be stored."""
+        added = self._store.to_store() if self._store is not None and self.node.read_only else []
+        if added:
+            raise BlockIOError(
+                errno.EROFS, f"Bitmap '{added[0].name}' cannot be stored in a read-only image; reopen it writable, or remove it"
+            )
 
     def _switch_bitmaps(self, *, read_only: bool) -> None:
         """The node has become read-only, or the opposite."""

@@ -512,7 +512,9 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, DescribedDriver):
             raise InvalidParameter("encrypt", "cannot be changed while the image is open")
         cache_sizes(options, header)
         refuse_for_v2(options, header, self._image)
-        if not read_only:
+        if read_only:
+            self._check_bitmaps_stored()
+        else:
             self._check_may_write(header)
             if self._writer is None and header.has(head.DIRTY):
                 raise CorruptImage(self._image, "it was not shut down cleanly; open it for writing anew to repair it")
