@@ -10,9 +10,9 @@ siblings. A read of what is still in the source holds up writes to that place un
 When a copy fails, or takes longer than ``cbw-timeout`` seconds, either the guest's write fails with it and nothing is lost
 (``break-guest-write``), or the guest's write goes on and the old disk can be read no more (``break-snapshot``).
 
-Differs from QEMU 7.2: above the filter of a backup by a bitmap nothing but what the bitmap says can be read (there QEMU gives what
-happens to be in the target, where a guest has written); a discard by the reader need not be of whole clusters (QEMU dies of others), and where the target is
-shorter than the source the copy fails (QEMU dies of that, too).
+Differs from QEMU 7.2: above the filter of a backup by a bitmap nothing but what the bitmap says can be read (there QEMU gives
+what happens to be in the target, where a guest has written); a discard by the reader need not be of whole clusters (QEMU dies of
+others), and where the target is shorter than the source the copy fails (QEMU dies of that, too).
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ IN_DAEMON: dict[str, Script] = {
     "added to what stays read-only": [
         do("blockdev-add", driver="file", node_name="store", filename="top.qcow2"),
         do("blockdev-add", driver="qcow2", node_name="top", file="store", read_only=True), bitmap("add", "p", persistent=True),
-        do(*reopened(read_only=True)), NODES, bitmap("add", "q"), bitmap("remove", "p"), do(*reopened(read_only=True)), bitmap("add", "p", persistent=True), do(*reopened(read_only=False)),
+        do(*reopened(read_only=True)), NODES, bitmap("add", "q"), bitmap("remove", "p"),
+        do(*reopened(read_only=True)), bitmap("add", "p", persistent=True), do(*reopened(read_only=False)),
         do(*reopened(read_only=True)), NODES, do("blockdev-del", node_name="top"), TOP, NODES,
     ],
 }  # fmt: skip
