@@ -9,9 +9,11 @@ import shutil
 import subprocess
 from pathlib import Path
 from random import Random
+from typing import ClassVar
 
 import pytest
 
+from qblock.drivers.file import FileDriver
 from qblock.jobs.block_copy import start_block_copy
 from qblock.monitor.dialects import Dialect
 from qblock.monitor.machine import MachineOptions
@@ -123,3 +125,75 @@ def test_a_semi_synchronous_mirror_has_what_was_flushed_in_the_file(tmp_path: Pa
             if step % 2:
                 local.advance("30ms")
         assert local.qmp.execute("query-block-jobs")[0]["ready"]
+
+
+class KilledAtEachStep(FileDriver):
+    """Storage that keeps a copy of all images as they are before each of its steps."""
+
+    name: ClassVar[str] = "file"
+    home: ClassVar[Path]
+    left: ClassVar[list[Path]]
+
+    async def write_from(self, offset: int, buffer: memoryview, *, fua: bool = False) -> None:
+        self._kill()
+        await super().write_from(offset, buffer, fua=fua)
+
+    async def flush(self) -> None:
+        self._kill()
+        await super().flush()
+
+    async def truncate(self, length: int, *, exact: bool = True, preallocation: str = "off") -> None:
+        self._kill()
+        await super().truncate(length, exact=exact, preallocation=preallocation)
+
+    def _kill(self) -> None:
+        self.left.append(copied(self.home, self.home.parent / f"left{len(self.left)}"))
+
+
+def snapshot_of(image: Path) -> bytes | None:
+    """The disk as the snapshot ``one`` keeps it; None where there is none."""
+    if b"one" not in subprocess.run(["qemu-img", "snapshot", "-l", image], capture_output=True, check=True).stdout:
+        return None
+    raw = image.with_suffix(".one")
+    subprocess.run(["qemu-img", "convert", "-l", "snapshot.name=one", "-O", "raw", image, raw], check=True)
+    return raw.read_bytes()
+
+
+def test_a_snapshot_of_a_machine_is_whole_in_each_disk_or_not_there_at_any_step(tmp_path: Path) -> None:
+    """Killed while it is made, loaded or deleted: each disk is the one of before or of after, and so is what its snapshot keeps."""
+    KilledAtEachStep.home, KilledAtEachStep.left = tmp_path / "home", []
+    KilledAtEachStep.home.mkdir()
+    disks = [make_image(KilledAtEachStep.home / name, MiB) for name in ("a", "b")]
+    old, new = (bytes([value]) * (64 * KiB) + bytes(MiB - 64 * KiB) for value in (1, 2))
+    with LocalMachine() as local:
+        local.machine.system.registry.register(KilledAtEachStep)
+        for disk in disks:
+            local.qmp.execute("blockdev-add", driver="qcow2", node_name=disk.name, file={"driver": "file", "filename": str(disk)})
+
+        def write(value: int) -> None:
+            for disk in disks:
+                for line in (f"write -P {value} 0 64k", "flush"):
+                    assert not local.qmp.hmp(f'qemu-io {disk.name} "{line}"')
+
+        def killed(verb: str, current: set[bytes], kept: set[bytes | None]) -> None:
+            for path in KilledAtEachStep.left:
+                shutil.rmtree(path)
+            KilledAtEachStep.left.clear()
+            members = {} if verb == "delete" else {"vmstate": "a"}
+            local.qmp.execute(f"snapshot-{verb}", job_id=verb, tag="one", devices=["a", "b"], **members)
+            local.advance("1s")
+            assert [(job["id"], job["status"], job.get("error")) for job in local.qmp.execute("query-jobs")] == [
+                (verb, "concluded", None)
+            ]
+            local.qmp.execute("job-dismiss", id=verb)
+            seen = set()
+            for path in KilledAtEachStep.left:
+                for disk in disks:
+                    seen.add((content(path / disk.name), snapshot_of(path / disk.name)))
+            assert {one for one, _ in seen} == current and {one for _, one in seen} == kept
+
+        write(1)
+        killed("save", {old}, {None, old})
+        write(2)
+        killed("load", {old, new}, {old})
+        killed("delete", {old}, {old, None})
