@@ -42,9 +42,10 @@ class ActiveCommitJob(MirrorJob):
     def hold_chain(self, place: CommitPlace, change: Transaction) -> None:
         """Take the layers between, and freeze the links from the filter down to the base."""
         graph = self.runner.graph
-        for layer in place.layers():
-            if layer is not place.top:
-                self.hold("intermediate node", layer, Perm.NONE, place.shared_on(layer), change=change)
+        with graph.deferred_permissions(change):
+            for layer in place.layers():
+                if layer is not place.top:
+                    self.hold("intermediate node", layer, Perm.NONE, place.shared_on(layer), change=change)
         graph.freeze_chain(self.filter.node, place.base)
         change.add(abort=partial(graph.unfreeze_chain, self.filter.node, place.base))
 

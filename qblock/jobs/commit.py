@@ -265,6 +265,7 @@ def _set_up(
         job = CommitJob(system.jobs, place, request, base_was_read_only=base_was_read_only)
         system.jobs.create(job)
         change.add(abort=partial(system.jobs.abandon, job))
-        job.set_up(change)
+        with system.graph.deferred_permissions(change):  # or every layer would have all below it looked at
+            job.set_up(change)
         job.set_speed(request.speed)
     return job

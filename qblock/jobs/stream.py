@@ -319,9 +319,10 @@ def _take_nodes(job: StreamJob, change: Transaction) -> None:
     job.reader.insert(top, change)
     job.set_speed(job.request.speed)
     job.hold("main node", top, Perm.NONE, Perm.ALL, change=change)
-    for layer in system.graph.whole_chain(job.device):
-        name = "active node" if layer is job.device else "intermediate node"
-        job.hold(name, layer, Perm.NONE, job.others_at(layer), change=change)
-        if layer is job.lowest:
-            break
+    with system.graph.deferred_permissions(change):
+        for layer in system.graph.whole_chain(job.device):
+            name = "active node" if layer is job.device else "intermediate node"
+            job.hold(name, layer, Perm.NONE, job.others_at(layer), change=change)
+            if layer is job.lowest:
+                break
     job.freeze(change)

@@ -160,7 +160,7 @@ def snapshot_of(image: Path) -> bytes | None:
 
 
 def test_a_snapshot_of_a_machine_is_whole_in_each_disk_or_not_there_at_any_step(tmp_path: Path) -> None:
-    """Killed while it is made, loaded or deleted: each disk is the one of before or of after, and so is what its snapshot keeps."""
+    """Killed while it is made, loaded or deleted: each disk is that of before or of after, and so is what its snapshot keeps."""
     KilledAtEachStep.home, KilledAtEachStep.left = tmp_path / "home", []
     KilledAtEachStep.home.mkdir()
     disks = [make_image(KilledAtEachStep.home / name, MiB) for name in ("a", "b")]

@@ -6,14 +6,20 @@ import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import pytest
+
+from qblock import chain
 from qblock.drain import drained_all
 from qblock.drivers.memory import MemoryOptions
+from qblock.jobs.active_commit import start_commit
+from qblock.jobs.commit_plan import CommitRequest
 from qblock.monitor.nodeinfo import NodeReports
 from qblock.monitor.qmp import encode
 from qblock.naming import MAX_NAME, filename_of
 from qblock.node import BlockDriverState
 from qblock.options import dump
 from qblock.permissions import ChildRole
+from qblock.testing.jobbench import JobBench
 from qblock.testing.nodes import LayerDriver, NodeBench
 from qblock.testing.simloop import run
 
@@ -84,6 +90,35 @@ def test_draining_a_chain_looks_at_each_edge_a_few_times() -> None:
             node.parents = list(node.parents)
 
     with_chain(work)
+
+
+def test_a_commit_looks_a_few_times_at_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes every layer, and would otherwise have the permissions of all below worked out for each."""
+    layers, looks = 100, 0
+
+    def counting(node: BlockDriverState) -> list[BlockDriverState]:
+        nonlocal looks
+        looks += 1
+        return [edge.node for edge in node.children.values()]
+
+    async def life() -> None:
+        bench = JobBench()
+        name = None
+        for number in range(layers):
+            storage = await bench.node(f"storage{number}", 0)
+            await bench.system.opener.create_image("qcow2", {"file": storage.node_name, "size": 1 << 16})
+            options = {"driver": "qcow2", "node-name": f"layer{number}", "file": storage.node_name, "backing": name}
+            (await bench.system.opener.open_blockdev(options)).monitor_owned = True
+            name = f"layer{number}"
+        monkeypatch.setattr(chain, "children_of", counting)
+        request = CommitRequest(job_id="j", top_node=f"layer{layers - 2}", base_node="layer0")
+        job = await start_commit(bench.system, device=f"layer{layers - 1}", request=request)
+        await bench.system.jobs.wait(job)
+        assert job.error is None
+        await bench.close()
+
+    run(life)
+    assert looks < 20 * layers
 
 
 def test_json_of_ordinary_depth_and_of_great_depth_is_the_same() -> None:
