@@ -94,7 +94,9 @@ class NodeFlags:
 
     def for_another(self) -> NodeFlags:
         """What an image takes over that is opened by its file name to go above this one, or to get its content."""
-        return NodeFlags(cache_direct=self.cache_direct, cache_no_flush=self.cache_no_flush, aio=self.aio)
+        return NodeFlags(
+            cache_direct=self.cache_direct, cache_no_flush=self.cache_no_flush, discard_unmap=self.discard_unmap, aio=self.aio
+        )
 
     def set_on(self, node: BlockDriverState) -> None:
         """Store the flags in the node's fields of the same names."""

@@ -132,7 +132,7 @@ class SnapshotToFile(_Snapshot):
             await self._create(node)
         overlay = await self.system.opener.open_image(
             target.filename, fmt=target.format, read_only=node.read_only, backing=False, node_name=target.node_name,
-            inherited=NodeFlags.of(graph.skip_filters(node)).for_another(),
+            inherited=NodeFlags.of(node).for_another(),
         )  # fmt: skip
         overlay.monitor_owned = True  # until it has users of its own
         self._opened = overlay

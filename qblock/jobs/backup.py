@@ -97,7 +97,7 @@ async def prepare_drive_backup(
     node = await system.opener.open_image(
         target.filename, fmt=fmt, read_only=False, backing=sync is not SyncMode.NONE, node_name=target.node_name,
         options={"discard": "unmap", "detect-zeroes": "unmap"},
-        inherited=NodeFlags.of(graph.skip_filters(source)).for_another(),
+        inherited=NodeFlags.of(source).for_another(),
     )  # fmt: skip
     node.monitor_owned = True  # until the filter has it
     backup = PreparedBackup(system, source, node, attrs.evolve(request, sync=sync), txn=txn)

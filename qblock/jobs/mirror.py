@@ -116,7 +116,7 @@ async def prepare_drive_mirror(
     fmt = await make_target(system, target, source, backing=layer_below)
     node = await system.opener.open_image(
         target.filename, fmt=fmt, read_only=False, backing=False, node_name=target.node_name,
-        inherited=NodeFlags.of(graph.skip_filters(source)).for_another(),
+        inherited=NodeFlags.of(source).for_another(),
     )  # fmt: skip
     # The backend keeps the node alive while this waits for other things.
     backend = BlockBackend(graph, perm=Perm.NONE, shared=Perm.ALL)

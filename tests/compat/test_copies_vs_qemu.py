@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from qmp_pair import SYSTEMS, add, both, do, io, wait
+from qmp_pair import SYSTEMS, add, both, do, hmp, io, outside, wait
 from test_backup_vs_qemu import described_image
 from test_jobs_vs_qemu import GONE, GRAPH, READY, Script
 
@@ -141,3 +141,42 @@ def test_a_command_of_qemu_io_lets_the_jobs_of_a_node_rest(command: str, tmp_pat
     ready = [READY] if command == "blockdev-mirror" else []
     script = [raw("top", "holes.raw"), add("out", "out4k.qcow2"), job(command, target="out", sync="none"), *ready]
     alike([*script, io("top", "read 0 4k"), io("out", "read 0 4k"), GRAPH], tmp_path)
+
+
+def test_what_comes_beside_or_above_a_disk_gives_space_back_if_the_disk_does(tmp_path: Path) -> None:
+    """The target of a mirror, which is zeroed first then, and the overlay of a snapshot, whose guest goes on discarding."""
+    script = [
+        hmp("drive_add 0 if=none,id=d,file=parts.qcow2,format=qcow2,discard=unmap"),
+        job("drive-mirror", device="d", format="qcow2", **EXISTING), READY, *JOBS, do("job-cancel", id="j"), GONE,
+        do("blockdev-snapshot-sync", device="d", snapshot_file="over.qcow2"), io("d", "write 0 128k"), io("d", "discard 64k 64k"),
+    ]  # fmt: skip
+    alike(script, tmp_path)
+    same_image(tmp_path, "out.qcow2")
+    same_image(tmp_path, "over.qcow2")
+
+
+def test_a_target_that_was_emptied_from_outside_is_found_to_be_damaged(tmp_path: Path) -> None:
+    """Its header seems to be free space: the job fails with the first write, before the image is made to look sound."""
+    script = [
+        raw("top", "holes.raw"), add("out", "out.qcow2"), outside("truncate", "-s", "0", "out.qcow2"),
+        job("blockdev-backup", target="out", auto_dismiss=False), wait("JOB_STATUS_CHANGE", status="concluded"), *JOBS,
+    ]  # fmt: skip
+    transcripts = both(SYSTEMS, tmp_path, script, IMAGES)
+    told = [event for steps in transcripts for step in steps for event in step["events"]]
+    assert [event["data"].pop("msg", None) is not None for event in told].count(True) == 2
+    assert transcripts[1] == transcripts[0]
+
+
+def test_a_new_file_has_at_least_one_block_unless_it_is_empty(tmp_path: Path) -> None:
+    """Its first block is written, so that file systems tell where it is; an image does not keep its data in itself."""
+    def create(**options: Any) -> Script:
+        end = wait("JOB_STATUS_CHANGE", status="concluded")
+        return [do("blockdev-create", job_id="j", options=options), end, do("query-jobs"), do("job-dismiss", id="j")]
+
+    sizes = (0, 1, 511, 513)
+    files = [step for size in sizes for step in create(driver="file", filename=f"{size}.raw", size=size)]
+    storage = do("blockdev-add", driver="file", node_name="out", filename="odd.raw")
+    itself = create(driver="qcow2", file="out", size=1 << 20, **{"data-file": {"driver": "file", "filename": "odd.raw"}})
+    alike([*files, storage, *itself], tmp_path)
+    for who in ("real", "ours"):
+        assert [(tmp_path / who / f"{size}.raw").stat().st_size for size in sizes] == [0, 512, 512, 513]

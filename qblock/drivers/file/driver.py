@@ -526,6 +526,7 @@ class FileDriver(Driver):
             raise InvalidParameter("size", f"cannot be negative ({options.size})")
         if options.extent_size_hint is not None and not 0 <= options.extent_size_hint <= _MAX_EXTENT_SIZE_HINT:
             raise InvalidParameter("extent-size-hint", f"must be between 0 and {_MAX_EXTENT_SIZE_HINT} bytes")
+        options = evolve(options, size=max(options.size, 512) if options.size else 0)  # the first block is written, as in QEMU
         loop = asyncio.get_running_loop()
         warnings = await loop.run_in_executor(context.env.executor, _create_file, options)
         for warning in warnings:

@@ -88,7 +88,7 @@ async def create_image(options: Qcow2CreateOptions, context: CreateContext) -> N
     target = await context.open_reference(options.file)
     try:
         if options.data_file is not ABSENT:
-            plan = await _prepare_data_file(options, context, plan)
+            plan = await _prepare_data_file(options, context, plan, image=target.filename())
             await _make_room(target, plan, "metadata")
         else:
             await _make_room(target, plan, options.preallocation)
@@ -105,13 +105,17 @@ async def create_image(options: Qcow2CreateOptions, context: CreateContext) -> N
         await target.release()
 
 
-async def _prepare_data_file(options: Qcow2CreateOptions, context: CreateContext, plan: ImagePlan) -> ImagePlan:
+async def _prepare_data_file(
+    options: Qcow2CreateOptions, context: CreateContext, plan: ImagePlan, *, image: str | None
+) -> ImagePlan:
     """Make the data file long enough, what it holds is left; gives the plan with its name in the header."""
     header = plan.header
     length = align_up(options.size, header.cluster_size) if plan.mapped else options.size
     preallocation = options.preallocation if options.preallocation in ("falloc", "full") else "off"
     data = await context.open_reference(options.data_file)
     try:
+        if image is not None and data.filename() == image:
+            raise InvalidParameter("data-file", f"cannot be the file of the image itself ({image})")
         if data.length() < length:
             await data.truncate(length, preallocation=preallocation)
             await data.flush()
