@@ -187,7 +187,7 @@ class PreparedBackup:
             change.add(abort=partial(reclaim, self.source, plan.bitmap))
         driver = self._insert_filter(plan.bitmap if plan.sync in _WITH_BITMAP else None)
         driver.copies.compress = request.compress
-        driver.copies.offload = request.performance.use_copy_range
+        driver.copies.offload = request.performance.use_copy_range and not request.compress
         driver.copies.skip_unallocated = plan.sync is SyncMode.TOP
         cluster = driver.copies.cluster
         if 0 < plan.max_chunk < cluster:
