@@ -1,7 +1,8 @@
 """Where a monitor listens or connects: the options of ``--chardev`` and the short form that ``-qmp`` takes.
 
 Models QEMU's ``socket`` (unix, TCP and descriptors), ``stdio``, ``null``, ``file``, ``pty`` and ``vc`` character devices.
-Differs from QEMU: abstract unix sockets, TLS, telnet, websockets and reconnecting are refused as unknown options.
+Differs from QEMU: abstract unix sockets, TLS, telnet, websockets, reconnecting, log files and devices with
+several users (mux) are refused by name.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ class UnixAddress:
 
 @attrs.frozen
 class TcpAddress:
-    """A TCP endpoint; an empty ``host`` listens on all interfaces."""
+    """A TCP endpoint; an empty ``host`` listens on all interfaces.
+
+    ``last_port``: up to which one the next port is tried when one is taken. ``family`` is the only one to use, if not None.
+    """
 
     host: str
     port: int
+    last_port: int | None = None
+    family: Literal["ipv4", "ipv6"] | None = None
 
     def __str__(self) -> str:
         return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
@@ -83,9 +89,17 @@ class ChardevOptions:
     address: Address | None
     server: bool = False
     wait: bool = True
+    nodelay: bool = False
 
 
-_SOCKET: Final = frozenset({"path", "host", "port", "fd", "server", "wait"})
+_UNUSED: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("telnet", "tn3270", "websocket", "mux", "abstract"), "off"), "tight": "on", "reconnect": "0",
+}  # fmt: skip
+"""Options that are understood as long as they ask for nothing, and the value with which they do not."""
+BACKENDS: Final = ("file", "null", "pty", "socket", "stdio", "vc")
+"""The kinds of character devices."""
+_SOCKET: Final = frozenset({"path", "host", "port", "to", "ipv4", "ipv6", "fd", "server", "wait", "delay", "nodelay", *_UNUSED})
+MAX_PORT: Final = 0xFFFF
 _PLAIN: Final = frozenset({"null", "pty", "vc"})
 
 
@@ -109,8 +123,7 @@ def chardev_from(options: Mapping[str, object]) -> ChardevOptions:
         _refuse_others(given, frozenset({"path", "append"}))
         return ChardevOptions(label, FileAddress(_path(given), _flag(given, "append", default=False)))
     if backend != "socket":
-        known = "socket, stdio, null, file, pty, vc"
-        raise InvalidParameter("backend", f"is '{backend}'; the character devices there are: {known}")
+        raise InvalidParameter("backend", f"is '{backend}'; the character devices there are: {', '.join(BACKENDS)}")
     _refuse_others(given, _SOCKET)
     return _socket(label, given)
 
@@ -123,7 +136,7 @@ def parse_short(text: str, label: str) -> ChardevOptions:
     first, *rest = split_items(text) or [""]
     kind, _, where = first.partition(":")
     given: dict[str, object] = dict(split_opts(",".join(item.replace(",", ",,") for item in rest)))
-    _refuse_others(given, frozenset({"server", "wait"}))
+    _refuse_others(given, _SOCKET - {"path", "host", "port", "fd"})
     if kind == "unix":
         return _socket(label, given | {"path": where})
     if kind == "tcp":
@@ -154,6 +167,9 @@ def _refuse_others(given: Mapping[str, object], known: frozenset[str]) -> None:
 
 
 def _socket(label: str, given: Mapping[str, object]) -> ChardevOptions:
+    for name, value in _UNUSED.items():
+        if str(given.get(name, value)) != value:
+            raise InvalidParameter(name, f"can only be {value}: there is nothing else here")
     server = _flag(given, "server", default=False)
     if not server and "wait" in given:
         raise InvalidParameter("wait", "is for sockets that listen (server=on)")
@@ -165,10 +181,22 @@ def _socket(label: str, given: Mapping[str, object]) -> ChardevOptions:
         if "host" in given or "port" in given:
             raise InvalidParameter("path", "and 'host' exclude each other")
         return ChardevOptions(label, UnixAddress(path), server=server, wait=server and wait)
-    port = str(given.get("port", ""))
-    if not port.isdigit() or int(port) > 0xFFFF:
-        raise InvalidParameter("port", "must be a number from 0 to 65535 (or give a 'path')")
-    return ChardevOptions(label, TcpAddress(str(given.get("host", "")), int(port)), server=server, wait=server and wait)
+    nodelay = _flag(given, "nodelay", default=False) or not _flag(given, "delay", default=True)
+    return ChardevOptions(label, _tcp(given), server=server, wait=server and wait, nodelay=nodelay)
+
+
+def _tcp(given: Mapping[str, object]) -> TcpAddress:
+    numbers = {name: str(given[name]) for name in ("port", "to") if name in given}
+    for name, text in {"port": "", **numbers}.items():
+        if not text.isdigit() or int(text) > MAX_PORT:
+            raise InvalidParameter(name, f"must be a number from 0 to {MAX_PORT} (or give a 'path')")
+    last = int(numbers["to"]) if "to" in numbers else None
+    families: tuple[Literal["ipv4", "ipv6"], ...] = ("ipv4", "ipv6")
+    allowed = [name for name in families if _flag(given, name, default=True)]
+    wanted = [name for name in families if name in given and name in allowed] or allowed
+    if not allowed:
+        raise InvalidParameter("ipv6", "and 'ipv4' are off: there is no other protocol")
+    return TcpAddress(str(given.get("host", "")), int(numbers["port"]), last, wanted[0] if len(wanted) == 1 else None)
 
 
 def _inherited(label: str, given: Mapping[str, object], *, server: bool, wait: bool) -> ChardevOptions:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any
+from typing import Any, Final
 
 from qblock.monitor.chardev import TcpAddress, UnixAddress
+
+_FAMILIES: Final = {None: socket.AF_UNSPEC, "ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 
 
 async def resolve(address: TcpAddress, *, passive: bool) -> tuple[int, int, int, Any]:
     """Family, type, protocol and socket address of ``address``; ``passive`` to listen there. Raises `OSError`."""
     found = await asyncio.get_running_loop().getaddrinfo(
-        address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE if passive else 0
-    )
+        address.host or None, address.port, family=_FAMILIES[address.family], type=socket.SOCK_STREAM,
+        flags=socket.AI_PASSIVE if passive else 0,
+    )  # fmt: skip
     family, kind, protocol, _, where = found[0]
     return family, kind, protocol, where
 

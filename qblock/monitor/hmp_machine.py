@@ -1,14 +1,18 @@
 """The commands of the human monitor about the machine: media, devices, objects, reset and power.
 
-Signatures, parameters and output are those of hmp-block.md; help texts are our own words.
+Signatures, parameters and output are those of hmp-block.md, of character devices those of 7.2; help texts are our own words.
 """
 
 from __future__ import annotations
 
 from qblock.devices.plugging import plug, read_request
+from qblock.errors import InvalidParameter
+from qblock.monitor.chardev import ChardevOptions, chardev_from
+from qblock.monitor.commandline import check_members
+from qblock.monitor.commands.chardevs import add_chardev, change_chardev
 from qblock.monitor.hmp_command import HmpCall, hmp_command
 from qblock.monitor.qtree import qtree_lines
-from qblock.options import parse_keyval
+from qblock.options import parse_keyval, split_opts
 
 _MODES = ("retain", "read-only", "read-write")
 
@@ -43,7 +47,7 @@ async def change(call: HmpCall) -> None:
 async def device_add(call: HmpCall) -> None:
     """As ``-device``, so values are text."""
     system = call.context.system
-    options = parse_keyval(call.text("device") or "", implied_key="driver")
+    options = split_opts(call.text("device") or "", implied_key="driver")
     plug(system, read_request(options, strings=True, defaults=system.board.defaults), hot=system.board.started)
 
 
@@ -83,3 +87,30 @@ async def system_reset(call: HmpCall) -> None:
 async def system_powerdown(call: HmpCall) -> None:
     """system_powerdown."""
     await call.qmp("system_powerdown")
+
+
+@hmp_command("chardev-add", "args:s", "args", "add a character device, as -chardev does")
+async def chardev_add_hmp(call: HmpCall) -> None:
+    """chardev-add, from options as on the command line."""
+    await add_chardev(call.context.hub, _chardev(call.text("args") or ""))
+
+
+@hmp_command("chardev-change", "id:s,args:s", "id args", "put another character device in the place of one")
+async def chardev_change_hmp(call: HmpCall) -> None:
+    """chardev-change, from options as on the command line, without an id."""
+    members = split_opts(call.text("args") or "", implied_key="backend")
+    if "id" in members:
+        raise InvalidParameter("id", "is unexpected: the id stays")
+    await change_chardev(call.context.hub, chardev_from({**members, "id": call.text("id") or ""}))
+
+
+@hmp_command("chardev-remove", "id:s", "id", "remove a character device that nobody uses")
+async def chardev_remove_hmp(call: HmpCall) -> None:
+    """chardev-remove."""
+    await call.qmp("chardev-remove", id=call.text("id"))
+
+
+def _chardev(text: str) -> ChardevOptions:
+    members = split_opts(text, implied_key="backend")
+    check_members("chardev", members)
+    return chardev_from(members)

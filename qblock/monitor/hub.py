@@ -30,6 +30,7 @@ from qblock.streams import tell
 
 if TYPE_CHECKING:
     from qblock.driver import Json
+    from qblock.monitor.chardev import ChardevOptions
     from qblock.system import BlockSystem, EventListener
 
 
@@ -66,6 +67,16 @@ class Chardev(Protocol):
     def frontend_open(self) -> bool:
         """True while a monitor uses it."""
 
+    @property
+    def options(self) -> ChardevOptions:
+        """What it was made of."""
+
+    async def start(self) -> None:
+        """Be there; raises `CommandError`."""
+
+    async def close(self) -> None:
+        """Be there no longer."""
+
 
 ShutdownReason = Literal["host-qmp-quit", "host-signal", "host-qmp-system-reset"]
 
@@ -85,8 +96,8 @@ class MonitorHub:
     ``name`` is the machine's name if it has one, ``package`` names the program in the greeting. ``report`` tells the person at
     the console what went wrong, ``output`` is the program's standard output (HMP's qemu-io prints there). ``on_resize`` are
     told when a disk may have got another size, ``before_quit`` are awaited before the jobs are cancelled. ``migration_switches``
-    are the migration capabilities that were switched on, ``migration_parameters`` what was set besides. Call `open` before use
-    and `close` at the end.
+    are the migration capabilities that were switched on, ``migration_parameters`` what was set besides. ``make_chardev`` makes
+    character devices for commands that plug them in, which are ``plugged`` then. Call `open` before use and `close` at the end.
     """
 
     system: BlockSystem
@@ -106,6 +117,8 @@ class MonitorHub:
     io: IoShells = attrs.field(init=False, repr=False)
     sessions: list[Listener] = attrs.field(factory=list, init=False)
     chardevs: list[Chardev] = attrs.field(factory=list, init=False)
+    make_chardev: Callable[[ChardevOptions], Chardev] | None = attrs.field(default=None, init=False, repr=False)
+    plugged: list[Chardev] = attrs.field(factory=list, init=False)
     quitting: bool = attrs.field(default=False, init=False)
     _quit: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     _throttle: EventThrottle = attrs.field(init=False, repr=False)
@@ -128,6 +141,8 @@ class MonitorHub:
             self._unsubscribe()
             self._unsubscribe = None
         await self._throttle.close()
+        for device in self.plugged:
+            await device.close()
 
     def subscribe(self, listener: EventListener) -> Callable[[], None]:
         """Call ``listener`` for every event as the dialect shows it; call the result to end that."""

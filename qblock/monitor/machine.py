@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import random as random_module
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,7 @@ from qblock.monitor.dialects import Dialect
 from qblock.monitor.eventlog import EventLog
 from qblock.monitor.events import EVENTS
 from qblock.monitor.hub import MonitorHub
+from qblock.monitor.lines import DeafSession
 from qblock.monitor.reports import Reports
 from qblock.monitor.server import MonitorServer
 from qblock.options import parse_options
@@ -110,6 +112,7 @@ class Machine:
         system.run.on_change.append(machine._follow_run_state)
         hub.on_resize.append(machine._tell_guests_their_size)
         hub.before_quit.append(machine._stop_guests)
+        hub.make_chardev = partial(MonitorServer, hub, make_session=DeafSession, used=False)
         hub.open()
         try:
             for text in options.blockdevs:

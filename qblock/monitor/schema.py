@@ -222,6 +222,9 @@ class _Schema:
         if cls in self._names:
             return self._names[cls]
         entry = self._new(cls, "object")
+        kinds: Mapping[str, type[Any]] | None = getattr(cls, "KINDS", None)
+        if kinds is not None:
+            return self._union(entry, kinds)
         entry["members"] = [self._member(field, cls) for field in options.fields(cls)]
         if cls is SchemaInfo:
             entry["tag"] = "meta-type"
@@ -249,9 +252,13 @@ class _Schema:
         """TransactionAction: for each kind of action an object that has its arguments as ``data``."""
         kinds = ACTIONS[self._dialect]
         entry = self._new(TransactionAction, "object")
-        entry["members"] = [{"name": "type", "type": self._enum("kinds of actions", list(kinds))}]
+        return self._union(entry, {name: kind.arguments for name, kind in kinds.items()})
+
+    def _union(self, entry: dict[str, Json], kinds: Mapping[str, type[Any]]) -> str:
+        """A type whose ``data`` depends on its ``type``."""
+        entry["members"] = [{"name": "type", "type": self._enum(("kinds of", entry["name"]), list(kinds))}]
         entry["tag"] = "type"
-        entry["variants"] = [{"case": name, "type": self._wrapped(kind.arguments)} for name, kind in kinds.items()]
+        entry["variants"] = [{"case": name, "type": self._wrapped(cls)} for name, cls in kinds.items()]
         return str(entry["name"])
 
     def _wrapped(self, arguments: type[Any]) -> str:

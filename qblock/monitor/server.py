@@ -98,6 +98,8 @@ class MonitorServer:
         where = f"{self._bound()},server=on" if self.options.server else f"{self.options.address}"
         if self._session is None:
             return f"disconnected:{where}"
+        if not self.options.server and isinstance(self.options.address, UnixAddress):
+            return "unix:"  # the name of its own end, which has none
         return where + (f" <-> {self._peer}" if self._peer else "")
 
     def _bound(self) -> SocketAddress | FdAddress:
@@ -211,6 +213,8 @@ class MonitorServer:
         self._serve(sock)
 
     def _serve(self, sock: socket.socket) -> None:
+        if self.options.nodelay and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._begin(session := self.make_session(self.hub), SocketLink(sock, session))
 
     def _serve_pair(self, reading: int, writing: int) -> None:
@@ -245,6 +249,14 @@ def _inherited(address: FdAddress) -> socket.socket:
 
 
 async def _listen_tcp(address: TcpAddress) -> socket.socket:
+    """A socket at the port, or at the first one after it that is free; raises `OSError`."""
+    for port in range(address.port, address.last_port or address.port):
+        with contextlib.suppress(OSError):
+            return await _listen_at(attrs.evolve(address, port=port))
+    return await _listen_at(attrs.evolve(address, port=address.last_port or address.port))
+
+
+async def _listen_at(address: TcpAddress) -> socket.socket:
     family, kind, protocol, where = await resolve(address, passive=True)
     listener = socket.socket(family, kind, protocol)
     try:

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -119,6 +120,8 @@ def _declare_events(trace: Trace) -> None:
 async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]) -> None:
     """Carry out the options in their order, then serve until told to quit; everything is closed on the way out."""
     from qblock.monitor.hub import MonitorHub
+    from qblock.monitor.lines import DeafSession
+    from qblock.monitor.server import MonitorServer
     from qblock.policy import OpenPolicy
     from qblock.system import BlockSystem
 
@@ -129,6 +132,7 @@ async def _serve(arguments: Arguments, tracer: Tracer, ready: Callable[[], None]
         created = BlockSystem.create(policy=OpenPolicy.follow(), announce=announce, fatal=end_program)
         system = await stack.enter_async_context(created)
         hub = MonitorHub(system, dialect=_dialect(arguments.get("dialect")))
+        hub.make_chardev = partial(MonitorServer, hub, make_session=DeafSession, used=False)
         _declare_events(system.env.trace)
         tracer.watch(system)
         hub.open()

@@ -104,8 +104,10 @@ ACTIONS_OF_OURS = {"blockdev-mirror", "drive-mirror"}
 
 def test_actions_of_a_transaction_are_those_of_qemu() -> None:
     """Introspection tells clients which actions they may use, and with which members."""
-    entries = {e["name"]: e for e in introspect(table(Dialect.SYSTEM), DriverRegistry()) if e["meta-type"] == "object"}
-    (union,) = (entry for entry in entries.values() if entry.get("tag") == "type")
+    entries = {entry["name"]: entry for entry in introspect(table(Dialect.SYSTEM), DriverRegistry())}
+    transaction = entries["transaction"]
+    actions = next(member for member in entries[transaction["arg-type"]]["members"] if member["name"] == "actions")
+    union = entries[actions["type"].strip("[]")]
     ours = {}
     for variant in union["variants"]:
         ((data,),) = (entries[variant["type"]]["members"],)

@@ -247,6 +247,19 @@ def test_monitors_of_all_kinds_serve_the_same_machine(tmp_path: Path, connect: C
         assert process.wait(30) == 0
 
 
+def test_a_port_that_is_taken_is_passed_over(tmp_path: Path, connect: Connect) -> None:
+    """``to=`` says how far; ``ipv4`` which protocol; the port in use is shown."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        where = f"socket,id=c,host=localhost,port={port},to={port + 20},ipv4=on,server=on,wait=off,nodelay"
+        with running(tmp_path, "-S", "-chardev", where, "-qmp", "unix:q,server=on,wait=off,telnet=off"):
+            qmp = connect(tmp_path / "q")
+            qmp.ask("qmp_capabilities")
+            shown = {entry["label"]: entry["filename"] for entry in qmp.ask("query-chardev")}
+            assert shown["c"].startswith("disconnected:tcp:127.0.0.1:")
+            assert port < int(shown["c"].partition(",")[0].rpartition(":")[2]) <= port + 20
+
+
 def test_it_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path, connect: Connect) -> None:
     """The program that has started it is gone, with its ends of the pipes: the line about a new image is lost, nothing else."""
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
