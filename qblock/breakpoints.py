@@ -4,9 +4,9 @@ Models the ``break``, ``wait_break``, ``resume`` and ``remove_break`` commands o
 gone then; several on one event hold it together, the newest first, until each has been resumed.
 
 Differs from QEMU in where a request stops: some steps of a format driver are told while its state changes, which must not be
-interrupted; the request stops then before it next reads or writes below, at the latest when it is done. It differs also in
-what ends a hold. In QEMU everything that waits for a held request hangs, and the monitor with it. Here a drained section lets
-requests go on and none is held while it lasts, and neither is that of a command which all later commands wait for.
+interrupted; the request stops then before it next reads or writes below. It differs also in what ends a hold. In QEMU
+everything that waits for a held request hangs, and the monitor with it. Here a drained section lets requests go on and none
+is held while it lasts, and neither is that of a command which all later commands wait for.
 """
 
 from __future__ import annotations

@@ -219,10 +219,11 @@ class Driver(abc.ABC):
     """True when `debug_event` does something. A parent looks at it once, when it opens, and raises no events otherwise."""
 
     def debug_event(self, event: str) -> None:
-        """A parent of this node has come to the step of its work called ``event`` (names: `drivers.blkdebug.BlkdebugEvent`).
+        """Before its requests here, a parent has come to a step of its work (one of `drivers.blkdebug.BlkdebugEvent`)."""
 
-        Raised on the storage child right before the requests of that step.
-        """
+    async def reach_event(self, event: str) -> None:
+        """The same where the parent can wait: a breakpoint may hold its request here, and not only when it comes down here."""
+        self.debug_event(event)
 
     # ------------------------------------------------------------------------------------------------ drained sections
 

@@ -76,8 +76,9 @@ class FilterDriver(Driver):
         if edge is None:
             return
         below = edge.node
-        below.driver.debug_event("flush_to_os")
-        below.driver.debug_event("flush_to_disk")
+        if below.driver.wants_debug_events:
+            await below.driver.reach_event("flush_to_os")
+            await below.driver.reach_event("flush_to_disk")
         await requests.flush(below)
 
     async def write_zeroes(

@@ -162,6 +162,11 @@ class BlkdebugDriver(FilterDriver):
         self.state = state
         self.breakpoints.come_to(event)
 
+    async def reach_event(self, event: str) -> None:
+        """See `Driver`."""
+        self.debug_event(event)
+        await self.breakpoints.pause()
+
     def set_breakpoint(self, event: str, tag: str, tell: Callable[[str], None]) -> None:
         """See `Breakpoints.add`; raises `CommandError` for an event that there is not."""
         if event not in get_args(BlkdebugEvent):

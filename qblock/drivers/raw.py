@@ -130,8 +130,10 @@ class RawDriver(Driver):
 
     async def flush(self) -> None:
         """See `Driver`."""
-        self._edge.node.driver.debug_event("flush_to_os")
-        self._edge.node.driver.debug_event("flush_to_disk")
+        below = self._edge.node.driver
+        if below.wants_debug_events:
+            await below.reach_event("flush_to_os")
+            await below.reach_event("flush_to_disk")
         await requests.flush(self._edge.node)
 
     async def write_zeroes(

@@ -133,6 +133,33 @@ def test_requests_are_held_at_breakpoints(name: str, tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
+STEPS = {
+    "reading from below": ("read_backing_aio", "aio_read 0 4k"),
+    "copying from below": ("cow_read", "aio_write 0 4k"),
+    "a flush": ("flush_to_os", "aio_write -f 0 64k"),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_requests_stop_at_the_step_itself(name: str, tmp_path: Path) -> None:
+    """Also where the step leads to another file, or to nothing."""
+    event, request = STEPS[name]
+    outputs = []
+    for program in (["qemu-io"], [sys.executable, "-m", "qblock.tools.io"]):
+        for make in (
+            ["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "1M"],
+            ["qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 1M", "base.qcow2"],
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"],
+        ):
+            subprocess.run(make, cwd=tmp_path, check=True)
+        lines = (f"break {event} A", request, "wait_break A", "resume A", "aio_flush")
+        commands = [part for line in lines for part in ("-c", line)]
+        line = [*program, "-t", "writeback", "-f", "qcow2", *commands, "blkdebug::top.qcow2"]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        outputs.append((done.returncode, [text for text in done.stdout.splitlines() if "ops" not in text]))
+    assert outputs[0] == outputs[1]
+
+
 HELD_MACHINE = machine("-drive", "if=none,id=d,format=qcow2,node-name=top,file=blkdebug::held.qcow2")
 HELD_IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "held.qcow2", "1M"],

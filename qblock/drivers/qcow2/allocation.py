@@ -214,7 +214,8 @@ class Allocator:
         epoch = epochs.current
         epoch.count += 1
         try:
-            self.file.event("write_aio")
+            if self.file.traced:
+                await self.file.reach("write_aio")
             await payload.store(self.file, host, guest)
         finally:
             epochs.leave(epoch)
@@ -256,25 +257,27 @@ class Allocator:
         from_, to = head - write_head, end + write_tail
         if payload.view is not None and (write_head or write_tail) and to - from_ <= max(JOIN_BELOW, size):
             buffer = memoryview(bytearray(to - from_))
-            self.file.event("cow_read")
+            await self.file.reach("cow_read")
             await self._read_old(first, guest - head, 0, buffer[:write_head])
             await self._read_old(last, guest - head + total - size, end - (total - size), buffer[write_head + payload.length :])
             buffer[write_head : write_head + payload.length] = payload.view
             self.file.event("cow_write")
-            self.file.event("write_aio")
+            if self.file.traced:
+                await self.file.reach("write_aio")
             await Payload(buffer).store(self.file, claim.host + from_, guest - write_head)
             return
-        self.file.event("write_aio")
+        if self.file.traced:
+            await self.file.reach("write_aio")
         await payload.store(self.file, claim.host + head, guest)
         if write_head:
             buffer = memoryview(bytearray(write_head))
-            self.file.event("cow_read")
+            await self.file.reach("cow_read")
             await self._read_old(first, guest - head, 0, buffer)
             self.file.event("cow_write")
             await Payload(buffer).store(self.file, claim.host, guest - head)
         if write_tail:
             buffer = memoryview(bytearray(write_tail))
-            self.file.event("cow_read")
+            await self.file.reach("cow_read")
             await self._read_old(last, guest - head + total - size, end - (total - size), buffer)
             self.file.event("cow_write")
             await Payload(buffer).store(self.file, claim.host + end, guest + payload.length)

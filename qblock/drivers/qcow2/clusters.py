@@ -281,7 +281,8 @@ class ClusterMap:
             try:
                 start = guest & (self.geometry.cluster_size - 1)
                 if kind is Kind.DATA:
-                    self.file.event("read_aio")
+                    if self.file.traced:
+                        await self.file.reach("read_aio")
                     if (crypto := self.file.crypto) is None:
                         await requests.read_into(self.file.data, (run.entry & OFFSET_MASK) + start, view)
                     else:
@@ -317,7 +318,8 @@ class ClusterMap:
         if edge is None:
             fill_zero(view)
             return
-        self.file.event("read_backing_aio")
+        if self.file.traced:
+            await self.file.reach("read_backing_aio")
         while (below := edge.node.backing) is not None and await _has_nothing(edge.node, guest, len(view)):
             edge = below
         await requests.read_into(edge, guest, view)

@@ -380,7 +380,7 @@ class Qcow2Driver(CheckedDriver, VmStateDriver, DescribedDriver):
             return
         if self.node.poisoned is not None:
             raise ImagePoisoned(self.node.node_name, self.node.poisoned)
-        self._file.event("flush_to_os")
+        await self._file.reach("flush_to_os")
         await self._writeback.flush()
 
     async def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Extent:

@@ -166,6 +166,11 @@ class ImageFile:
         if self.traced:
             self.edge.node.driver.debug_event(step)
 
+    async def reach(self, step: str) -> None:
+        """As `event`, and stand still there if a breakpoint holds the request: only where others may come in between."""
+        if self.traced:
+            await self.edge.node.driver.reach_event(step)
+
     async def read(self, offset: int, length: int) -> bytearray:
         """Bytes of the file; behind its end they are zero."""
         raw = bytearray(length)
@@ -186,7 +191,7 @@ class ImageFile:
 
     async def flush(self) -> None:
         """Everything written so far is durable before anything written later. Failing poisons nothing."""
-        self.event("flush_to_disk")
+        await self.reach("flush_to_disk")
         if self.data_edge is not None:
             await requests.flush(self.data_edge.node)
         await requests.flush(self.edge.node)

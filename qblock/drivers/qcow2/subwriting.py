@@ -186,16 +186,17 @@ class ExtendedAllocator(Allocator):
             buffer[start - from_ : end - from_] = payload.view
             for a, b, entry in pieces:
                 if from_ <= a and b <= to:
-                    self.file.event("cow_read")
+                    await self.file.reach("cow_read")
                     await self._read_piece(entry, guest, a, buffer[a - from_ : b - from_])
             self.file.event("cow_write")
             payload = Payload(buffer)
-        self.file.event("write_aio")
+        if self.file.traced:
+            await self.file.reach("write_aio")
         await payload.store(self.file, host + from_, guest + from_)
         for a, b, entry in pieces:
             if not (from_ <= a and b <= to):
                 buffer = memoryview(bytearray(b - a))
-                self.file.event("cow_read")
+                await self.file.reach("cow_read")
                 await self._read_piece(entry, guest, a, buffer)
                 self.file.event("cow_write")
                 await Payload(buffer).store(self.file, host + a, guest + a)
