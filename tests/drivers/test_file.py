@@ -595,9 +595,9 @@ def test_hints_that_the_file_system_does_not_take_are_told(tmp_path: Path, monke
 
     monkeypatch.setattr("fcntl.ioctl", refuse)
     context = Context()
-    options = FileCreateOptions(filename=str(tmp_path / "new"), size=1, nocow=True, extent_size_hint=MiB)
+    options = FileCreateOptions(filename=str(tmp_path / "new"), size=1024, nocow=True, extent_size_hint=MiB)
     run(lambda: FileDriver.create(options, context))
-    assert len(context.warnings) == 2 and (tmp_path / "new").stat().st_size == 1
+    assert len(context.warnings) == 2 and (tmp_path / "new").stat().st_size == 1024
 
 
 @pytest.mark.parametrize(("options", "error"), [
