@@ -40,7 +40,7 @@ BUS_KINDS: Final[Mapping[str, BusKind]] = {
     "PCI": BusKind(hotplug=True, asks_guest=True),
     "SCSI": BusKind(hotplug=True),
     "usb-bus": BusKind(hotplug=True),
-    "nvme-bus": BusKind(hotplug=True),
+    "nvme-bus": BusKind(),
     "IDE": BusKind(units=2),
     "floppy-bus": BusKind(units=2),
     "ISA": BusKind(),

@@ -237,8 +237,7 @@ def _scsi_place(bus: Bus, request: Request) -> tuple[int, ...]:
     if target is not None and target >= targets:
         raise CommandError(f"The bus '{bus.name}' has no target {target}: there are {targets}")
     if target is None:
-        free = (n for n in range(targets) if not any(address[:2] == (channel, n) for address in taken))
-        target = next(free, None)
+        target = next((n for n in range(targets) if (channel, n, lun or 0) not in taken), None)
         if target is None:
             raise CommandError(f"No target of the bus '{bus.name}' is free")
     if lun is None:

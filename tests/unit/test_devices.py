@@ -79,6 +79,19 @@ def test_a_scsi_controller_has_as_many_places_as_the_real_one(controller: str, p
     with_board("pc", work)
 
 
+def test_a_scsi_disk_goes_where_its_logical_unit_is_free_first() -> None:
+    """Without a target it takes the first one that has no such unit; with one, the first unit that the target has not."""
+
+    async def work(system: BlockSystem) -> None:
+        add(system, "virtio-scsi-pci")
+        asked: list[dict[str, int]] = [{}, {"lun": 1}, {}, {"lun": 1}, {"lun": 0}, {"lun": 5}, {"scsi-id": 0}, {"scsi-id": 1}]
+        devices = [plug(system, read_request({"driver": "scsi-cd", **place}, strings=False), hot=True) for place in asked]
+        places = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (0, 5), (0, 2), (1, 2)]
+        assert [device.address[1:] for device in devices] == places
+
+    with_board("pc", work)
+
+
 @pytest.mark.parametrize(
     "values",
     [
