@@ -312,8 +312,10 @@ async def _refined_status(node: BlockDriverState, offset: int, length: int, *, w
 
 
 def _reads_zero(node: BlockDriverState, extent: Extent) -> bool:
-    nothing = isinstance(extent, Unallocated) and node.backing is None
-    return isinstance(extent, Zero) or (nothing and node.driver.supports_backing)
+    if not isinstance(extent, Unallocated) or node.backing is not None:
+        return isinstance(extent, Zero)
+    below = node.storage  # of a raw window, whose storage lacks it
+    return node.driver.supports_backing or (below is not None and _reads_zero(skip_filters(below.node), extent))
 
 
 async def _driver_status(node: BlockDriverState, offset: int, length: int, *, want_zero: bool) -> Extent:
