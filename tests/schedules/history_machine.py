@@ -374,10 +374,7 @@ def _covered(numbers: set[int], size: int, grain: int) -> set[int]:
 
 async def judge(photo: Photo, inside: Mapping[tuple[str, str], View | None] | None = None) -> None:
     """Open the storage of a photo: all images are sound, and show what they must, as must the snapshots ``inside`` of them."""
-    bench = JobBench(None)
-    for name, content in photo.files.items():
-        node = await bench.node(name, len(content))
-        await driver_of(node).write_from(0, memoryview(content))
+    bench = await _developed(photo)
     for image, blocks in photo.disks:
         node = await _opened(bench, image)
         seen = await _content(bench, node)
@@ -392,9 +389,20 @@ async def judge(photo: Photo, inside: Mapping[tuple[str, str], View | None] | No
             trusted = bitmap.name == name and not bitmap.inconsistent
             lost = [index for index in surely if trusted and not bitmap.get(index * BLOCK)]
             assert not lost, f"after a crash {name} in {image} has forgotten {lost}, and does not say so"
-    for (image, tag), view in (inside or {}).items():
-        await _go_back(bench, image, tag, view)
     await bench.close()
+    for (image, tag), view in (inside or {}).items():
+        bench = await _developed(photo)
+        await _go_back(bench, image, tag, view)
+        await bench.close()
+
+
+async def _developed(photo: Photo) -> JobBench:
+    """A bench with the storage of a photo."""
+    bench = JobBench(None)
+    for name, content in photo.files.items():
+        node = await bench.node(name, len(content))
+        await driver_of(node).write_from(0, memoryview(content))
+    return bench
 
 
 async def _go_back(bench: JobBench, image: str, tag: str, view: View | None) -> None:

@@ -24,6 +24,8 @@ class JobSteps(HistoryMachine):
         self.known_targets: dict[str, str] = {}
         self.groups: list[list[str]] = []
         """Jobs that can only end well together."""
+        self.sinking: dict[str, str] = {}
+        """Active images that are being committed, by the ids of the jobs."""
         self.tops: dict[str, list[str]] = {}
         """Targets of backups of the top image of a disk."""
         self.keeping: dict[str, View] = {}
@@ -83,8 +85,15 @@ class JobSteps(HistoryMachine):
         })  # fmt: skip
         self.views[base.node_name] = None
         self.written_below(base, hidden_by=top)
+        if active:
+            self.sinking[job] = top.node_name
         for tracked in self.bitmaps.values():
             tracked.bounded &= tracked.node is not base
+
+    def keep_inside(self, image: str, tag: str, view: View) -> None:
+        """There is a snapshot inside of an image. While the image is committed, what is written to it is written below, too."""
+        sinks = any(name == image and self.known[job].result is None for job, name in self.sinking.items())
+        self.inside[image, tag] = None if sinks else view
 
     async def stream(self) -> None:
         """Into any image of a chain, down to any base."""
@@ -263,7 +272,7 @@ class JobSteps(HistoryMachine):
         active, tag = self.chain(disk)[0].node_name, f"s{self.number()}"
 
         def act() -> None:
-            self.inside[active, tag] = disk.guest.capture()
+            self.keep_inside(active, tag, disk.guest.capture())
 
         self.at_moment.append(act)
         return {"type": "blockdev-snapshot-internal-sync", "data": {"device": active, "name": tag}}

@@ -264,7 +264,7 @@ class MachineHistory(JobSteps):
             elif await self._alone("snapshot-save", tag := f"v{self.number()}", names):
                 self.saved[tag] = tuple(names), [bytes(disk.guest.model) for disk in disks]
                 for disk, name in zip(disks, names, strict=True):
-                    self.inside[name, tag] = disk.guest.capture()
+                    self.keep_inside(name, tag, disk.guest.capture())
         finally:
             self.busy = False
             for disk in disks:
