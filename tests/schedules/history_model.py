@@ -136,9 +136,10 @@ class Guest:
     @property
     def poisoned(self) -> bool:
         """Whether the image takes no writes any more, since its metadata could not be written."""
-        return self.source().poisoned is not None or any(
-            edge.node.poisoned is not None for edge in self.source().children.values()
-        )
+        node = self.source()
+        while node.poisoned is None and node.filtered is not None:
+            node = node.filtered.node
+        return node.poisoned is not None
 
     async def _write(self, index: int, data: bytes, *, zero: bool) -> None:
         while not self.poisoned:

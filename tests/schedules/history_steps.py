@@ -285,7 +285,7 @@ class JobSteps(HistoryMachine):
         own = [one for one in self.bitmaps.values() if one.node is source]
         kind = self.random.choice(("add", "clear", "enable", "disable", "merge", "remove")) if own else "add"
         if kind == "add":
-            return self._add_bitmap(disk, source)
+            return self.add_bitmap(disk, source)
         tracked = self.random.choice(own)
         data: dict[str, Any] = {"node": source.node_name, "name": tracked.name}
         sources = self.random.sample(own, self.random.randrange(1, len(own) + 1))
@@ -299,7 +299,8 @@ class JobSteps(HistoryMachine):
         self.at_moment.append(act)
         return {"type": f"block-dirty-bitmap-{kind}", "data": data}
 
-    def _add_bitmap(self, disk: Disk, source: BlockDriverState) -> dict[str, Any]:
+    def add_bitmap(self, disk: Disk, source: BlockDriverState) -> dict[str, Any]:
+        """The action; what is to be noted at its moment is the last entry of ``at_moment``."""
         name, persistent = f"b{self.number()}", source.driver.name == "qcow2" and self.random.random() < 0.5
 
         def act() -> None:

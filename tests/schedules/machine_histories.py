@@ -48,6 +48,7 @@ class MachineHistory(JobSteps):
         self.busy = False
         """Somebody else sees to it that the machine goes on."""
         self.fleece: Fleece | None = None
+        self.looking = asyncio.Lock()
         self.saved: dict[str, tuple[tuple[str, ...], list[bytes]]] = {}
         """What disks held when snapshots of the machine were made: names of the images, and contents."""
         self.filters: list[str] = []
@@ -156,15 +157,26 @@ class MachineHistory(JobSteps):
     async def _stop_fleecing(self) -> None:
         if self.fleece is None:
             return
-        fleece, self.fleece = self.fleece, None
+        async with self.looking:
+            fleece, self.fleece = self.fleece, None
         if fleece.access in self.nodes:
             await self.remove(fleece.access)
         below = self.graph.nodes[fleece.filter].children["file"].node.node_name
         await self.tell("blockdev-reopen", {"options": [self._root(below)]})
         await self.remove(fleece.filter)
 
+    async def watcher(self) -> None:
+        """Somebody reads what is being kept, all the time."""
+        while self.living:
+            await asyncio.sleep(0.03)
+            await self.peek()
+
     async def peek(self) -> None:
         """What is being kept is there as long as it is."""
+        async with self.looking:
+            await self._peek()
+
+    async def _peek(self) -> None:
         for job, view in list(self.keeping.items()):
             seen = await self.shown(self.graph.nodes[self.known_targets[job]])
             if seen is not None and self.keeping.get(job) is view:
@@ -322,18 +334,24 @@ class MachineHistory(JobSteps):
     async def run(self) -> None:
         """Make it, live it, end it, and look."""
         await self.make()
+        for disk in self.disks:
+            if self.random.random() < 0.6:
+                action = self.add_bitmap(disk, self.source(disk))
+                await self.tell(action["type"], action["data"])
+                self.at_moment.pop()()
         guests = [disk.guest for disk in self.disks]
         async with asyncio.TaskGroup() as group:
             for guest in guests:
                 for number in range(WRITERS):
                     group.create_task(guest.writer(number))
                 group.create_task(guest.flusher())
-            for helper in (self.keeper(), self.photographer()):
+            for helper in (self.keeper(), self.photographer(), self.watcher()):
                 group.create_task(helper)
             for _ in range(self.random.randrange(4, 20)):
                 await self.step()
             await self._come_to_rest()
-        await self.look()
+        if not self.disks[1].guest.poisoned:
+            await self.look()
         for group_of_jobs in self.groups:
             results = {self.known[job].result for job in group_of_jobs}
             assert len(results) == 1, f"jobs of one group have ended differently: {group_of_jobs} {results}"
@@ -349,7 +367,11 @@ class MachineHistory(JobSteps):
             await self.tell("qom-set", {"path": f"/objects/{group}", "property": "limits", "value": {"iops-total": 0}})
         await self.end_jobs()
         await self.peek()
-        await self._stop_fleecing()
+        try:
+            await self._stop_fleecing()
+        except QmpError:  # an image that was given up cannot be taken from where it is
+            if not self.disks[1].guest.poisoned:
+                raise
         await self.plug_all()
         for disk in self.disks:
             await self._limit(disk, 0)
