@@ -14,6 +14,7 @@ import attrs
 from qblock.devices.board import BOARDS, BoardType, Fittings
 from qblock.devices.machine_types import Identity, MachineType, machine_type
 from qblock.errors import CommandError, InvalidParameter
+from qblock.monitor.commandline import check_members
 from qblock.options import split_keyval
 from qblock.tools.system_help import ACCELERATORS
 from qblock.tools.system_options import GROUPS, About, Given
@@ -118,7 +119,9 @@ def _identity(given: Sequence[Given], kind: MachineType) -> Identity:
             try:
                 found = attrs.evolve(found, uuid=str(uuid.UUID(option.value)))
             except ValueError:
-                raise CommandError(f"{option}: this is no UUID") from None
+                found = attrs.evolve(found, uuid="")
+            if found.uuid != option.value.lower():
+                raise CommandError(f"{option}: this is no UUID")
         elif option.name == "m":
             size = option.members().get("size", found.memory >> 20)
             try:
@@ -192,6 +195,7 @@ def _cpus(option: Given) -> int:
     members = {
         key: str(value) for key, value in split_keyval(option.value, implied_key="cpus").items()
     }
+    check_members("smp-opts", members)
     numbers = {}
     for key, value in members.items():
         if not value.isdigit() or not int(value):

@@ -130,7 +130,7 @@ def test_mistakes_end_with_code_1(argv: list[str], capsys: pytest.CaptureFixture
         ["-name", "x,nosuch=1"], ["-m", "64,nosuch=1"], ["-m", "64,slots"], ["-rtc", "nosuch=1"], ["-msg", "timestamp=x"],
         ["-sandbox", "nosuch"], ["-action", "panic=nosuch"], ["-overcommit", "nosuch=1"], ["-chardev", "null,id=1"],
         ["-tb-size", "5"], ["-chardev", "null,id=c", "-chardev", "null,id=d", "-mon", "c,id=m", "-mon", "d,id=m"],
-        ["-drive", "disk.img"],
+        ["-drive", "disk.img"], ["-smp", "2,nosuch=1"], ["-uuid", "11111111222233334444555555555555"],
     ],
 )  # fmt: skip
 def test_what_has_no_effect_is_checked_all_the_same(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
