@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from qblock.driver import SupportsBacking, SupportsSnapshots
+from qblock.errors import CommandError
 from qblock.permissions import ChildRole
 
 if TYPE_CHECKING:
@@ -159,6 +160,13 @@ def chain_edges(top: BlockDriverState, base: BlockDriverState | None) -> list[Bd
 def is_root(node: BlockDriverState) -> bool:
     """Whether all users of ``node`` are block backends (none is a node or a job): what some commands insist on."""
     return all(edge.role is ChildRole.ROOT for edge in node.parents)
+
+
+def check_root(node: BlockDriverState, name: str) -> None:
+    """Raise `CommandError` unless `is_root`; ``name`` is how the user calls the node."""
+    for edge in node.parents:
+        if edge.role is not ChildRole.ROOT:
+            raise CommandError(f"'{name}' is not a root node: {edge.parent.describe_user()} uses it")
 
 
 def children_of(node: BlockDriverState) -> list[BlockDriverState]:

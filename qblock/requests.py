@@ -365,8 +365,12 @@ def refresh_length(node: BlockDriverState) -> None:
     node.length = length
     for bitmap in node.dirty_bitmaps:
         bitmap.truncate(length)
+    refresh_lengths_above(node)
+
+
+def refresh_lengths_above(node: BlockDriverState) -> None:
+    """Let the parents of ``node`` that are as long as what they lie on, as filters and raw windows are, look at it again."""
     for edge in node.parents:
-        # A filter and a raw window are as long as what they lie on.
         if edge.role in _SAME_CONTENT and isinstance(edge.parent, BlockDriverState):
             refresh_length(edge.parent)
 

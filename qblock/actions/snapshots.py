@@ -25,7 +25,7 @@ from qblock.naming import link_to
 from qblock.node import BlockDriverState
 from qblock.nodespec import NodeFlags
 from qblock.permissions import Perm
-from qblock.requests import flush, refresh_length
+from qblock.requests import flush, refresh_length, refresh_lengths_above
 from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class _Snapshot(Action):
         self._change = Transaction()
         self._node: BlockDriverState
         self._is_filter = False
+        self._above: BlockDriverState
 
     @abc.abstractmethod
     async def _overlay(self, node: BlockDriverState) -> BlockDriverState:
@@ -57,6 +58,7 @@ class _Snapshot(Action):
         if not node.read_only:
             await flush(node)
         overlay = await self._overlay(node)
+        self._above = overlay
         async with drained(overlay):
             _check_overlay(overlay)
             self.system.graph.check_op(node, OpType.EXTERNAL_SNAPSHOT)
@@ -73,6 +75,7 @@ class _Snapshot(Action):
     def commit(self) -> None:
         """See `Action`."""
         self._change.commit()
+        refresh_lengths_above(self._above)
 
     async def afterwards(self) -> None:
         """See `Action`: the image below is not written to any more, unless what was put over it is a filter."""

@@ -82,7 +82,7 @@ class CommitJob(ScanningJob):
         node.read_only = True
         graph.append(node, onto=place.top, change=change, name="backing")
         # A stream that counted the filter among its layers would freeze the link that has to change at the end.
-        token = block_all(node, f"block device is in use by block job: {self.type}")
+        token = block_all(node, f"it is in use by {self.describe_user()}")
         change.add(abort=partial(unblock, token))
         self.hold("main node", place.device, Perm.NONE, Perm.ALL, change=change)
         for layer in place.layers():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qblock.blockers import OpType
-from qblock.chain import base_of, contains, find_backing_image, skip_filters, whole_chain
+from qblock.chain import base_of, check_root, contains, find_backing_image, skip_filters, whole_chain
 from qblock.errors import CommandError, DeviceNotFound, InvalidParameter, NodeNotFound
 from qblock.jobs.state import OnError
 from qblock.permissions import Perm
@@ -76,8 +76,7 @@ def find_place(graph: Graph, device: str, request: CommitRequest) -> CommitPlace
         root = graph.lookup(device)
     except NodeNotFound:
         raise DeviceNotFound(device) from None
-    if not graph.is_root(root):
-        raise CommandError(f"'{device}' is not a root node: other nodes or jobs use it")
+    check_root(root, device)
     graph.check_op(root, OpType.COMMIT_SOURCE)
     place = _place(graph, root, request)
     for layer in (*place.layers(), place.base):

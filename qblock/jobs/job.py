@@ -306,7 +306,7 @@ class BlockJob(Job):
         """Take an edge called ``name`` to ``node`` and block operations on it; raises when permissions conflict."""
         graph = self.runner.graph
         edge = graph.attach(self, node, name=name, role=ChildRole.JOB, perm=perm, shared=shared, change=change)
-        token = block_all(node, f"block device is in use by block job: {self.type}")
+        token = block_all(node, f"it is in use by {self.describe_user()}")
         self.edges.append(edge)
         self._blocks.append(token)
         change.add(abort=partial(self._let_go, edge, token))

@@ -14,7 +14,7 @@ import attrs
 
 from qblock.backend import BlockBackend
 from qblock.blockers import OpType
-from qblock.chain import may_be_replaced
+from qblock.chain import check_root, may_be_replaced
 from qblock.drain import drained
 from qblock.errors import CommandError, InvalidParameter
 from qblock.jobs.mirror_job import MirrorJob
@@ -134,8 +134,7 @@ async def prepare_drive_mirror(
 def root_node(system: BlockSystem, device: str) -> BlockDriverState:
     """The node that ``device`` (device or node name) means, which must have no users but block backends."""
     node = system.graph.lookup(device)
-    if not system.graph.is_root(node):
-        raise CommandError(f"'{device}' is not a root node: other nodes or jobs use it")
+    check_root(node, device)
     return node
 
 

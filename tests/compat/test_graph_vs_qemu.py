@@ -169,7 +169,11 @@ USED_OVERLAYS = [
     add(qcow2("other", file("other.qcow2"), backing="base")), snapshot("b", "base"), NODES, GRAPH,
     add(qcow2("ov", file("ov.qcow2"), backing=None)),
     do("blockdev-mirror", job_id="m", device="c", target="ov", sync="none"), wait("BLOCK_JOB_READY"), snapshot("b", "ov"),
-    GRAPH, do("blockdev-mirror", job_id="n", device="r", target="t", sync="none", auto_finalize=False),
+    GRAPH, add(file("r.raw", node_name="short", read_only=True)),
+    add({"driver": "raw", "node-name": "w", "file": "short", "read-only": True}),
+    add({"driver": "copy-on-read", "node-name": "x", "file": "w", "read-only": True}),
+    do("block_resize", node_name="base", size=2 << 20), snapshot("short", "base"), NODES,
+    do("blockdev-mirror", job_id="n", device="r", target="t", sync="none", auto_finalize=False),
     snapshot("c", "r"),
 ]  # fmt: skip
 PASSED_ON = [

@@ -129,7 +129,8 @@ async def delete_node(ctx: CommandContext, args: NodeNameArguments) -> None:
             raise NodeBusy(node.node_name, f"{edge.parent.describe_user()} uses it")
     graph.check_op(node, OpType.DRIVE_DEL)
     if not node.monitor_owned:
-        raise CommandError(f"Node '{node.node_name}' is not the monitor's: it goes when its last user does")
+        user = f", but that of {node.parents[0].parent.describe_user()}" if node.parents else ""
+        raise CommandError(f"Node '{node.node_name}' is not the monitor's{user}: it goes when its last user does")
     if node.parents:
         raise NodeBusy(node.node_name, f"{node.parents[0].parent.describe_user()} uses it")
     node.monitor_owned = False
