@@ -173,11 +173,14 @@ class Guest:
                     del survivors[index][:at]
                     self.ended[index] -= at
 
-    async def hold(self) -> None:
-        """Nothing is under way when this returns, and nothing begins before ``held`` is taken back."""
+    async def hold(self) -> bool:
+        """Nothing is under way on return, and nothing begins before ``held`` is taken back; False if something does not end."""
         self.held = True
-        while self.under_way and not self.poisoned:  # noqa: ASYNC110
+        for _ in range(1000):  # a job that waits to be finalized keeps the disk at rest
+            if not self.under_way or self.poisoned:
+                return True
             await asyncio.sleep(0.001)
+        return False
 
 
 @attrs.frozen

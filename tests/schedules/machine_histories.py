@@ -265,10 +265,11 @@ class MachineHistory(JobSteps):
     async def keep_machine(self) -> None:
         """Snapshots of the chains' disks at once, or back to one of them."""
         disks = self.disks[:2]
-        for disk in disks:
-            await disk.guest.hold()
+        held = [await disk.guest.hold() for disk in disks]
         self.busy = True
         try:
+            if not all(held):
+                return
             names = [self.chain(disk)[0].node_name for disk in disks]
             tags = [tag for tag, (places, _) in self.saved.items() if places == tuple(names)]
             if tags and self.random.random() < 0.7:
