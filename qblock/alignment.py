@@ -55,7 +55,7 @@ async def write_aligned(driver: Driver, offset: int, buffer: memoryview) -> None
 async def _read_parts(driver: Driver, parts: Sequence[str], start: int, blocks: memoryview) -> None:
     for part in parts:
         driver.debug_event(f"pwritev_rmw_{part}")
-    await driver.read_into(start, blocks)
+    await _read_split(driver, start, blocks)
     for part in parts:
         driver.debug_event(f"pwritev_rmw_after_{part}")
 

@@ -335,6 +335,8 @@ class Life:
             await self.tell("object-del", {"id": name})
         for number in list(system.env.fdsets.sets):
             await self.tell("remove-fd", {"fdset-id": number})
+        for device in list(self.machine.hub.plugged):
+            await self.sure("chardev-remove", {"id": device.label})
         graph, left = system.graph, [system.devices.devices, system.objects.objects, system.env.fdsets.sets]
         assert not any([graph.nodes, graph.backends, *left]), f"{graph.nodes} {graph.backends} {left}"
 
