@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qblock.alignment import read_aligned, write_aligned, zero_aligned
-from qblock.chain import skip_filters
 from qblock.drain import enter, leave
 from qblock.errors import ImagePoisoned
 from qblock.extents import Unallocated
@@ -60,7 +59,7 @@ async def _piece(node: BlockDriverState, start: int, end: int, *, into: memoryvi
             stop = start + extent.length
             first, last = max(at, start), min(at + len(into), stop)
             wanted = into[first - at : last - at] if first < last else into[:0]
-            if isinstance(extent, Unallocated) and skip_filters(node).backing is not None:
+            if isinstance(extent, Unallocated):
                 await _copy_up(node, start, stop, into=wanted, at=first)
             elif wanted:
                 await read_aligned(node.driver, first, wanted)

@@ -58,7 +58,7 @@ class PreallocateDriver(FilterDriver):
 
     async def open(self) -> None:
         """See `Driver`. Raises `InvalidParameter`."""
-        _check(self.options)
+        self._check(self.options)
 
     def length(self) -> int:
         """See `Driver`: without the surplus."""
@@ -166,7 +166,7 @@ class PreallocateDriver(FilterDriver):
 
     def check_reopen(self, options: Any, *, read_only: bool) -> None:
         """See `Driver`: both sizes can be changed; children are the graph's. Raises `InvalidParameter`."""
-        _check(options)
+        self._check(options)
 
     async def prepare_reopen(self, options: Any, *, read_only: bool) -> None:
         """See `Driver`: a node that becomes read-only, or lies on another file, cannot cut any more."""
@@ -180,9 +180,9 @@ class PreallocateDriver(FilterDriver):
             self.data_end = self._file_end = self.child.node.driver.length()
             requests.refresh_length(self.node)
 
-
-def _check(options: PreallocateOptions) -> None:
-    if options.prealloc_align < _SECTOR or options.prealloc_align % _SECTOR:
-        raise InvalidParameter("prealloc-align", f"cannot be {options.prealloc_align}: it must be a multiple of {_SECTOR}")
-    if options.prealloc_size < 0:
-        raise InvalidParameter("prealloc-size", f"cannot be negative ({options.prealloc_size})")
+    def _check(self, options: PreallocateOptions) -> None:
+        unit = max(_SECTOR, self.child.node.driver.limits.request_alignment)
+        if options.prealloc_align < unit or options.prealloc_align % unit:
+            raise InvalidParameter("prealloc-align", f"cannot be {options.prealloc_align}: it must be a multiple of {unit}")
+        if options.prealloc_size < 0:
+            raise InvalidParameter("prealloc-size", f"cannot be negative ({options.prealloc_size})")

@@ -105,9 +105,14 @@ class StreamJob(ScanningJob):
         await self.scan(self.device.length)
 
     def has_work(self) -> bool:
-        """Whether there is anything to copy from."""
-        graph = self.runner.graph
-        return graph.skip_filters(self.device) is not graph.skip_filters(self.lowest)
+        """Whether there is an image to copy from: filters that go along with their image hold nothing of their own."""
+        image = self.runner.graph.skip_filters(self.device)
+        below = False
+        for layer in self.runner.graph.whole_chain(image):
+            below = below or (layer is not image and not layer.driver.is_filter)
+            if layer is self.lowest:
+                return below
+        return False
 
     @property
     def stored_in(self) -> BlockDriverState:

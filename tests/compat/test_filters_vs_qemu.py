@@ -35,6 +35,7 @@ STORING = [
     add("qcow2", "q", file=file("i.qcow2")), add("compress", "c", file="q"), *LOOK, add("compress", "d", file="c"),
     add("compress", "d", file=NULL), add("compress", "d"), do("blockdev-del", node_name="c"), do("blockdev-del", node_name="q"),
     add("preallocate", "d", file=NULL, prealloc_align=100), add("preallocate", "d", file=NULL, prealloc_align=-512),
+    add("preallocate", "d", file={"driver": "blkdebug", "image": NULL, "align": 4096}, prealloc_align=2048),
     add("preallocate", "d", file=NULL, prealloc_size=-1), add("preallocate", "d", file=NULL, prealloc_size="1"),
     add("preallocate", "p0", file=NULL, prealloc_size=0, prealloc_align=1024), add("preallocate", "p", file=file("i.qcow2")),
     *LOOK, add("qcow2", "q", file="p"), *LOOK, add("preallocate", "p2", file=NULL, read_only=True),
@@ -121,6 +122,18 @@ def test_logs_are_the_same_byte_for_byte(sector_size: int, tmp_path: Path) -> No
             subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
         logs.append((place / "log").read_bytes())
     assert logs[0] == logs[1] and len(logs[0]) > 64 << 10
+
+
+def test_what_no_layer_holds_is_kept_as_zeroes_by_copy_on_read(tmp_path: Path) -> None:
+    """Also in an image without a backing file, once it is read through the filter."""
+    layouts = []
+    for name, program in (("real", ["qemu-io"]), ("ours", [sys.executable, "-m", "qblock.tools.io"])):
+        image = tmp_path / f"{name}.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+        spec = f"driver=copy-on-read,file.driver=qcow2,file.file.driver=file,file.file.filename={image}"
+        subprocess.run([*program, "--image-opts", "-c", "read -q 500k 100k", spec], check=True)
+        layouts.append(json.loads(subprocess.check_output(["qemu-img", "map", "--output=json", image])))
+    assert layouts[0] == layouts[1] and any(run["present"] for run in layouts[0])
 
 
 CHAIN = [

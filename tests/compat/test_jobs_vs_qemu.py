@@ -97,6 +97,11 @@ SCRIPTS: dict[str, Script] = {
         *CHAIN, stream(base_node="base"), PENDING, *LOOK, do("block_resize", node_name="top", size=1 << 20),
         do("blockdev-del", node_name="mid"), do("job-finalize", id="s"), *LOOK,
     ],
+    "a stream to a base right below a filter": [
+        CHAIN[0], do("blockdev-add", driver="blkdebug", node_name="f", image="base"),
+        do("blockdev-add", driver="qcow2", node_name="mid", file={"driver": "file", "filename": "mid.qcow2"}, backing="f"),
+        stream(device="mid", base_node="base"), PENDING, do("job-finalize", id="s"), GONE, *LOOK,
+    ],
     "a stream in the middle": [
         *CHAIN, stream(device="mid", filter_node_name="f", backing_file="x"), stream(device="mid", filter_node_name="f"),
         PENDING, *LOOK, do("job-finalize", id="s"), *LOOK,
