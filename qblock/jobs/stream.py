@@ -272,8 +272,8 @@ def _lowest(system: BlockSystem, node: BlockDriverState, request: StreamRequest)
     else:
         if base is not None:
             raise CommandError(f"Node '{base.node_name}' is not a backing image of '{node.node_name}'")
-    if base is node:
-        raise CommandError(f"Node '{node.node_name}' is not a backing image of itself")
+    if base is not None and graph.skip_filters(base) is graph.skip_filters(node):
+        raise CommandError(f"Node '{base.node_name}' is not a backing image of '{node.node_name}', but the same image")
     return lowest
 
 

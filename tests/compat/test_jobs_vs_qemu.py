@@ -102,6 +102,10 @@ SCRIPTS: dict[str, Script] = {
         do("blockdev-add", driver="qcow2", node_name="mid", file={"driver": "file", "filename": "mid.qcow2"}, backing="f"),
         stream(device="mid", base_node="base"), PENDING, do("job-finalize", id="s"), GONE, *LOOK,
     ],
+    "a stream to the image itself, seen through a filter": [
+        *CHAIN, do("blockdev-add", driver="blkdebug", node_name="f", image="top"),
+        stream(device="f", base_node="top", backing_file="x"), stream(device="f", base_node="f"), *LOOK,
+    ],
     "a stream in the middle": [
         *CHAIN, stream(device="mid", filter_node_name="f", backing_file="x"), stream(device="mid", filter_node_name="f"),
         PENDING, *LOOK, do("job-finalize", id="s"), *LOOK,
