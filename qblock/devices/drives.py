@@ -125,15 +125,23 @@ def parse_drive(options: str | Mapping[str, Json], *, default_interface: str = "
         own["cache.writeback"] = rest["cache"].pop("writeback")
     if "readonly" in own and "read-only" in own:
         raise CommandError("'readonly' and 'read-only' are the same option of a drive; give one of them")
+    _check_numbers({name: own[name] for name in ("index", "bus", "unit") if name in own})
     drive: DriveOptions = visit(DriveOptions, own, strings=True)
     if drive.file == "":
         drive = attrs.evolve(drive, file=None)
     for seconds in drive.stats_intervals:
         if not 0 < seconds <= MAX_INTERVAL:
             raise InvalidParameter("stats-intervals", f"must be from 1 to {MAX_INTERVAL} seconds, not {seconds}")
-    if drive.detect_zeroes == "unmap" and drive.discard not in ("on", "unmap"):
-        raise InvalidParameter("detect-zeroes", "can be 'unmap' only together with discard=unmap")
     return attrs.evolve(drive, rest=rest, limits=limits, group=group)
+
+
+def _check_numbers(given: Mapping[str, Json]) -> None:
+    """Raise `InvalidParameter` for text that is no plain number: these take no suffixes, unlike sizes."""
+    for name, value in given.items():
+        try:
+            int(value, 0) if isinstance(value, str) else value
+        except ValueError:
+            raise InvalidParameter(name, f"must be a number without a suffix, not '{value:.100}'") from None
 
 
 _SHORT_LIMITS: Final = {
@@ -154,6 +162,7 @@ def _take_limits(given: dict[str, Any]) -> tuple[ThrottleLimits, str | None]:
                 raise CommandError(f"'throttling.{name}' and '{short}' are the same option of a drive; give one of them")
             members[name] = given.pop(short)
     group = members.pop("group", None)
+    _check_numbers({f"throttling.{name}": value for name, value in members.items()})
     if group is not None and not isinstance(group, str):
         raise InvalidParameter("throttling.group", "must be a string")
     return changed_limits(NO_LIMITS, members, path="throttling", strings=True), group
@@ -165,7 +174,7 @@ def node_options(drive: DriveOptions) -> dict[str, Any]:
     options: dict[str, Any] = {
         "cache": {"direct": direct, "no-flush": no_flush},
         "discard": "unmap" if drive.discard in ("on", "unmap") else "ignore",
-        "detect-zeroes": drive.detect_zeroes,
+        "detect-zeroes": "on" if drive.detect_zeroes == "unmap" else drive.detect_zeroes,
         "auto-read-only": True,
     }
     return merge(options, drive.rest)
@@ -230,6 +239,8 @@ def prepare_medium(system: BlockSystem, node: BlockDriverState, *, filename: str
 
 async def _open_medium(system: BlockSystem, drive: DriveOptions) -> BlockDriverState | None:
     node = await _open_image(system, drive)
+    if node is not None:
+        node.detect_zeroes = drive.detect_zeroes  # a drive's can be unmap without discard=unmap, unlike a node's
     return node if node is None or not drive.snapshot else await _put_above(system, node, read_only=drive.wants_read_only)
 
 

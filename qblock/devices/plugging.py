@@ -21,6 +21,7 @@ from qblock.devices.models import BUS_KINDS, DeviceModel, DiskTraits, find_model
 from qblock.devices.properties import Value, parse_values
 from qblock.devices.property_sets import PCI
 from qblock.devices.tree import Bus, Device
+from qblock.devices.value_limits import check_limits
 from qblock.drain import drained
 from qblock.errors import CommandError, DeviceNotFound, InvalidParameter
 from qblock.graph import check_identifier
@@ -76,6 +77,9 @@ def read_request(
     wanted = {prop: value for name, prop, value in defaults if name == model.name and prop not in given}
     values = parse_values(model.properties, wanted, owner=model.name, strings=True)
     values |= parse_values(model.properties, given, owner=model.name, strings=strings)
+    check_limits(model.name, values)
+    if values.get("drive") == "":
+        del values["drive"]
     return Request(model, device_id or "", bus, values)
 
 
@@ -285,7 +289,7 @@ _PLACES: Final = {
 
 
 def _check_serial(values: Mapping[str, Value], model: DeviceModel) -> None:
-    if model.name == "nvme" and not values.get("serial"):
+    if model.name == "nvme" and "serial" not in values:
         raise CommandError("An nvme device needs a 'serial'")
 
 

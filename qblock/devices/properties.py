@@ -71,6 +71,8 @@ class Property:
                 raise InvalidParameter(where, f"must be a number, not '{given:.100}'") from None
         if isinstance(given, bool) or not isinstance(given, int):
             raise InvalidParameter(where, "must be an integer")
+        if self.kind == "uint64" and -(high + 1) // 2 <= given < 0:
+            return int(given) + high + 1
         if not low <= given <= high:
             raise InvalidParameter(where, f"must be from {low} to {high}, not {given}")
         return given

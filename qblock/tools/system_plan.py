@@ -5,6 +5,7 @@ Models how qemu-system-x86_64 7.2 decides which devices a machine has that nobod
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -16,6 +17,7 @@ from qblock.devices.machine_types import Identity, MachineType, machine_type
 from qblock.errors import CommandError, InvalidParameter
 from qblock.monitor.commandline import check_members
 from qblock.options import split_keyval
+from qblock.tools.idle_values import check_idle
 from qblock.tools.system_help import ACCELERATORS
 from qblock.tools.system_options import GROUPS, About, Given
 from qblock.units import parse_size
@@ -33,6 +35,8 @@ SUPERSEDES: Final[Mapping[str, str]] = {
     "isa-serial": "serial",
 }
 """Devices that take the place of a default one."""
+MAX_CPUS: Final = 255
+"""As many processors a machine can have."""
 _VGA: Final = frozenset({"std", "cirrus", "vmware", "qxl", "xenfb", "virtio", "none"})
 MACHINE_PROPERTIES: Final = frozenset(
     {
@@ -67,6 +71,8 @@ class Plan:
             if option.name in GROUPS:
                 with About(option):
                     option.members()
+            with About(option):
+                check_idle(option)
         properties = _machine(given)
         kind = machine_type(properties.pop("type", "pc"))
         board = BOARDS[kind.board]
@@ -191,17 +197,24 @@ def _fittings(given: Sequence[Given], defaults: frozenset[str], board: BoardType
 
 
 def _cpus(option: Given) -> int:
-    """How many processors ``-smp`` asks for: the number, or the product of its parts."""
-    members = {
-        key: str(value) for key, value in split_keyval(option.value, implied_key="cpus").items()
-    }
+    """How many processors ``-smp`` asks for: the number, or the product of its parts, of which 0 stands for none given."""
+    members = {key: str(value) for key, value in split_keyval(option.value, implied_key="cpus").items()}
     check_members("smp-opts", members)
     numbers = {}
     for key, value in members.items():
-        if not value.isdigit() or not int(value):
+        if not value.isdigit():
             raise CommandError(f"{option}: '{key}' must be a number")
         numbers[key] = int(value)
-    product = 1
-    for key in ("sockets", "dies", "clusters", "cores", "threads"):
-        product *= numbers.get(key, 1)
-    return numbers.get("cpus", numbers.get("maxcpus", product))
+    parts = {key: numbers.get(key, 0) for key in ("sockets", "dies", "clusters", "cores", "threads")}
+    cpus = numbers.get("cpus", 0) or numbers.get("maxcpus", 0)
+    most = numbers.get("maxcpus", 0) or cpus
+    if most:
+        # What was not given is 1, but for the first of these, which fills up.
+        filler = next((key for key in ("cores", "sockets", "threads") if not parts[key]), None)
+        rest = math.prod(number or 1 for key, number in parts.items() if key != filler)
+        if (most // rest * rest if filler else rest) != most:
+            raise CommandError(f"{option}: the parts do not multiply to the {most} processors that there can be")
+    cpus = cpus or math.prod(number or 1 for number in parts.values())
+    if cpus > (most or cpus) or max(cpus, most) > MAX_CPUS or parts["clusters"] > 1:
+        raise CommandError(f"{option}: there can be {min(most or MAX_CPUS, MAX_CPUS)} processors, and no clusters of them")
+    return cpus

@@ -130,6 +130,9 @@ def test_mistakes_end_with_code_1(argv: list[str], capsys: pytest.CaptureFixture
         ["-name", "x,nosuch=1"], ["-m", "64,nosuch=1"], ["-m", "64,slots"], ["-rtc", "nosuch=1"], ["-msg", "timestamp=x"],
         ["-sandbox", "nosuch"], ["-action", "panic=nosuch"], ["-overcommit", "nosuch=1"], ["-chardev", "null,id=1"],
         ["-tb-size", "5"], ["-chardev", "null,id=c", "-chardev", "null,id=d", "-mon", "c,id=m", "-mon", "d,id=m"],
+        ["-smp", "256"], ["-smp", "2,sockets=3"], ["-smp", "2,maxcpus=1"], ["-m", "1G,slots=1"], ["-m", "1G,maxmem=512M"],
+        ["-boot", "x"], ["-boot", "cc"], ["-boot", "once=1"], ["-boot", "splash-time=70000"], ["-rtc", "base=nosuch"],
+        ["-rtc", "clock=nosuch"], ["-watchdog-action", "nosuch"], ["-drive", "if=none,throttling.bps-read=1M"],
         ["-drive", "disk.img"], ["-smp", "2,nosuch=1"], ["-uuid", "11111111222233334444555555555555"],
     ],
 )  # fmt: skip
