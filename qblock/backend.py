@@ -16,8 +16,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import attrs
-
 from qblock.drain import kick
 from qblock.errors import BlockIOError
 from qblock.permissions import ChildRole, Perm
@@ -36,6 +34,7 @@ from qblock.requests import (
 from qblock.transaction import Transaction
 
 if TYPE_CHECKING:
+    from qblock.accounting import DeviceAccounting
     from qblock.graph import Graph
     from qblock.iothreads import IOThread
     from qblock.node import BdrvChild, BlockDriverState
@@ -50,15 +49,6 @@ _LIMITED: Final = ("read", "write", "zero")
 """The operations that wait for the limits of a backend."""
 
 
-@attrs.frozen
-class StatsOptions:
-    """What the device on a backend is to count: failed requests, refused ones, and times over the last so many seconds."""
-
-    account_failed: bool = True
-    account_invalid: bool = True
-    intervals: tuple[int, ...] = ()
-
-
 class BlockBackend:
     """A user's handle on a node. ``perm`` and ``shared`` are what its edge takes and shares, also of nodes inserted later.
 
@@ -68,8 +58,8 @@ class BlockBackend:
     ``disable_queuing`` requests do not wait while the node is drained: for jobs, which stop by themselves.
     ``changing_medium`` while a command puts another node in, which nobody else may do then; ``last_medium`` tells how the
     node was opened that such a command took out. ``in_flight`` counts requests under way, those not included that wait for
-    the end of a drained section. ``throttle`` holds up reads, writes and zero writes, see `limit`. ``stats`` is what its
-    device counts.
+    the end of a drained section. ``throttle`` holds up reads, writes and zero writes, see `limit`. ``accounting``
+    counts what query-blockstats tells, for drives and guest devices: who makes a request says whether it counts.
     """
 
     def __init__(
@@ -87,7 +77,7 @@ class BlockBackend:
         self.io_status = IO_OK
         self.on_read_error = "report"
         self.on_write_error = "enospc"
-        self.stats = StatsOptions()
+        self.accounting: DeviceAccounting | None = None
         self.device: Any = None
         self.iothread: IOThread | None = None
         self.changing_medium = False

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
 
+from qblock.accounting import DeviceAccounting, Operation
 from qblock.backend import IO_FAILED, IO_NOSPACE, IO_OK, BlockBackend
-from qblock.devices.accounting import DeviceAccounting, Operation
 from qblock.devices.models import DiskTraits
 from qblock.errors import BlockIOError, CommandError
 from qblock.permissions import Perm

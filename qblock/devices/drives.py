@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
-from qblock.backend import BlockBackend, StatsOptions
+from qblock.accounting import DeviceAccounting
+from qblock.backend import BlockBackend
 from qblock.devices.board import UNPOLICED, Place
 from qblock.devices.models import MODELS
 from qblock.devices.plugging import Request, plug
@@ -205,7 +206,9 @@ async def attach_drive(system: BlockSystem, drive: DriveOptions, *, connect: boo
         backend.on_write_error = drive.werror or "enospc"
         backend.on_read_error = drive.rerror or "report"
         intervals = tuple(drive.stats_intervals)
-        backend.stats = StatsOptions(drive.stats_account_failed, drive.stats_account_invalid, intervals)
+        backend.accounting = DeviceAccounting(
+            system.clock, drive.stats_account_failed, drive.stats_account_invalid, intervals
+        )
         if drive.limits.are_set:
             throttle = system.env.throttle_groups.join(drive.group or name)
             throttle.group.set_limits(drive.limits)

@@ -7,6 +7,7 @@ found, the disk's backend is found or made, and its permissions are taken. When 
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from qblock import homes
+from qblock.accounting import DeviceAccounting
 from qblock.backend import BlockBackend
-from qblock.devices.accounting import DeviceAccounting
 from qblock.devices.device import GuestDevice
 from qblock.devices.models import BUS_KINDS, DeviceModel, DiskTraits, find_model
 from qblock.devices.properties import Value, parse_values
@@ -322,6 +323,7 @@ def _connect_disk(system: BlockSystem, device: Device, traits: DiskTraits) -> No
             backend.set_permissions(*before)
         raise
     backend.device = device.disk = disk
+    backend.accounting = disk.accounting
 
 
 def _settle_home(backend: BlockBackend, device: Device, change: Transaction) -> None:
@@ -346,14 +348,13 @@ def _thread_named(system: BlockSystem, name: Value | None) -> IOThread | None:
 
 
 def _accounting(system: BlockSystem, backend: BlockBackend, values: Mapping[str, Value]) -> DeviceAccounting:
-    """What is counted: as the device says, or else its drive."""
-    failed, invalid = (
-        own == "on" if (own := values.get(name, "auto")) != "auto" else of_drive
-        for name, of_drive in (
-            ("account-failed", backend.stats.account_failed), ("account-invalid", backend.stats.account_invalid),
-        )
-    )  # fmt: skip
-    return DeviceAccounting(system.clock, failed, invalid, backend.stats.intervals)
+    """What goes on counting for the drive, or begins to: as the device says, or else the drive."""
+    accounting = DeviceAccounting(system.clock) if backend.accounting is None else copy.copy(backend.accounting)
+    if (failed := values.get("account-failed", "auto")) != "auto":
+        accounting.account_failed = failed == "on"
+    if (invalid := values.get("account-invalid", "auto")) != "auto":
+        accounting.account_invalid = invalid == "on"
+    return accounting
 
 
 def _backend_for(system: BlockSystem, device: Device, traits: DiskTraits) -> tuple[BlockBackend, bool]:

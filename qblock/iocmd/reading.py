@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import attrs
 
 from qblock.errors import BlockIOError
-from qblock.iocmd.reporting import all_bytes, dump, failed, refuse_request, report
+from qblock.iocmd.reporting import all_bytes, counted, dump, failed, refuse_request, report
 from qblock.iocmd.shell import AlreadySaid, CommandFailed, IoShell, options_of
 from qblock.iocmd.words import check_sectors, number, pattern_byte, total_length
 
@@ -96,4 +96,4 @@ async def aio_read(shell: IoShell, name: str, args: list[str]) -> None:
     async def request() -> None:
         await _read_request(shell, "readv", options, offset, length, check=check)
 
-    shell.spawn(request())
+    shell.spawn(counted(shell, "read", length, request()))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final
 
+from qblock.accounting import Operation
 from qblock.errors import BlockIOError
 from qblock.iocmd.shell import CommandFailed, IoShell
 from qblock.iocmd.words import clock_text, format_bytes
@@ -56,8 +57,23 @@ def all_bytes(data: memoryview, value: int) -> bool:
     )
 
 
-def refuse_request(shell: IoShell, operation: str) -> None:
+def refuse_request(shell: IoShell, operation: Operation) -> None:
     """What -i does: nothing is requested, and the statistics of the image have one more invalid ``operation``."""
     shell.out(f"injecting invalid {operation} request")
-    if (device := shell.image.device) is not None:
-        device.accounting.refused(operation)
+    if (accounting := shell.image.accounting) is not None:
+        accounting.refused(operation)
+
+
+async def counted(shell: IoShell, operation: Operation, length: int, request: Coroutine[Any, Any, None]) -> None:
+    """Run a request that, as those of aio commands, is in the statistics of the image as a guest's is."""
+    accounting = shell.image.accounting
+    if accounting is None:
+        await request
+        return
+    started = accounting.start()
+    try:
+        await request
+    except CommandFailed:
+        accounting.failed(operation, started)
+        raise
+    accounting.done(operation, length, started)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from qblock.errors import BlockIOError, CommandError
-from qblock.iocmd.reporting import failed, refuse_request, report
+from qblock.iocmd.reporting import counted, failed, refuse_request, report
 from qblock.iocmd.shell import CommandFailed, IoShell, options_of
 from qblock.iocmd.words import check_sectors, number, pattern_byte, total_length
 from qblock.permissions import Perm
@@ -23,10 +23,10 @@ async def _write_request(
     shell: IoShell, verb: str, options: Mapping[str, str], offset: int, length: int, *, data: memoryview | None
 ) -> None:
     """Write ``data``, or zeroes without a buffer when it is None, and report."""
-    shell.allow(Perm.WRITE)
     started = shell.clock.now_ns()
     fua = "f" in options
     try:
+        shell.allow(Perm.WRITE)
         if data is not None and "b" in options:
             await shell.image.save_vm_state(offset, data)
         elif data is None:
@@ -110,7 +110,8 @@ async def aio_write(shell: IoShell, name: str, args: list[str]) -> None:
         options.pop("P", None)  # QEMU takes both here, and writes zeroes
     data = _payload(shell, options, length)
     shell.allow(Perm.WRITE)
-    shell.spawn(_write_request(shell, "aio_write", options, offset, length, data=data))
+    request = _write_request(shell, "aio_write", options, offset, length, data=data)
+    shell.spawn(request if data is None else counted(shell, "write", length, request))
 
 
 async def discard(shell: IoShell, name: str, args: list[str]) -> None:
@@ -134,8 +135,8 @@ async def flush(shell: IoShell, name: str, args: list[str]) -> None:
 
 
 async def aio_flush(shell: IoShell, name: str, args: list[str]) -> None:
-    """``aio_flush``: waits for all aio requests."""
-    await shell.finish()
+    """``aio_flush``: waits for all aio requests, and is in the statistics as a flush."""
+    await counted(shell, "flush", 0, shell.finish())
 
 
 async def truncate(shell: IoShell, name: str, args: list[str]) -> None:

@@ -290,7 +290,7 @@ class MirrorJob(BlockJob):
         assert self.txn is not None
         for job in self.txn.jobs:
             job.wake()  # or this one's guest would be held until they look by themselves
-        await self.drain(self.source, self.target_edge.node)
+        await self.drain(self.source)
         while self._misses > _PATIENCE and not self._is_clean() and self._goes_well():
             await self.undisturbed()
             if self.bitmap.count:

@@ -3,7 +3,8 @@
 Models hmp-block.md section 1. What it prints goes to the program's standard output, what is refused to the monitor. Requests
 of aio commands on a drive or a device are still under way when the command is done, until they have been answered or are let
 go from a breakpoint. A node gets a backend for the one command, at whose end everything on the node comes to rest: jobs pause
-there, as they do in QEMU.
+there, as they do in QEMU. An aio request that could not begin by then, because somebody holds the node at rest (a job that
+waits for job-finalize), finds no medium any more.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class IoShells:
             backend.insert(node)
             shell = self._shell(backend, lambda: None)
             done = await shell.execute(line, complain=complain)
+            if backend.quiesce_counter:
+                backend.remove()
             await shell.finish_all()
             await pause_above(node, times=2)
         finally:

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import attrs
 
-from qblock.backend import StatsOptions
 from qblock.chain import chain_edge, skip_implicit, snapshot_node
-from qblock.devices.timed_stats import TimedStats
 from qblock.driver import SupportsSnapshots
 from qblock.filenames import combine_filename
 from qblock.monitor.replies import (
@@ -34,8 +32,8 @@ from qblock.options import fields, visit
 from qblock.throttle_limits import DRIVE_NAMES, RATES
 
 if TYPE_CHECKING:
+    from qblock.accounting import DeviceAccounting
     from qblock.backend import BlockBackend
-    from qblock.devices.accounting import DeviceAccounting
     from qblock.devices.device import GuestDevice
     from qblock.dirty import DirtyBitmap
     from qblock.driver import Json
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
     from qblock.node import BlockDriverState
     from qblock.system import BlockSystem
 
-NOTHING_COUNTED: Final = StatsOptions(account_failed=False, account_invalid=False)
-"""What nodes say, since it is devices that count."""
 _COUNTERS: Final = tuple(
     field.attribute
     for field in fields(BlockDeviceStats)
@@ -182,7 +178,7 @@ def node_stats(node: BlockDriverState, *, below: bool) -> BlockStats:
     backing = node.backing
     return BlockStats(
         node_name=node.node_name,
-        stats=_counters(None, node, NOTHING_COUNTED),
+        stats=_counters(None, node),
         driver_specific=_driver_specific(node),
         parent=None if storage is None else node_stats(storage.node, below=below),
         backing=node_stats(backing.node, below=True) if below and backing is not None else None,
@@ -203,15 +199,15 @@ def device_stats(backend: BlockBackend) -> BlockStats:
         device=backend.name,
         qdev=None if device is None else device.name,
         node_name=None if of_node is None else of_node.node_name,
-        stats=_counters(None if device is None else device.accounting, node, backend.stats),
+        stats=_counters(backend.accounting, node),
         driver_specific=None if of_node is None else of_node.driver_specific,
         parent=None if of_node is None else of_node.parent,
         backing=None if of_node is None else of_node.backing,
     )
 
 
-def _counters(accounting: DeviceAccounting | None, node: BlockDriverState | None, options: StatsOptions) -> BlockDeviceStats:
-    """The counters of a device (``accounting``), or of what has none and would count as ``options`` say."""
+def _counters(accounting: DeviceAccounting | None, node: BlockDriverState | None) -> BlockDeviceStats:
+    """What ``accounting`` has counted, if there is one, and what the node tells of itself."""
     counters = {} if accounting is None else accounting.snapshot()
     values: dict[str, Any] = {name: counters.get(name, 0) for name in _COUNTERS}
     if "idle_time_ns" in counters:
@@ -219,13 +215,12 @@ def _counters(accounting: DeviceAccounting | None, node: BlockDriverState | None
     for kind, histogram in ({} if accounting is None else accounting.histograms).items():
         shown = LatencyHistogramInfo(boundaries=list(histogram.boundaries), bins=list(histogram.bins))
         values[f"{kind}_latency_histogram"] = shown
-    idle = [TimedStats(seconds, 0).shown(0) for seconds in options.intervals]
-    timed = idle if accounting is None else accounting.timed_stats()
+    timed = [] if accounting is None else accounting.timed_stats()
     return BlockDeviceStats(
         **values,
         wr_highest_offset=0 if node is None else node.wr_highest_offset,
-        account_invalid=options.account_invalid if accounting is None else accounting.account_invalid,
-        account_failed=options.account_failed if accounting is None else accounting.account_failed,
+        account_invalid=accounting is not None and accounting.account_invalid,
+        account_failed=accounting is not None and accounting.account_failed,
         timed_stats=[visit(TimedStatsInfo, shown) for shown in timed],
     )
 

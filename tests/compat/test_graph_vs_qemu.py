@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qmp_pair import DAEMONS, both, do, together, wait, wire
+from qmp_pair import DAEMONS, SYSTEMS, both, do, io, together, wait, wire
 
 IMAGES = [
     ["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "1M"],
@@ -262,3 +262,18 @@ def test_both_answer_alike(script: list[dict[str, Any]], tmp_path: Path) -> None
     real, ours = both(DAEMONS, tmp_path, script, IMAGES)
     for expected, got in zip(_comparable(real), _comparable(ours), strict=True):
         assert got == expected
+
+
+@pytest.mark.qemu
+def test_neither_monitor_waits_for_a_node_that_a_pending_mirror_holds(tmp_path: Path) -> None:
+    """aio requests on the source are answered, and so is what reads the target; the job can be finalized."""
+    script = [
+        *(add(qcow2(name, file(f"{name}.qcow2"))) for name in ("base", "other")),
+        do("blockdev-mirror", job_id="j", device="base", target="other", sync="full", auto_finalize=False),
+        wait("BLOCK_JOB_READY"), do("job-complete", id="j"), wait("JOB_STATUS_CHANGE", status="pending"),
+        *(io("base", line) for line in ("aio_write 0 4k", "aio_read 0 4k", "aio_flush", "length")),
+        *(io("other", line) for line in ("read 0 4k", "aio_read 0 4k", "flush")),
+        do("job-finalize", id="j"), wait("JOB_STATUS_CHANGE", status="null"), io("other", "read -P 0 0 4k"),
+    ]  # fmt: skip
+    real, ours = both(SYSTEMS, tmp_path, script, IMAGES)
+    assert ours == real

@@ -10,6 +10,7 @@ import pytest
 
 from qblock.monitor.client import QmpClient, QmpError
 from qblock.monitor.hub import MonitorHub
+from qblock.monitor.io_shells import IoShells
 from qblock.testing.images import make_chain, make_image
 from qblock.testing.machines import LocalMachine
 from qblock.testing.schedules import Seeded
@@ -111,3 +112,47 @@ def test_a_node_that_is_reopened_stays_open_until_it_has_been(tmp_path: Path, de
         machine.advance("1s")
         assert list(machine.machine.system.graph.nodes) == ["other-file", "other"]
     assert not complaints
+
+
+def test_a_request_on_a_node_that_a_pending_job_holds_finds_no_medium(tmp_path: Path) -> None:
+    """The monitor does not wait for the guest's side to go on, which it is the one to say; the other side can be read."""
+    said: list[str] = []
+    with LocalMachine() as local:
+        local.machine.hub.io = IoShells(local.machine.system, said.append)
+        for name in ("a", "b"):
+            make_image(tmp_path / name, SIZE)
+            storage = {"driver": "file", "filename": str(tmp_path / name)}
+            local.qmp.execute("blockdev-add", driver="qcow2", node_name=name, file=storage)
+        local.qmp.execute("blockdev-mirror", job_id="j", device="a", target="b", sync="full", auto_finalize=False)
+        local.qmp.wait_event("BLOCK_JOB_READY")
+        local.qmp.execute("job-complete", id="j")
+        local.qmp.wait_event("JOB_STATUS_CHANGE", status="pending")
+        for line in ('a "aio_write -P 1 0 4k"', 'a "aio_write -z 0 4k"', 'a "aio_read 0 4k"', 'b "read -q 0 4k"', 'b "flush"'):
+            assert local.qmp.hmp(f"qemu-io {line}") == ""
+        texts = [text for text in said if not text.startswith("qemu-io: ")]
+        assert texts == [f"{verb} failed: No medium found" for verb in ("aio_write", "aio_write", "readv")]
+        local.qmp.execute("job-finalize", id="j")
+        local.qmp.wait_event("JOB_STATUS_CHANGE", status="null")
+        assert local.qmp.hmp('qemu-io b "read -q -P 0 0 4k"') == ""
+
+
+@pytest.mark.parametrize("device", [True, False])
+def test_aio_requests_are_in_the_statistics_of_their_drive(tmp_path: Path, device: bool) -> None:
+    """As a guest's are, also where no device has the drive; what else qemu-io does, zeroes among it, is not."""
+    make_image(tmp_path / "disk", SIZE)
+    with LocalMachine() as local:
+        interface = "virtio" if device else "none"
+        local.run(local.machine.add_drive(f"if={interface},id=d,file={tmp_path}/disk,format=qcow2"))
+        for line in (
+            "aio_write 0 4k", "aio_write 0 512 512", "aio_write -z 0 64k", "aio_write 1M 4k", "aio_read 0 8k",
+            "aio_read -P 9 0 4k", "aio_read 1M 4k", "aio_read -i 0 4k", "aio_write -i 0 4k",
+            "aio_flush", "write 0 4k", "read 0 4k", "flush",
+        ):  # fmt: skip
+            local.qmp.hmp(f'qemu-io d "{line}"')
+            local.advance("1ms")
+        (shown,) = local.qmp.execute("query-blockstats")
+    kinds = ("wr", "rd", "flush")
+    counts = [[shown["stats"].get(f"{state}{kind}_operations") for kind in kinds] for state in ("", "failed_", "invalid_")]
+    assert counts == [[2, 2, 1], [1, 1, 0], [1, 1, 0]]
+    assert (shown["stats"]["wr_bytes"], shown["stats"]["rd_bytes"]) == (4096 + 1024, 8192 + 4096)
+    assert shown["stats"]["idle_time_ns"] == 4_000_000

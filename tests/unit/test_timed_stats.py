@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qblock.devices.timed_stats import TimedStats
+from qblock.timed_stats import TimedStats
 
 SECOND = 1_000_000_000
 

@@ -1,6 +1,7 @@
 """What query-blockstats tells of a device: counters, latency histograms.
 
-Models QEMU's block accounting (semantics.md section 14.2): only requests of guests are counted, failed and refused ones apart.
+Models QEMU's block accounting (semantics.md section 14.2): only requests of guests and of qemu-io's aio commands are counted,
+failed and refused ones apart.
 Times are nanoseconds.
 """
 
@@ -14,8 +15,8 @@ from typing import Final, Literal
 import attrs
 
 from qblock.clock import Clock
-from qblock.devices.timed_stats import Kind, TimedStats
 from qblock.errors import CommandError
+from qblock.timed_stats import Kind, TimedStats
 
 Operation = Literal["read", "write", "zero", "discard", "flush"]
 HistogramKind = Kind
