@@ -128,6 +128,8 @@ def parse_drive(options: str | Mapping[str, Json], *, default_interface: str = "
         raise CommandError("'readonly' and 'read-only' are the same option of a drive; give one of them")
     _check_numbers({name: own[name] for name in ("index", "bus", "unit") if name in own})
     drive: DriveOptions = visit(DriveOptions, own, strings=True)
+    if isinstance(rest.get("node-name"), str):
+        check_identifier(rest["node-name"], parameter="node-name")
     if drive.file == "":
         drive = attrs.evolve(drive, file=None)
     for seconds in drive.stats_intervals:

@@ -173,6 +173,8 @@ def _socket(label: str, given: Mapping[str, object]) -> ChardevOptions:
     server = _flag(given, "server", default=False)
     if not server and "wait" in given:
         raise InvalidParameter("wait", "is for sockets that listen (server=on)")
+    if server and "reconnect" in given:
+        raise InvalidParameter("reconnect", "is for sockets that connect (server=off)")
     wait = _flag(given, "wait", default=True)
     path = given.get("path")
     if "fd" in given:

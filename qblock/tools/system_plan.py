@@ -35,6 +35,7 @@ SUPERSEDES: Final[Mapping[str, str]] = {
     "isa-serial": "serial",
 }
 """Devices that take the place of a default one."""
+MAX_PARALLEL: Final = 3
 MAX_CPUS: Final = 255
 """As many processors a machine can have."""
 _VGA: Final = frozenset({"std", "cirrus", "vmware", "qxl", "xenfb", "virtio", "none"})
@@ -192,7 +193,8 @@ def _fittings(given: Sequence[Given], defaults: frozenset[str], board: BoardType
                 counts["nic"] += 1
             case "smp":
                 cpus = _cpus(option)
-    counts["parallel"] = min(counts["parallel"], 3)
+    if counts["parallel"] > MAX_PARALLEL:
+        raise CommandError(f"-parallel: there can be {MAX_PARALLEL} parallel ports")
     return Fittings(cpu=cpus, **counts)
 
 

@@ -133,6 +133,7 @@ def test_mistakes_end_with_code_1(argv: list[str], capsys: pytest.CaptureFixture
         ["-smp", "256"], ["-smp", "2,sockets=3"], ["-smp", "2,maxcpus=1"], ["-m", "1G,slots=1"], ["-m", "1G,maxmem=512M"],
         ["-boot", "x"], ["-boot", "cc"], ["-boot", "once=1"], ["-boot", "splash-time=70000"], ["-rtc", "base=nosuch"],
         ["-rtc", "clock=nosuch"], ["-watchdog-action", "nosuch"], ["-drive", "if=none,throttling.bps-read=1M"],
+        ["-drive", "if=none,file=x,node-name="], ["-parallel", "null"] * 4, ["-qmp", "unix:q,server,nowait,reconnect=0"],
         ["-drive", "disk.img"], ["-smp", "2,nosuch=1"], ["-uuid", "11111111222233334444555555555555"],
     ],
 )  # fmt: skip
