@@ -6,9 +6,11 @@ Models ``bdrv_reopen`` and ``blockdev-reopen`` (semantics.md section 10.2). All 
 A description is complete: what it omits goes back to its default, ``discard`` excepted. What it says of read-only and of the
 cache is passed on to the children that were opened together with the node; what it omits leaves those as they are. A child is
 given by the name of a node; ``backing`` and ``file`` may name another one, whose content is not looked at. One that was opened by
-options among those of its parent can be described there again, and is reopened along with it. An option that was not given before
-is refused even with its default value, unless the driver says that it can come and go, as in QEMU. Differs from QEMU in that a
-node may be described only once, and in that an empty list is nothing to do (7.2 crashes on it).
+options among those of its parent, or because the image names it, can be described there again, and is reopened along with it.
+An option that was not given before is refused even with its default value, unless the driver says that it can come and go, as in
+QEMU. Differs from QEMU in that a node may be described only once, in that an empty list is nothing to do (7.2 crashes on it), and
+in what is left of a node that cannot become read-only because of a user that writes: its bitmaps are marked as in use again (7.2
+leaves them as stored, and refuses writes from then on).
 """
 
 from __future__ import annotations
@@ -151,9 +153,13 @@ def _check_given(node: BlockDriverState, given: Mapping[str, Json], path: str) -
 
 
 def _is_described_in(node: BlockDriverState, name: str) -> bool:
-    """Whether the child was opened by options among those of ``node``, and is still there."""
+    """Whether the child was opened along with ``node``, by options among its own or because its image names it, and is there."""
     edge = node.children.get(name)
-    return edge is not None and isinstance(node.options_given.get(name), Mapping) and not edge.node.monitor_owned
+    if edge is None or edge.node.monitor_owned:
+        return False
+    if isinstance(node.options_given.get(name), Mapping):
+        return True
+    return edge.role is ChildRole.BACKING and name not in node.options_given and not edge.node.implicit
 
 
 def _check_same_name(given: Mapping[str, Json], node: BlockDriverState, path: str) -> None:
@@ -297,7 +303,9 @@ def _remembered(
 ) -> dict[str, Json]:
     """What was given, but of children that stay, by what they were opened: they can be described by it again."""
     opened = {
-        name: node.options_given[name] for name in node.children if name not in moved and _is_described_in(node, name)
+        name: node.options_given[name]
+        for name in node.children.keys() & node.options_given.keys()
+        if name not in moved and _is_described_in(node, name)
     }
     return {**given, **{name: options for name, options in opened.items() if isinstance(given.get(name), str)}}
 

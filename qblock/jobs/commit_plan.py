@@ -66,8 +66,8 @@ class CommitPlace:
 
     @property
     def is_active(self) -> bool:
-        """Whether somebody may write to ``top`` meanwhile, so that the job has to follow it."""
-        return self.top is self.device or Perm.WRITE in self.top.perm
+        """Whether ``top`` is what the device shows, or somebody may write to it, so that the job has to follow it."""
+        return skip_filters(self.top) is skip_filters(self.device) or Perm.WRITE in self.top.perm
 
 
 def find_place(graph: Graph, device: str, request: CommitRequest) -> CommitPlace:
@@ -98,7 +98,7 @@ def _place(graph: Graph, root: BlockDriverState, request: CommitRequest) -> Comm
     else:
         top = _image(graph, root, node_name=request.top_node, filename=request.top) or root
     base = _image(graph, top, node_name=request.base_node, filename=request.base) or base_of(top)
-    if base is top:
+    if skip_filters(base) is skip_filters(top):
         raise CommandError(f"Image '{top.node_name}' cannot be committed into itself: choose another base, or a higher top")
     return CommitPlace(root, top, base)
 

@@ -132,6 +132,12 @@ SCRIPTS: dict[str, Script] = {
         do("blockdev-del", node_name="mid"), do("blockdev-snapshot-sync", node_name="top", snapshot_file="s.qcow2"),
         do("change-backing-file", device="top", image_node_name="mid", backing_file="x"), COMPLETE, GONE,
     ],
+    "what filters show": [
+        *CHAIN, do("blockdev-add", driver="copy-on-read", node_name="f", file="top"), commit(device="f", base_node="top"),
+        commit(device="f", base_node="mid", top_node="top", backing_file="x"),
+        commit(device="f", base_node="mid", top_node="top"), READY, GRAPH, COMPLETE, GONE, GRAPH,
+        commit(device="f", base_node="mid"),
+    ],
 }  # fmt: skip
 ERRORS: dict[str, Script] = {
     f"{kind} {errno} {policy}": [

@@ -236,6 +236,19 @@ DESCRIBED_CHILDREN = [
     ),
     *(reopen(file("r.raw", node_name="f", **options)) for options in ({"locking": "auto"}, {"drop_cache": False}, {})),
 ]  # fmt: skip
+FOUND: dict[str, Any] = {"driver": "qcow2", "file": file("base.qcow2")}
+NAMED_BY_IMAGES = [
+    add(qcow2("ov", file("ov.qcow2"))), NODES,
+    *(
+        step
+        for backing in (
+            FOUND, {**FOUND, "lazy-refcounts": True}, {**FOUND, "detect-zeroes": "on"}, {**FOUND, "read-only": False}, FOUND,
+            {**FOUND, "node-name": "x"}, {**FOUND, "driver": "raw"}, {**FOUND, "file": file("other.qcow2")}, {},
+            {**FOUND, "file": file("./base.qcow2")}, {**FOUND, "file": file("base.qcow2", aio="threads")},
+        )
+        for step in (reopen(qcow2("ov", file("ov.qcow2"), backing=backing)), NODES)
+    ),
+]  # fmt: skip
 
 
 def _comparable(value: Any) -> Any:
@@ -251,10 +264,11 @@ _TIMES = {"date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"}
 
 @pytest.mark.qemu
 @pytest.mark.parametrize(
-    "script", [BACKING, FLAGS, INTERNAL, QUORUM, USED_OVERLAYS, PASSED_ON, REFUSALS, DESCRIBED_CHILDREN],
+    "script", [BACKING, FLAGS, INTERNAL, QUORUM, USED_OVERLAYS, PASSED_ON, REFUSALS, DESCRIBED_CHILDREN, NAMED_BY_IMAGES],
     ids=[
         "other backing and file", "flags and options", "internal snapshots", "children of a quorum", "overlays in use",
         "snapshots through filters", "odd options", "children by their options",
+        "children that images name",
     ],
 )
 def test_both_answer_alike(script: list[dict[str, Any]], tmp_path: Path) -> None:
