@@ -49,6 +49,7 @@ class MachineHistory(JobSteps):
         """Somebody else sees to it that the machine goes on."""
         self.fleece: Fleece | None = None
         self.looking = asyncio.Lock()
+        self.guests: list[asyncio.Task[None]] = []
         self.saved: dict[str, tuple[tuple[str, ...], list[bytes]]] = {}
         """What disks held when snapshots of the machine were made: names of the images, and contents."""
         self.filters: list[str] = []
@@ -303,9 +304,11 @@ class MachineHistory(JobSteps):
 
     async def keeper(self) -> None:
         """The machine goes on when an error has stopped it."""
-        while self.living:
+        while not all(task.done() for task in self.guests):
             await asyncio.sleep(0.005)
             if not self.system.run.running and not self.busy:
+                if not self.living:  # what can never succeed is taken back
+                    await self.tell("system_reset")
                 await self.tell("cont")
 
     async def photographer(self) -> None:
@@ -343,9 +346,8 @@ class MachineHistory(JobSteps):
         guests = [disk.guest for disk in self.disks]
         async with asyncio.TaskGroup() as group:
             for guest in guests:
-                for number in range(WRITERS):
-                    group.create_task(guest.writer(number))
-                group.create_task(guest.flusher())
+                self.guests += [group.create_task(guest.writer(number)) for number in range(WRITERS)]
+                self.guests.append(group.create_task(guest.flusher()))
             for helper in (self.keeper(), self.photographer(), self.watcher()):
                 group.create_task(helper)
             for _ in range(self.random.randrange(4, 20)):
