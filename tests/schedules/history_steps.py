@@ -92,8 +92,11 @@ class JobSteps(HistoryMachine):
 
     def keep_inside(self, image: str, tag: str, view: View) -> None:
         """There is a snapshot inside of an image. While the image is committed, what is written to it is written below, too."""
-        sinks = any(name == image and self.known[job].result is None for job, name in self.sinking.items())
-        self.inside[image, tag] = None if sinks else view
+        self.inside[image, tag] = None if self.sinks(image) else view
+
+    def sinks(self, image: str) -> bool:
+        """Whether an active image is being committed."""
+        return any(name == image and self.known[job].result is None for job, name in self.sinking.items())
 
     async def stream(self) -> None:
         """Into any image of a chain, down to any base."""

@@ -272,13 +272,14 @@ class MachineHistory(JobSteps):
             if not all(held):
                 return
             names = [self.chain(disk)[0].node_name for disk in disks]
+            sinking = {name for name in names if self.sinks(name)}
             tags = [tag for tag, (places, _) in self.saved.items() if places == tuple(names)]
             if tags and self.random.random() < 0.7:
                 await self._go_back(disks, names, self.random.choice(tags))
             elif await self._alone("snapshot-save", tag := f"v{self.number()}", names):
                 self.saved[tag] = tuple(names), [bytes(disk.guest.model) for disk in disks]
                 for disk, name in zip(disks, names, strict=True):
-                    self.keep_inside(name, tag, disk.guest.capture())
+                    self.inside[name, tag] = None if name in sinking else disk.guest.capture()
         finally:
             self.busy = False
             for disk in disks:
