@@ -161,6 +161,7 @@ class JobRunner:
             self._intend_cancel(job, force=True)
             job.run_ended = True
             assert job.txn is not None
+            job.txn.aborting = True  # at once: a member may fail before the task begins
             self._claim(job.txn)
             await self._in_own_task(self._abort_group(job, at_once=False))
         else:

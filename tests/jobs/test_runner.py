@@ -453,6 +453,32 @@ def test_one_failure_cancels_the_group() -> None:
     run(main)
 
 
+def test_a_group_is_ended_once_when_a_member_fails_at_the_moment_at_which_another_is_cancelled() -> None:
+    """Both end the whole group: whoever comes second leaves that to the first."""
+
+    async def main() -> None:
+        stage, txn, go = Stage(), JobTransaction(), asyncio.Event()
+
+        async def fails_later(job: PlayJob) -> None:
+            await go.wait()
+            await fails(job)
+
+        jobs = [PlayJob(stage.runner, name, script) for name, script in (("a", nothing), ("b", fails_later))]
+        for job in jobs:
+            stage.runner.create(job, txn)
+        for job in jobs:
+            stage.runner.start(job)
+        await LoopClock().sleep_ns(1)
+        assert jobs[0].status is JobStatus.WAITING
+        go.set()
+        await stage.runner.cancel(jobs[0])
+        for job in jobs:
+            await stage.runner.wait(job)
+        assert sorted(event for event in stage.events if event.endswith("null")) == ["a null", "b null"]
+
+    run(main)
+
+
 def test_the_tables_are_closed() -> None:
     """Every status is reachable, every paused form returns, every verb has a place."""
     assert set(TRANSITIONS) == set(JobStatus)

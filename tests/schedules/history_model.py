@@ -154,7 +154,7 @@ class Guest:
                     await device.write_from(index * BLOCK, memoryview(data))
                     return
             except QBlockError:
-                self.failed += 1
+                self.failed += device is self.find()  # and not because it was pulled out
                 await asyncio.sleep(0.001)
 
     async def flusher(self) -> None:
