@@ -7,7 +7,7 @@ from typing import Final
 
 from qblock.errors import BlockIOError, CommandError
 from qblock.iocmd.reporting import counted, failed, refuse_request, report
-from qblock.iocmd.shell import CommandFailed, IoShell, options_of
+from qblock.iocmd.shell import AlreadySaid, CommandFailed, IoShell, options_of
 from qblock.iocmd.words import check_sectors, number, pattern_byte, total_length
 from qblock.permissions import Perm
 
@@ -130,8 +130,12 @@ async def discard(shell: IoShell, name: str, args: list[str]) -> None:
 
 
 async def flush(shell: IoShell, name: str, args: list[str]) -> None:
-    """``flush``: all completed writes become durable."""
-    await shell.image.flush()
+    """``flush``: all completed writes become durable. Its failure is no reply of a monitor, as in QEMU."""
+    try:
+        await shell.image.flush()
+    except BlockIOError as error:
+        shell.err(f"{shell.program}: {error}")
+        raise AlreadySaid from error
 
 
 async def aio_flush(shell: IoShell, name: str, args: list[str]) -> None:

@@ -23,6 +23,8 @@ Json = Any
 _AUTOMATIC = re.compile(r"#block\d+")
 _DROPPED = {"desc", "timestamp", "package", "actual-size", "error", "reason"}
 """Members that differ by nature: texts, times, versions, how the file system allocates."""
+_BUSY = re.compile(r"(Node '[^']*' is busy: ).*")
+"""What HMP prints of a refusal: who stands against it is said in our own words."""
 
 
 @attrs.frozen
@@ -197,7 +199,7 @@ def comparable(result: list[Json], place: Path) -> list[Json]:
     names: dict[str, str] = {}
 
     def rename(text: str) -> str:
-        text = text.replace(str(place), "DIR")
+        text = _BUSY.sub(r"\1…", text.replace(str(place), "DIR"))
         return _AUTOMATIC.sub(lambda found: names.setdefault(found[0], f"#{len(names)}"), text)
 
     def walk(value: Json) -> Json:

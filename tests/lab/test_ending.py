@@ -13,7 +13,8 @@ import pytest
 
 STARTED = """
 import signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup or in the background of a script
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from qblock.__main__ import main
 {before}
 sys.exit(main(['lab', *sys.argv[1:]]))

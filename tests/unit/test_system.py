@@ -221,7 +221,6 @@ def test_a_drive_follows_its_chain_and_takes_its_options(tmp_path: Path) -> None
         ("if=virtio,id=d,rerror=enospc," + MEMORY, "rerror"),
         ("if=virtio,id=d,media=tape," + MEMORY, "media"),
         ("if=virtio,id=d,cache=some," + MEMORY, "cache"),
-        ("if=virtio,id=d,detect-zeroes=unmap," + MEMORY, "detect-zeroes"),
         ("if=virtio,id=d,serial=x," + MEMORY, "serial"),
         ("if=none,id=d,index=1,bus=1", "index"),
     ],
