@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import attrs
 
 from qblock.blockers import OpType
-from qblock.chain import snapshot_node
+from qblock.chain import contains, snapshot_node
 from qblock.drain import drained_all
 from qblock.driver import SupportsSnapshots, SupportsVmState
 from qblock.errors import CommandError, NodeBusy, QBlockError
@@ -199,8 +199,9 @@ def _loadable(system: BlockSystem, disk: SnapshottedDisk, tag: str) -> SnapshotI
     if found is None:
         raise CommandError(f"There is no snapshot '{tag}' of the device '{disk.node.node_name}'")
     system.graph.check_op(disk.node, OpType.INTERNAL_SNAPSHOT)
-    if snapshot_node(disk.node).dirty_bitmaps:
-        raise NodeBusy(disk.node.node_name, "its dirty bitmaps, which would not see what changes")
+    image = snapshot_node(disk.node)
+    if any(node.dirty_bitmaps and contains(node, image) for node in system.graph.nodes.values()):
+        raise NodeBusy(disk.node.node_name, "dirty bitmaps of it or above it, which would not see what changes")
     return found
 
 

@@ -249,7 +249,7 @@ class JobSteps(HistoryMachine):
             disk.guest.marks.remove(since)
             if mode == "always":
                 tracked.mark.surely, tracked.anchor = since.surely, None
-                tracked.bounded &= sync != "full"
+                tracked.bounded = False  # what was not copied is told in clusters of the job
 
         known.ended, known.failed = ended, failed
 
@@ -261,6 +261,8 @@ class JobSteps(HistoryMachine):
         await self.image(overlay, None, active.length, **{"backing-file": active.node_name, "backing-fmt": "qcow2"})
 
         def act() -> None:
+            if self.chain(disk)[0].node_name != overlay:
+                return  # a job had ended meanwhile, and the disk was another image
             self.views[active.node_name] = disk.guest.capture()
             for target in self.tops.pop(disk.id, ()):  # what is on top is asked in the course of a job: QEMU loses it as well
                 self.views[target] = None
