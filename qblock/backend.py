@@ -196,10 +196,6 @@ class BlockBackend:
         """See `EdgeParent`."""
         return self.in_flight > 0
 
-    def below(self) -> Iterable[BdrvChild]:
-        """See `EdgeParent`."""
-        return () if self.root is None else (self.root,)
-
     # ----------------------------------------------------------------------------------------------------------- requests
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:

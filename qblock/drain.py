@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from qblock.chain import in_order
+from qblock.chain import children_of, in_order
 from qblock.driver import SupportsBreakpoints
 from qblock.node import BlockDriverState
 
@@ -93,9 +93,8 @@ def may_hold(node: BlockDriverState) -> bool:
 def _keepers(nodes: Iterable[BlockDriverState]) -> list[SupportsBreakpoints]:
     """Where requests may be held for which ``nodes`` and their users are busy: below these nodes, and wherever the users go."""
     users = {edge.parent for node in nodes for edge in node.parents}
-    starts = [*nodes, *(edge.node for user in users for edge in user.below())]
-    reached = in_order(starts, lambda node: [edge.node for edge in node.below()])
-    return [node.driver for node in reached if isinstance(node.driver, SupportsBreakpoints)]
+    starts = [*nodes, *(edge.node for user in users for edge in user.child_edges())]
+    return [node.driver for node in in_order(starts, children_of) if isinstance(node.driver, SupportsBreakpoints)]
 
 
 def _from_below(nodes: Iterable[BlockDriverState]) -> list[BlockDriverState]:

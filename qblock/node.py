@@ -33,7 +33,7 @@ class EdgeParent(Protocol):
         """True for a guest device, which does not move to another I/O thread."""
 
     def child_edges(self) -> Iterable[BdrvChild]:
-        """All its edges."""
+        """All its edges: where its requests may go, and what moves along with it."""
 
     def describe_user(self) -> str:
         """How conflict reports name it: ``node 'n'``, ``block device 'd'``, ``mirror job 'j'``."""
@@ -46,9 +46,6 @@ class EdgeParent(Protocol):
 
     def is_busy(self) -> bool:
         """True while it still has requests under way that a drained section must wait for."""
-
-    def below(self) -> Iterable[BdrvChild]:
-        """All its edges: where its requests may go."""
 
 
 @attrs.define(eq=False, slots=True)
@@ -233,10 +230,6 @@ class BlockDriverState:
                     seen.add(parent)
                     pending.append(parent)
         return False
-
-    def below(self) -> Iterable[BdrvChild]:
-        """See `EdgeParent`."""
-        return self.children.values()
 
     def wake_idle_waiters(self) -> None:
         """Let all who wait in `idle_waiters` look again: something here became idle, or an edge to here is gone."""

@@ -24,7 +24,9 @@ import attrs
 import pytest
 
 DOCS: Final = Path(__file__).parent.parent / "docs"
-PAGES: Final = ("tutorial.md", "live-block-operations.md", "how-to-write-a-driver.md", "programs.md", "machine.md", "labs.md")
+PAGES: Final = (
+    "tutorial.md", "live-block-operations.md", "how-to-write-a-driver.md", "drivers.md", "programs.md", "machine.md", "labs.md",
+)  # fmt: skip
 BLOCK: Final = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON_FILE: Final = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROMPT: Final = "(qblock) "

@@ -264,10 +264,6 @@ class Job(abc.ABC):
         """See `node.EdgeParent`: busy while running, unless it is paused or drains its nodes itself."""
         return self.was_started and not (self.run_ended or self.paused or self.own_quiesced)
 
-    def below(self) -> Iterable[BdrvChild]:
-        """See `node.EdgeParent`: a job on no nodes has none."""
-        return ()
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id!r} {self.status.value} {self.progress_done}/{self.progress_total}>"
 
@@ -310,10 +306,6 @@ class BlockJob(Job):
         self.edges.append(edge)
         self._blocks.append(token)
         change.add(abort=partial(self._let_go, edge, token))
-
-    def below(self) -> Iterable[BdrvChild]:
-        """See `node.EdgeParent`."""
-        return self.edges
 
     def _let_go(self, edge: BdrvChild, token: OpBlocker) -> None:
         self.edges.remove(edge)

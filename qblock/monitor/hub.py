@@ -72,7 +72,7 @@ class Chardev(Protocol):
         """What it was made of."""
 
     async def start(self) -> None:
-        """Be there; raises `CommandError`."""
+        """Be there, and in `MonitorHub.chardevs`; raises `CommandError`."""
 
     async def close(self) -> None:
         """Be there no longer."""

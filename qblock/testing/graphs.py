@@ -139,10 +139,6 @@ class CountingUser:
         """See `EdgeParent`."""
         return self.busy
 
-    def below(self) -> Iterable[BdrvChild]:
-        """See `EdgeParent`."""
-        return () if self.root is None else (self.root,)
-
 
 def describe_graph(graph: Graph) -> dict[str, Any]:
     """Everything that a change can touch, as plain values in order: equal for equal graphs."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any, ClassVar
@@ -18,8 +16,6 @@ from qblock.devices.device import GuestDevice
 from qblock.devices.tree import Device
 from qblock.driver import CheckFix, SupportsBacking, SupportsSnapshots
 from qblock.errors import QBlockError
-from qblock.jobs.job import BlockJob
-from qblock.jobs.state import VERBS, JobStatus, JobVerb
 from qblock.monitor.client import QmpClient
 from qblock.node import BlockDriverState
 from qblock.permissions import Perm
@@ -27,12 +23,11 @@ from qblock.snapshots import find_snapshot
 from qblock.testing.graphs import assert_consistent
 from qblock.testing.jobbench import Faults, JobBench, ShakyMemory, driver_of
 from qblock.units import align_down
+from random_histories import bring_jobs_to_their_ends
 
 CHAINS = (("base0", "mid0", "top0"), ("base1", "top1"))
 VOTERS = ("q0", "q1", "q2")
 GROUPS = ("g0", "g1")
-PATIENCE_MS = 60_000
-"""How long, in virtual time, a job may take to end once everything works and nobody holds it."""
 
 
 class KeptMemory(ShakyMemory):
@@ -306,29 +301,7 @@ class HistoryMachine:
         """Everything works again, and every job is told to come to its end; not well where a failed flush has spoilt an image."""
         for driver in self.files.values():
             driver.faults = Faults()
-        jobs = self.bench.jobs
-        spoilt = any(node.poisoned is not None for node in self.graph.nodes.values())
-        for _ in range(PATIENCE_MS):
-            for job in jobs.jobs.copy():
-                if spoilt and isinstance(job, BlockJob) and job.status in VERBS[JobVerb.CANCEL]:
-                    await jobs.cancel(job, force=True)  # it may be told to try for ever
-                if isinstance(job, BlockJob) and job.speed:
-                    job.set_speed(0)  # or the guest is faster than a mirror for ever
-                for tell in (jobs.resume, jobs.finalize):
-                    with contextlib.suppress(QBlockError):
-                        await tell(job)
-                if job.status is JobStatus.CONCLUDED:
-                    with contextlib.suppress(QBlockError):
-                        await jobs.dismiss(job)
-                elif job.is_ready and not job.ends_by_itself and self.random.random() < 0.5:
-                    jobs.complete(job)
-                elif job.id in self.endless or job.is_ready:
-                    with contextlib.suppress(QBlockError):
-                        await jobs.cancel(job)
-            if not jobs.jobs:
-                return
-            await asyncio.sleep(0.001)
-        raise AssertionError(f"jobs that do not end: {jobs.jobs}")
+        await bring_jobs_to_their_ends(self.bench, self.random, endless=self.endless)
 
     async def look(self) -> None:
         """Everything is where it belongs, and nothing else is there."""

@@ -9,8 +9,6 @@ the tasks. A model knows what the disk must hold, and what each image must show 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
 from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any, ClassVar
@@ -30,16 +28,15 @@ from qblock.jobs.commit_plan import CommitRequest
 from qblock.jobs.job import BlockJob
 from qblock.jobs.mirror import CopyMode, MirrorRequest, start_blockdev_mirror
 from qblock.jobs.new_copy import SyncMode
-from qblock.jobs.state import VERBS, JobVerb, OnError
+from qblock.jobs.state import OnError
 from qblock.jobs.stream import StreamRequest, start_stream
 from qblock.node import BlockDriverState
 from qblock.permissions import Perm
 from qblock.system import BlockSystem
 from qblock.testing.graphs import assert_consistent
 from qblock.testing.jobbench import Faults, JobBench, driver_of
-from qblock.testing.schedules import Seeded
-from qblock.testing.simloop import run
 from qblock.units import KiB
+from random_histories import bring_jobs_to_their_ends, live_many, live_one
 
 SIZE = 192 * KiB
 CLUSTER = 4 * KiB
@@ -47,8 +44,6 @@ BLOCK = 1536
 LAYERS = ("base", "low", "mid", "top")
 SPARES = ("s0", "s1", "s2")
 OVERLAYS = ("o0", "o1")
-PATIENCE_MS = 60_000
-"""How long, in virtual time, a job may take to end once everything works and nobody holds it."""
 
 
 @attrs.frozen
@@ -400,30 +395,11 @@ class History:
         await self.bench.close()
 
     async def _end_jobs(self) -> None:
-        """Everything works again, and every job is told to come to its end; not well where a failed flush has spoilt an image."""
+        """Everything works again, and every job comes to its end; not well where a failed flush has spoilt an image."""
         for name in self.graph.nodes:
             if name.endswith("-file"):
                 driver_of(self.graph.nodes[name]).faults = Faults()
-        jobs = self.bench.jobs
-        spoilt = any(node.poisoned is not None for node in self.graph.nodes.values())
-        for _ in range(PATIENCE_MS):
-            for job in jobs.jobs.copy():
-                if spoilt and isinstance(job, BlockJob) and job.status in VERBS[JobVerb.CANCEL]:
-                    await jobs.cancel(job, force=True)  # it may be told to try for ever
-                if isinstance(job, BlockJob) and job.speed:
-                    job.set_speed(0)  # or the guest is faster than a mirror for ever
-                for tell in (jobs.resume, jobs.finalize):
-                    with contextlib.suppress(QBlockError):
-                        await tell(job)
-                if job.is_ready and not job.ends_by_itself:
-                    if self.random.random() < 0.5:
-                        jobs.complete(job)
-                    else:
-                        await jobs.cancel(job)
-            if not jobs.jobs:
-                return
-            await asyncio.sleep(0.001)
-        raise AssertionError(f"jobs that do not end: {jobs.jobs}")
+        await bring_jobs_to_their_ends(self.bench, self.random)
 
     async def _look(self) -> None:
         graph = self.graph
@@ -448,28 +424,8 @@ class History:
 
 def live(seed: int) -> list[str]:
     """Live the history of ``seed``; returns its steps. A failure says which one it is."""
-    history: list[History] = []
-
-    async def main() -> None:
-        history.append(History(seed))
-        await history[0].run()
-
-    try:
-        run(main, Seeded(seed))
-    except BaseException as error:
-        steps = "\n  ".join(history[0].log) if history else ""
-        error.add_note(f"history {seed}:\n  {steps}")
-        raise
-    return history[0].log
+    return live_one(History, seed)
 
 
 if __name__ == "__main__":
-    failed = 0
-    for chosen in range(int(sys.argv[1]), int(sys.argv[2])):
-        try:
-            live(chosen)
-        except Exception as error:
-            failed += 1
-            causes = error.exceptions if isinstance(error, ExceptionGroup) else [error]
-            print(f"seed {chosen}: {causes!r}", *getattr(error, "__notes__", ()), flush=True)  # noqa: T201
-    print(f"{failed} failed")  # noqa: T201
+    live_many(live)

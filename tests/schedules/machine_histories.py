@@ -12,8 +12,6 @@ it, what bitmaps must know, and what must be found in the files had the program 
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections import Counter
 from typing import Any
 
 import attrs
@@ -24,8 +22,7 @@ from history_steps import SPEEDS, JobSteps
 from job_histories import BLOCK, View
 from qblock.monitor.client import QmpError
 from qblock.testing.jobbench import Faults
-from qblock.testing.schedules import Seeded
-from qblock.testing.simloop import run
+from random_histories import live_many, live_one
 
 PART = "/machine/peripheral/{}/virtio-backend"
 """Where the part of a device is that has the disk."""
@@ -398,33 +395,8 @@ class MachineHistory(JobSteps):
 
 def live(seed: int) -> list[str]:
     """Live the history of ``seed``; returns its steps. A failure says which one it is."""
-    history: list[MachineHistory] = []
-
-    async def main() -> None:
-        history.append(MachineHistory(seed))
-        await history[0].run()
-
-    try:
-        run(main, Seeded(seed))
-    except BaseException as error:
-        steps = "\n  ".join(history[0].log) if history else ""
-        error.add_note(f"history {seed}:\n  {steps}")
-        raise
-    return history[0].log
-
-
-def _tell_failure(seed: int, error: Exception) -> None:
-    causes = error.exceptions if isinstance(error, ExceptionGroup) else [error]
-    print(f"seed {seed}: {causes!r}", *getattr(error, "__notes__", ()), flush=True)  # noqa: T201
+    return live_one(MachineHistory, seed)
 
 
 if __name__ == "__main__":
-    failed, steps = 0, Counter[str]()
-    for chosen in range(int(sys.argv[1]), int(sys.argv[2])):
-        try:
-            steps.update(live(chosen))
-        except Exception as error:
-            failed += 1
-            _tell_failure(chosen, error)
-    done = " ".join(f"{name}:{count}" for name, count in sorted(steps.items()) if ":" not in name)
-    print(f"{done}\n{failed} failed")  # noqa: T201
+    live_many(live)

@@ -208,9 +208,8 @@ async def remove_chardev(hub: MonitorHub, label: str) -> None:
 
 async def _unplug(hub: MonitorHub, device: Chardev) -> None:
     await device.close()
-    for there in (hub.plugged, hub.chardevs):
-        if device in there:
-            there.remove(device)
+    if device in hub.plugged:
+        hub.plugged.remove(device)
 
 
 def _made(device: Chardev) -> ChardevReturn:
